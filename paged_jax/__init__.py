@@ -1,0 +1,35 @@
+"""A paged KV cache for JAX: one immutable pytree, pure verbs that run inside your own program."""
+
+from paged_jax import jitted as jitted
+from paged_jax.cache import adopt as adopt
+from paged_jax.cache import attend as attend
+from paged_jax.cache import audit as audit
+from paged_jax.cache import drop as drop
+from paged_jax.cache import extend as extend
+from paged_jax.cache import fork as fork
+from paged_jax.cache import free as free
+from paged_jax.cache import gather as gather
+from paged_jax.cache import hold as hold
+from paged_jax.cache import init as init
+from paged_jax.cache import pages_needed as pages_needed
+from paged_jax.cache import plan as plan
+from paged_jax.cache import put_pages as put_pages
+from paged_jax.cache import read_pages as read_pages
+from paged_jax.cache import reorder as reorder
+from paged_jax.cache import slide as slide
+from paged_jax.cache import swap_in as swap_in
+from paged_jax.cache import swap_out as swap_out
+from paged_jax.cache import trim as trim
+from paged_jax.cache import unshare as unshare
+from paged_jax.cache import write as write
+from paged_jax.config import CacheConfig as CacheConfig
+from paged_jax.types import Audit as Audit
+from paged_jax.types import Cache as Cache
+from paged_jax.types import Copies as Copies
+from paged_jax.types import Image as Image
+from paged_jax.types import Info as Info
+from paged_jax.types import Ledger as Ledger
+from paged_jax.types import Pages as Pages
+from paged_jax.types import Plan as Plan
+from paged_jax.types import Pool as Pool
+from paged_jax.types import Tables as Tables

@@ -1,0 +1,117 @@
+"""Paged attention: one meaning (`reference`), several backends, and the plan's blocks of queries."""
+
+import jax
+import jax.numpy as jnp
+
+from paged_jax import arguments
+from paged_jax import pages as pages_lib
+from paged_jax.attention import reference, xla
+from paged_jax.types import Pages, Plan, Tables
+
+_BACKENDS = {"reference": reference.attend, "xla": xla.attend}
+_MAX_BLOCK_SIZE = 64
+
+
+def choose(implementation: str | None) -> str:
+  """The backend to use: the one named, or the platform's best for None.
+
+  Raises:
+    ValueError: There is no backend of that name. None other is taken in its place.
+  """
+  if implementation is None:
+    return "xla"
+  if implementation not in _BACKENDS:
+    raise ValueError(f"implementation must be one of {[*_BACKENDS]}, got {implementation!r}")
+  return implementation
+
+
+def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]:
+  """Cuts a ragged batch into blocks of queries, each of one row.
+
+  Tokens that share a row are contiguous; a row that comes in several pieces may find that the
+  blocks of its last ones are missing.
+
+  Args:
+    rows: i32[B] row of each token; `num_rows` is padding, anywhere between rows.
+    num_rows: S, a static number.
+
+  Returns:
+    The first token of each block i32[G], its number of tokens i32[G], and the static size that
+    no block exceeds. Spare blocks start at B and have no token.
+  """
+  b = rows.shape[0]
+  block_size = min(_MAX_BLOCK_SIZE, 1 << max(0, (b // num_rows).bit_length() - 1))
+  num_blocks = (b + min(num_rows, b) * (block_size - 1)) // block_size
+  tokens = jnp.arange(b, dtype=jnp.int32)
+  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
+  nth = tokens - jax.lax.cummax(jnp.where(fresh, tokens, 0))  # number of each token in its row
+  known = (rows >= 0) & (rows < num_rows)
+  leads = known & (nth % block_size == 0)
+  owner = jnp.where(known, jnp.cumsum(leads, dtype=jnp.int32) - 1, num_blocks)
+  blocks = jnp.full(num_blocks, b, jnp.int32).at[jnp.where(leads, owner, num_blocks)]
+  lengths = jnp.zeros(num_blocks, jnp.int32).at[owner].add(1, mode="drop")
+  return blocks.set(tokens, mode="drop"), lengths, block_size
+
+
+def attend(
+  q: jax.Array,
+  pages: Pages,
+  layer: int | jax.Array,
+  tables: Tables,
+  plan: Plan,
+  *,
+  scale: float | jax.Array | None = None,
+  window: int | jax.Array | None = None,
+  softcap: float | jax.Array | None = None,
+  sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of the plan's tokens over their rows' pages.
+
+  The token at position i of row r sees the positions max(starts[r], i - window + 1) <= j <= i.
+  Query head q uses KV head q // (Q//H). Logits, statistics and sums are float32.
+
+  Args:
+    q: [B,Q,D] queries.
+    pages: The page array.
+    layer: Which layer, a Python int or i32[].
+    tables: Which pages hold which tokens.
+    plan: The ragged batch.
+    scale: Factor of the logits, D**-0.5 by default.
+    window: Tokens that a query sees, itself included; the largest int32 means all.
+    softcap: Logits become softcap * tanh(logits / softcap).
+    sinks: f32[Q] a logit per head that takes part in the softmax and carries no value.
+
+  Returns:
+    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok.
+
+  Raises:
+    ValueError: An argument has a wrong shape or dtype, or a static value out of range.
+  """
+  _, num_layers, h, _, d = pages_lib.sizes(pages)
+  q = arguments.floats("q", q, (plan.rows.shape[0], None, d))
+  if q.shape[1] % h:
+    raise ValueError(f"q must have a multiple of {h} heads, got {q.shape[1]}")
+  if sinks is not None:
+    sinks = arguments.floats("sinks", sinks, (q.shape[1],)).astype(jnp.float32)
+  if softcap is not None:
+    softcap = _positive("softcap", softcap, jnp.float32)
+  return _BACKENDS[plan.implementation](
+    q,
+    pages,
+    arguments.layer(layer, num_layers),
+    tables,
+    plan,
+    scale=jnp.asarray(d**-0.5 if scale is None else scale, jnp.float32),
+    window=_positive("window", jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32),
+    softcap=softcap,
+    sinks=sinks,
+  )
+
+
+def _positive(name: str, value, dtype) -> jax.Array:
+  """`value` as a scalar array; a static one must be positive."""
+  if isinstance(value, int | float) and not value > 0:
+    raise ValueError(f"{name} must be positive, got {value}")
+  if jnp.shape(value):
+    raise ValueError(f"{name} must be a scalar, got shape {list(jnp.shape(value))}")
+  return jnp.asarray(value, dtype)

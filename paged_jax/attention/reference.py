@@ -1,0 +1,50 @@
+"""What paged attention means: every token against its whole row, in float32.
+
+Letters as in types.py; R query heads per KV head, X = P*T positions of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from paged_jax import pages as pages_lib
+from paged_jax.types import Pages, Plan, Tables
+
+
+def attend(
+  q: jax.Array,
+  pages: Pages,
+  layer: jax.Array,
+  tables: Tables,
+  plan: Plan,
+  *,
+  scale: jax.Array,
+  window: jax.Array,
+  softcap: float | jax.Array | None,
+  sinks: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
+  n, _, h, t, d = pages_lib.sizes(pages)
+  ids = tables.block_tables.at[plan.rows].get(mode="fill", fill_value=n)  # [B,P]
+  k, v = (x.astype(jnp.float32) for x in pages_lib.gather(pages, layer, ids))  # [B,X,H,D]
+
+  j = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+  i = plan.positions[:, None]
+  starts = tables.starts.at[plan.rows].get(mode="fill", fill_value=0)[:, None]
+  live = plan.ok & (plan.rows < tables.lengths.shape[0])
+  seen = (j >= jnp.maximum(starts, i - window + 1)) & (j <= i) & live[:, None]
+  seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
+
+  queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, d)
+  logits = jnp.einsum("bhrd,bxhd->bhrx", queries, k, precision="highest") * scale
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  logits = jnp.where(seen[:, None, None], logits, -jnp.inf).reshape(*q.shape[:2], -1)
+
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  if sinks is not None:
+    lse = jnp.where(live[:, None], jnp.logaddexp(lse, sinks[None]), -jnp.inf)
+  weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
+  weights = weights.reshape(q.shape[0], h, -1, k.shape[1])
+  v = jnp.where(seen[:, :, None, None], v, 0)  # 0 * NaN is NaN
+  out = jnp.einsum("bhrx,bxhd->bhrd", weights, v, precision="highest")
+  return out.reshape(q.shape).astype(q.dtype), lse

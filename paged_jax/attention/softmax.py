@@ -1,0 +1,69 @@
+"""The online softmax: sums over any number of pieces, in any order, in float32.
+
+Online normalizer: Milakov and Gimelshein 2018; with values: Rabe and Staats 2021.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Sums(NamedTuple):
+  """What has been seen so far, relative to `exp(m)`."""
+
+  m: jax.Array  # f32[...] largest logit
+  l: jax.Array  # f32[...] sum of exp(logit - m)
+  acc: jax.Array  # f32[...,D] sum of exp(logit - m) * value
+
+
+def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> Sums:
+  """Adds a piece: `logits` f32[...,X], -inf where masked; `weigh` sums values f32[...,X] -> [...,D].
+
+  A piece that is masked everywhere changes nothing.
+  """
+  m = jnp.maximum(sums.m, jnp.max(logits, axis=-1))
+  base = _finite(m)
+  weights = jnp.exp(logits - base[..., None])
+  decay = jnp.exp(sums.m - base)
+  return Sums(
+    m=m,
+    l=sums.l * decay + jnp.sum(weights, axis=-1),
+    acc=sums.acc * decay[..., None] + weigh(weights),
+  )
+
+
+def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
+  """The attention output f32[...,D] and LSE f32[...]; 0 and -inf if nothing was seen."""
+  out = sums.acc / jnp.where(sums.l > 0, sums.l, 1)[..., None]
+  return out, sums.m + jnp.log(sums.l)
+
+
+def merge(
+  out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Attention over two disjoint sets of keys, from the attention over each.
+
+  Attention sinks belong to one of the two, or they count twice.
+
+  Args:
+    out_a: [...,D] output over the first set.
+    lse_a: f32[...] its LSE.
+    out_b: [...,D] output over the second set.
+    lse_b: f32[...] its LSE.
+
+  Returns:
+    The output in `out_a`'s dtype, and the LSE.
+  """
+  lse = jnp.logaddexp(lse_a, lse_b)
+  base = _finite(lse)
+  a, b = (
+    jnp.exp(part - base)[..., None] * out.astype(jnp.float32)
+    for out, part in ((out_a, lse_a), (out_b, lse_b))
+  )
+  return (a + b).astype(out_a.dtype), lse
+
+
+def _finite(m: jax.Array) -> jax.Array:
+  return jnp.where(m == -jnp.inf, 0, m)  # -inf - -inf is NaN

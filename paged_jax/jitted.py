@@ -1,0 +1,60 @@
+"""The verbs, compiled, with the cache donated: what was passed is gone, what returns replaces it.
+
+>>> import jax.numpy as jnp, paged_jax
+>>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
+...                                num_rows=2, max_length=64)
+>>> cache = paged_jax.init(config)
+>>> cache, info = paged_jax.jitted.extend(cache, jnp.array([20, 3]))
+>>> int(info.num_free)
+5
+"""
+
+import functools
+
+import jax
+
+from paged_jax import cache as cache_lib
+
+
+def _compiled(verb, *, donate: bool = False, static: tuple[str, ...] = ()):
+  """`verb` under `jit`, with a plain message for a cache that was donated before."""
+  run = jax.jit(verb, donate_argnums=0 if donate else (), static_argnames=static)
+
+  @functools.wraps(verb)
+  def call(*args, **kwargs):
+    try:
+      return run(*args, **kwargs)
+    except (ValueError, RuntimeError) as error:
+      leaves = jax.tree.leaves((args, kwargs))
+      if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+          f"{verb.__name__}: this cache was donated to an earlier call; use the one it returned"
+        ) from error
+      raise
+
+  return call
+
+
+init = jax.jit(cache_lib.init, static_argnames="config")
+
+extend = _compiled(cache_lib.extend, donate=True)
+write = _compiled(cache_lib.write, donate=True)
+fork = _compiled(cache_lib.fork, donate=True)
+reorder = _compiled(cache_lib.reorder, donate=True)
+unshare = _compiled(cache_lib.unshare, donate=True)
+trim = _compiled(cache_lib.trim, donate=True)
+slide = _compiled(cache_lib.slide, donate=True)
+free = _compiled(cache_lib.free, donate=True)
+hold = _compiled(cache_lib.hold, donate=True)
+drop = _compiled(cache_lib.drop, donate=True)
+adopt = _compiled(cache_lib.adopt, donate=True)
+put_pages = _compiled(cache_lib.put_pages, donate=True)
+swap_out = _compiled(cache_lib.swap_out, donate=True, static=("num_pages",))
+swap_in = _compiled(cache_lib.swap_in, donate=True)
+
+pages_needed = _compiled(cache_lib.pages_needed)
+plan = _compiled(cache_lib.plan, static=("implementation",))
+attend = _compiled(cache_lib.attend, static=("softcap", "return_lse"))
+gather = _compiled(cache_lib.gather, static=("num_tokens",))
+read_pages = _compiled(cache_lib.read_pages)
+audit = _compiled(cache_lib.audit)

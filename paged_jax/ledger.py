@@ -1,0 +1,429 @@
+"""The verbs on integers alone: who holds which page. `cache` adds the bytes.
+
+Every function takes a ledger and a request for all rows at once, and returns the next ledger and
+an `Info`; those that need bytes moved also return the `Copies` to make. The public docstrings are
+in `paged_jax.cache`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paged_jax import arguments, loops
+from paged_jax import pool as pool_lib
+from paged_jax import tables as tables_lib
+from paged_jax.config import CacheConfig
+from paged_jax.types import Audit, Copies, Info, Ledger, Pool, Tables
+
+
+def init(config: CacheConfig) -> Ledger:
+  """A ledger of free pages and empty rows."""
+  return Ledger(
+    pool=pool_lib.init(config.num_pages),
+    tables=tables_lib.init(config.num_rows, config.pages_per_row, config.num_pages),
+    page_size=config.page_size,
+    copy_on_write=config.copy_on_write,
+  )
+
+
+def pages_needed(ledger: Ledger, num_tokens: jax.Array) -> jax.Array:
+  """Pages that `extend` would take for each row, i32[S]."""
+  growth = _growth(ledger, num_tokens)
+  return growth.num_new + growth.copied
+
+
+def extend(ledger: Ledger, num_tokens: jax.Array) -> tuple[Ledger, Info, Copies]:
+  """Room for `num_tokens` i32[S] more tokens in each row."""
+  growth = _growth(ledger, num_tokens)
+  pool, tables = ledger.pool, ledger.tables
+  need = growth.num_new + growth.copied
+  fits = jnp.cumsum(need, dtype=jnp.int32) <= pool.num_free
+  copied = jnp.where(fits, growth.copied, 0)
+  num_new = jnp.where(fits, growth.num_new, 0)
+  need = num_new + copied
+  tail = growth.num_pages - 1
+  first = growth.num_pages - copied  # the copy of the tail comes just before the new pages
+
+  def place(block_tables, ranks, pages):
+    rows, nth = loops.locate(need, ranks)
+    rows = jnp.where(pages < pool.num_pages, rows, ledger.num_rows)
+    columns = first.at[rows].get(mode="fill", fill_value=0) + nth
+    return block_tables.at[rows, columns].set(pages, mode="drop")
+
+  pool, block_tables = pool_lib.take(
+    pool, jnp.sum(need, dtype=jnp.int32), place, tables.block_tables, chunk=_chunk(ledger)
+  )
+  pool = pool_lib.release(pool, jnp.where(copied > 0, growth.tail_page, pool.num_pages))
+  # Behind a refused row the last sharer of a tail page is still not alone on it.
+  alone = pool_lib.refcounts(pool, growth.tail_page) <= 1
+  ok = growth.valid & (fits | ((growth.num_new + growth.copied == 0) & alone))
+  extended = ok & (growth.lengths > tables.lengths)
+  renewed = extended & ((copied > 0) | (tables.stale & (growth.tail_page < pool.num_pages)))
+  copies = Copies(
+    sources=jnp.where(renewed, growth.tail_page, pool.num_pages)[:, None],
+    first=jnp.where(renewed, tail, growth.num_pages),
+    count=num_new + renewed.astype(jnp.int32),
+    lengths=tables.lengths,
+  )
+  tables = Tables(
+    block_tables=block_tables,
+    starts=tables.starts,
+    lengths=jnp.where(ok, growth.lengths, tables.lengths),
+    stale=tables.stale & ~extended,
+  )
+  ledger = dataclasses.replace(ledger, pool=pool, tables=tables)
+  return ledger, Info(ok, pool.num_free), copies
+
+
+class _Growth(NamedTuple):
+  """What `extend` asks of each row, before any question of room."""
+
+  valid: jax.Array  # bool[S] the request makes sense and fits the row
+  lengths: jax.Array  # i32[S] wanted
+  num_pages: jax.Array  # i32[S] logical pages that the row reaches today
+  num_new: jax.Array  # i32[S] whole new pages
+  tail_page: jax.Array  # i32[S] the partly filled page that will be written, N if none
+  copied: jax.Array  # i32[S] 1 if the tail page must be copied first
+
+
+def _growth(ledger: Ledger, num_tokens: jax.Array) -> _Growth:
+  num_tokens = arguments.integers("num_tokens", num_tokens, (ledger.num_rows,))
+  pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
+  valid = (num_tokens >= 0) & (num_tokens <= ledger.capacity - tables.lengths)
+  num_pages = tables_lib.num_pages_for(tables.lengths, size)
+
+  rows = jnp.arange(ledger.num_rows, dtype=jnp.int32)
+  tail = tables_lib.page_at(tables.block_tables, rows, num_pages - 1, pool.num_pages)
+  written = (num_tokens > 0) & (tables.lengths % size > 0)
+  if not ledger.copy_on_write:
+    valid &= ~written | (pool_lib.refcounts(pool, tail) <= 1)
+  tail = jnp.where(valid & written, tail, pool.num_pages)
+  lengths = tables.lengths + jnp.where(valid, num_tokens, 0)
+  return _Growth(
+    valid=valid,
+    lengths=lengths,
+    num_pages=num_pages,
+    num_new=tables_lib.num_pages_for(lengths, size) - num_pages,
+    tail_page=tail,
+    # Row by row: of n sharers the first n - 1 copy, and leave the page to the last.
+    copied=(pool_lib.refcounts(pool, tail) - _earlier(tail) > 1).astype(jnp.int32),
+  )
+
+
+def fork(
+  ledger: Ledger, src: jax.Array, dst: jax.Array, num_tokens: jax.Array | None = None
+) -> tuple[Ledger, Info]:
+  """Rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B]."""
+  src = arguments.integers("src", src, (None,))
+  dst = arguments.integers("dst", dst, src.shape)
+  tables, s, size = ledger.tables, ledger.num_rows, ledger.page_size
+  known = (src >= 0) & (src < s)
+  source = jnp.where(known, src, s)
+  held = tables.lengths.at[source].get(mode="fill", fill_value=0)
+  starts = tables.starts.at[source].get(mode="fill", fill_value=0)
+  if num_tokens is None:
+    num_tokens = held
+  num_tokens = arguments.integers("num_tokens", num_tokens, src.shape)
+  some = num_tokens > 0
+  starts = jnp.where(some, starts, 0)
+
+  valid = known & (num_tokens >= starts) & (num_tokens <= held)
+  if not ledger.copy_on_write:
+    valid &= num_tokens % size == 0
+  padding = dst == s
+  target, valid = _vacant(ledger, dst, valid)
+  first, count = tables_lib.span(starts, num_tokens, size)
+  count = jnp.where(valid, count, 0)
+
+  def retain(pool, entries, nth):
+    rows = source.at[entries].get(mode="fill", fill_value=s)
+    columns = first.at[entries].get(mode="fill", fill_value=0) + nth
+    return pool_lib.retain(pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages))
+
+  pool = loops.fold(count, retain, ledger.pool, chunk=_chunk(ledger))
+  columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)[None, :]
+  shared = (columns >= first[:, None]) & (columns < (first + count)[:, None])
+  table = tables.block_tables.at[source].get(mode="fill", fill_value=pool.num_pages)
+  stale = tables.stale.at[source].get(mode="fill", fill_value=False) | (num_tokens < held)
+  tables = Tables(
+    block_tables=tables.block_tables.at[target].set(
+      jnp.where(shared, table, pool.num_pages), mode="drop"
+    ),
+    starts=tables.starts.at[target].set(starts, mode="drop"),
+    lengths=tables.lengths.at[target].set(num_tokens, mode="drop"),
+    stale=tables.stale.at[target].set(stale & some, mode="drop"),
+  )
+  ledger = dataclasses.replace(ledger, pool=pool, tables=tables)
+  return ledger, Info(valid | padding, pool.num_free)
+
+
+def reorder(ledger: Ledger, sources: jax.Array) -> tuple[Ledger, Info]:
+  """Row r becomes a share of row `sources[r]`, all at once; S empties it."""
+  tables, s, size = ledger.tables, ledger.num_rows, ledger.page_size
+  sources = arguments.integers("sources", sources, (s,))
+  own = jnp.arange(s, dtype=jnp.int32)
+  ok = (sources >= 0) & (sources <= s)
+  if not ledger.copy_on_write:
+    whole = tables.lengths.at[sources].get(mode="fill", fill_value=0) % size == 0
+    ok &= whole | (sources == own)
+  sources = jnp.where(ok, sources, own)
+  changed = sources != own
+
+  first, count = tables_lib.span(tables.starts, tables.lengths, size)
+  taken = count.at[sources].get(mode="fill", fill_value=0)
+
+  def retain(pool, rows, nth):
+    rows = sources.at[rows].get(mode="fill", fill_value=s)
+    columns = first.at[rows].get(mode="fill", fill_value=0) + nth
+    return pool_lib.retain(pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages))
+
+  pool = loops.fold(jnp.where(changed, taken, 0), retain, ledger.pool, chunk=_chunk(ledger))
+  shared = Tables(
+    block_tables=tables.block_tables.at[sources].get(mode="fill", fill_value=pool.num_pages),
+    starts=tables.starts.at[sources].get(mode="fill", fill_value=0),
+    lengths=tables.lengths.at[sources].get(mode="fill", fill_value=0),
+    stale=tables.stale.at[sources].get(mode="fill", fill_value=False),
+  )
+  ledger = dataclasses.replace(ledger, pool=pool)
+  ledger = _unmap(ledger, first, jnp.where(changed, count, 0))
+  ledger = dataclasses.replace(ledger, tables=shared)
+  return ledger, Info(ok, ledger.pool.num_free)
+
+
+def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
+  """Pages of the tokens `starts` i32[S] to the end of each row get no other holder."""
+  s, size, n = ledger.num_rows, ledger.page_size, ledger.pool.num_pages
+  tables = ledger.tables
+  starts = arguments.integers("starts", starts, (s,))
+  valid = (starts >= 0) & (starts <= tables.lengths)
+  first, count = tables_lib.span(
+    jnp.maximum(starts, tables.starts), jnp.where(starts < tables.lengths, tables.lengths, 0), size
+  )
+  count = jnp.where(valid, count, 0)
+  columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)
+
+  def turn(row, state):
+    pool, block_tables, ok, waiting = state
+    table = block_tables[row]
+    inside = (columns >= first[row]) & (columns < first[row] + count[row])
+    shared = inside & (pool_lib.refcounts(pool, table) > 1)
+    need = jnp.sum(shared, dtype=jnp.int32)
+    short = valid[row] & (need > 0) & (waiting | (need > pool.num_free))
+    granted = valid[row] & ~short
+    if not ledger.copy_on_write:
+      short, granted = jnp.bool_(False), granted & (need == 0)
+    shared &= granted
+    ranks = jnp.cumsum(shared, dtype=jnp.int32) - 1
+    pool, taken = pool_lib.take(
+      pool,
+      jnp.where(granted, need, 0),
+      lambda taken, ranks, pages: taken.at[ranks].set(pages, mode="drop"),
+      jnp.full_like(table, n),
+      chunk=min(_chunk(ledger), ledger.pages_per_row),
+    )
+    pool = pool_lib.release(pool, jnp.where(shared, table, n))
+    table = jnp.where(shared, taken.at[ranks].get(mode="fill", fill_value=n), table)
+    return pool, block_tables.at[row].set(table), ok.at[row].set(granted), waiting | short
+
+  state = (ledger.pool, tables.block_tables, valid, jnp.bool_(False))
+  pool, block_tables, ok, _ = jax.lax.fori_loop(0, s, turn, state)
+  renewed = ok & (count > 0)
+  copies = Copies(
+    sources=tables_lib.page_at(
+      tables.block_tables, jnp.arange(s)[:, None], first[:, None] + columns[None, :], n
+    ),
+    first=first,
+    count=jnp.where(ok, count, 0),
+    lengths=tables.lengths,
+  )
+  tables = dataclasses.replace(tables, block_tables=block_tables, stale=tables.stale & ~renewed)
+  ledger = dataclasses.replace(ledger, pool=pool, tables=tables)
+  return ledger, Info(ok, pool.num_free), copies
+
+
+def trim(ledger: Ledger, lengths: jax.Array) -> tuple[Ledger, Info]:
+  """Each row keeps its first `lengths` i32[S] tokens."""
+  tables, size = ledger.tables, ledger.page_size
+  lengths = arguments.integers("lengths", lengths, (ledger.num_rows,))
+  ok = (lengths <= tables.lengths) & ((lengths >= tables.starts) | (lengths == 0)) & (lengths >= 0)
+  lengths = jnp.where(ok, lengths, tables.lengths)
+  starts = jnp.where(lengths > 0, tables.starts, 0)
+  first, count = tables_lib.span(tables.starts, tables.lengths, size)
+  keep = jnp.where(lengths > 0, tables_lib.num_pages_for(lengths, size) - first, 0)
+  ledger = _unmap(ledger, first + keep, count - keep)
+  tables = dataclasses.replace(
+    ledger.tables,
+    starts=starts,
+    lengths=lengths,
+    stale=(tables.stale | (lengths < tables.lengths)) & (lengths > 0),
+  )
+  return dataclasses.replace(ledger, tables=tables), Info(ok, ledger.pool.num_free)
+
+
+def slide(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info]:
+  """Each row forgets its tokens before `starts` i32[S]."""
+  tables, size = ledger.tables, ledger.page_size
+  starts = arguments.integers("starts", starts, (ledger.num_rows,))
+  ok = (starts >= 0) & (starts <= tables.lengths)
+  starts = jnp.where(ok, jnp.maximum(starts, tables.starts), tables.starts)
+  first, count = tables_lib.span(tables.starts, tables.lengths, size)
+  passed = jnp.minimum(starts // size - first, count)
+  ledger = _unmap(ledger, first, passed)
+  tables = dataclasses.replace(ledger.tables, starts=starts)
+  return dataclasses.replace(ledger, tables=tables), Info(ok, ledger.pool.num_free)
+
+
+def free(ledger: Ledger, rows: jax.Array) -> tuple[Ledger, Info]:
+  """Rows marked in `rows` bool[S] give everything back."""
+  rows = arguments.booleans("rows", rows, (ledger.num_rows,))
+  tables = ledger.tables
+  ok = ~rows | (tables.lengths > 0)
+  ledger, info = trim(ledger, jnp.where(rows, 0, tables.lengths))
+  return ledger, info._replace(ok=ok)
+
+
+def hold(ledger: Ledger, pages: jax.Array) -> tuple[Ledger, Info]:
+  """One more host reference for each entry of `pages` i32[B]."""
+  pages = arguments.integers("pages", pages, (None,))
+  n = ledger.pool.num_pages
+  ok = (pages >= 0) & (pages < n)
+  ok &= pool_lib.refcounts(ledger.pool, jnp.where(ok, pages, n)) > 0
+  pool = pool_lib.hold(ledger.pool, jnp.where(ok, pages, n))
+  return dataclasses.replace(ledger, pool=pool), Info(ok | (pages == n), pool.num_free)
+
+
+def drop(ledger: Ledger, pages: jax.Array) -> tuple[Ledger, Info]:
+  """One host reference less for each entry of `pages` i32[B]."""
+  pages = arguments.integers("pages", pages, (None,))
+  n = ledger.pool.num_pages
+  known = jnp.where((pages >= 0) & (pages < n), pages, n)
+  holds = ledger.pool.holds.at[known].get(mode="fill", fill_value=0)
+  ok = _earlier(known) < holds
+  pool = pool_lib.drop(ledger.pool, jnp.where(ok, known, n))
+  return dataclasses.replace(ledger, pool=pool), Info(ok | (pages == n), pool.num_free)
+
+
+def adopt(
+  ledger: Ledger,
+  rows: jax.Array,
+  pages: jax.Array,
+  lengths: jax.Array,
+  starts: jax.Array | None = None,
+) -> tuple[Ledger, Info]:
+  """Empty rows i32[B] start life on held `pages` i32[B,C] with `lengths` i32[B] tokens."""
+  rows = arguments.integers("rows", rows, (None,))
+  pages = arguments.integers("pages", pages, (*rows.shape, None))
+  lengths = arguments.integers("lengths", lengths, rows.shape)
+  starts = jnp.zeros_like(lengths) if starts is None else starts
+  starts = arguments.integers("starts", starts, rows.shape)
+  s, n, size = ledger.num_rows, ledger.pool.num_pages, ledger.page_size
+  tables = ledger.tables
+
+  valid = (starts >= 0) & (starts <= lengths) & (lengths <= ledger.capacity)
+  if not ledger.copy_on_write:
+    valid &= lengths % size == 0
+  first, count = tables_lib.span(starts, jnp.where(valid, lengths, 0), size)
+  listed = jnp.arange(pages.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
+  known = jnp.where(listed & (pages >= 0) & (pages < n), pages, n)
+  held = ledger.pool.holds.at[known].get(mode="fill", fill_value=0) > 0
+  valid &= (count <= pages.shape[1]) & jnp.all(held | ~listed, axis=1)
+  padding = rows == s
+  target, valid = _vacant(ledger, rows, valid)
+
+  pool = pool_lib.retain(ledger.pool, jnp.where(valid[:, None], known, n).reshape(-1))
+  columns = first[:, None] + jnp.arange(pages.shape[1], dtype=jnp.int32)[None, :]
+  tables = Tables(
+    block_tables=tables.block_tables.at[target[:, None], columns].set(known, mode="drop"),
+    starts=tables.starts.at[target].set(jnp.where(lengths > 0, starts, 0), mode="drop"),
+    lengths=tables.lengths.at[target].set(lengths, mode="drop"),
+    stale=tables.stale.at[target].set(lengths > 0, mode="drop"),
+  )
+  ledger = dataclasses.replace(ledger, pool=pool, tables=tables)
+  return ledger, Info(valid | padding, pool.num_free)
+
+
+def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.Array, Info]:
+  """Takes `count` i32[] pages for the host, all or none: i32[size], N past the last."""
+  count = arguments.integers("count", count, ())
+  pool, n = ledger.pool, ledger.pool.num_pages
+  ok = (count >= 0) & (count <= jnp.minimum(size, pool.num_free))
+  pool, pages = pool_lib.take(
+    pool,
+    jnp.where(ok, count, 0),
+    lambda taken, ranks, pages: taken.at[ranks].set(pages, mode="drop"),
+    jnp.full(size, n, jnp.int32),
+    chunk=min(_chunk(ledger), size),
+  )
+  # A fresh page has one holder: the host.
+  pool = dataclasses.replace(pool, holds=pool.holds.at[pages].set(1, mode="drop"))
+  return dataclasses.replace(ledger, pool=pool), pages, Info(ok, pool.num_free)
+
+
+def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Targets that are empty rows, each named once: (row or S, which entries are granted)."""
+  s = ledger.num_rows
+  valid &= (rows >= 0) & (rows < s)
+  target = jnp.where(valid, rows, s)
+  valid &= ledger.tables.lengths.at[target].get(mode="fill", fill_value=1) == 0
+  target = jnp.where(valid, rows, s)
+  valid &= _earlier(target) == 0
+  return jnp.where(valid, rows, s), valid
+
+
+def _unmap(ledger: Ledger, first: jax.Array, count: jax.Array) -> Ledger:
+  """Each row gives up its `count` i32[S] logical pages from `first` i32[S] on."""
+  none = ledger.pool.num_pages
+
+  def step(carry: tuple[Pool, jax.Array], rows, nth):
+    pool, block_tables = carry
+    columns = first.at[rows].get(mode="fill", fill_value=0) + nth
+    pages = tables_lib.page_at(block_tables, rows, columns, none)
+    return pool_lib.release(pool, pages), block_tables.at[rows, columns].set(none, mode="drop")
+
+  pool, block_tables = loops.fold(
+    count, step, (ledger.pool, ledger.tables.block_tables), chunk=_chunk(ledger)
+  )
+  tables = dataclasses.replace(ledger.tables, block_tables=block_tables)
+  return dataclasses.replace(ledger, pool=pool, tables=tables)
+
+
+def _earlier(ids: jax.Array) -> jax.Array:
+  """How many earlier entries of `ids` i32[B] name the same id."""
+  order = jnp.arange(ids.shape[0], dtype=jnp.int32)
+  same = (ids[:, None] == ids[None, :]) & (order[None, :] < order[:, None])
+  return jnp.sum(same, axis=1, dtype=jnp.int32)
+
+
+def _chunk(ledger: Ledger) -> int:
+  """Pages handled per turn of a loop: one for each row, within reason."""
+  return min(max(ledger.num_rows, 32), 512)
+
+
+def audit(ledger: Ledger) -> Audit:
+  """Counts what breaks the laws."""
+  pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
+  n = pool.num_pages
+  mapped = jnp.where(tables.block_tables >= 0, tables.block_tables, n)
+  entries = jnp.zeros(n, jnp.int32).at[mapped.reshape(-1)].add(1, mode="drop")
+  empty = jnp.pad(pool.refcount == 0, (0, pool.free.shape[0] * 32 - n))
+  first, count = tables_lib.span(tables.starts, tables.lengths, size)
+  columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)[None, :]
+  inside = (columns >= first[:, None]) & (columns < (first + count)[:, None])
+  known = (tables.block_tables >= 0) & (tables.block_tables < n)
+  sane = (tables.starts >= 0) & (tables.starts <= tables.lengths)
+  sane &= tables.lengths <= ledger.capacity
+
+  def total(flags):
+    return jnp.sum(flags, dtype=jnp.int32)
+
+  return Audit(
+    refcounts=total(pool.refcount != entries + pool.holds),
+    holds=total((pool.holds < 0) | (pool.holds > pool.refcount)),
+    bitmap=total(jax.lax.population_count(pool.free ^ pool_lib.pack(empty)).astype(jnp.int32)),
+    num_free=jnp.abs(pool.num_free - total(empty)),
+    tables=total(jnp.where(inside, ~known, tables.block_tables != n)),
+    rows=total(~sane),
+    cursor=total((pool.cursor < 0) | (pool.cursor >= n)),
+  )

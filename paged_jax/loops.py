@@ -1,0 +1,62 @@
+"""Loops whose trip count is data: they cost what there is to do, and stay in place under `vmap`."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Carry = TypeVar("Carry")
+
+
+@jax.custom_batching.custom_vmap
+def any_of(flag: jax.Array) -> jax.Array:
+  """`flag` bool[]; under `vmap`, whether it is set for any element of the batch.
+
+  As the condition of a loop it keeps the loop scalar: a batched condition would make `vmap`
+  select between the old and the next carry, which copies it whole, at every turn. The body must
+  therefore do nothing when its own part is done.
+  """
+  return flag
+
+
+@any_of.def_vmap
+def _any_of_batch(axis_size, in_batched, flag):
+  del axis_size, in_batched
+  return any_of(jnp.any(flag)), False
+
+
+def locate(counts: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The owners of things numbered through all rows, when row r has `counts[r]` of them.
+
+      # counts  2 0 3
+      # ranks   0 1 2 3 4 5        rows  0 0 2 2 2 3        nth  0 1 0 1 2 -
+
+  Returns:
+    rows i32, S past the end, and each one's number within its row.
+  """
+  ends = jnp.cumsum(counts, dtype=jnp.int32)
+  rows = jnp.searchsorted(ends, ranks, side="right", method="scan_unrolled").astype(jnp.int32)
+  begins = (ends - counts).at[rows].get(mode="fill", fill_value=0)
+  return rows, ranks - begins
+
+
+def fold(
+  counts: jax.Array,
+  step: Callable[[Carry, jax.Array, jax.Array], Carry],
+  carry: Carry,
+  *,
+  chunk: int,
+) -> Carry:
+  """Folds `step(carry, rows, nth)` over `counts[r]` things of each row, `chunk` at a time.
+
+  Past the end `rows` is S, and the step must leave the carry as it is.
+  """
+  total = jnp.sum(counts, dtype=jnp.int32)
+
+  def body(state):
+    base, carry = state
+    rows, nth = locate(counts, base + jnp.arange(chunk, dtype=jnp.int32))
+    return base + chunk, step(carry, rows, nth)
+
+  return jax.lax.while_loop(lambda state: any_of(state[0] < total), body, (jnp.int32(0), carry))[1]

@@ -1,0 +1,17 @@
+"""A decoder on the paged cache, and Hugging Face checkpoints for it."""
+
+from pathlib import Path
+
+from paged_jax.models.decoder import Decoder as Decoder
+from paged_jax.models.decoder import DecoderConfig as DecoderConfig
+from paged_jax.models.decoder import Rope as Rope
+from paged_jax.models.loading import cache_config as cache_config
+from paged_jax.models.loading import eos_tokens as eos_tokens
+from paged_jax.models.loading import load as load
+from paged_jax.models.loading import save as save
+from paged_jax.models.loading import tokenizer as tokenizer
+
+
+def embedded() -> Path:
+  """The folder of the model that comes with the package."""
+  return Path(__file__).parent / "embedded"

@@ -1,0 +1,290 @@
+"""One decoder for the Llama, Mistral, Qwen and Gemma families, on the paged cache or dense.
+
+Modules and parameters are named and shaped as in Hugging Face checkpoints (weights are [out, in]),
+so the path of a parameter is the name of its tensor. Layers are stacked along a leading axis.
+
+Axis letters besides the cache's: E hidden size, F MLP size, V vocabulary.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import paged_jax
+from paged_jax.types import Cache, Plan
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary embedding of a layer. `llama3` scales low frequencies only (Llama 3.1, section 3)."""
+
+  scaling: str = "default"  # default, linear or llama3
+  base: float = 10_000.0
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_length: int = 8192
+
+  def frequencies(self, head_dim: int) -> np.ndarray:
+    """f32[D/2] radians per token of each rotated pair."""
+    plain = self.base ** (-np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if self.scaling != "llama3":
+      return (plain / self.factor).astype(np.float32)
+    turns = self.original_length * plain / (2 * math.pi)  # over the original context
+    smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)
+    return ((1 - smooth) * plain / self.factor + smooth * plain).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Everything that varies between families. Frozen and hashable."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_length: int  # positions that the model was trained for
+  windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None = all
+  ropes: tuple[Rope, ...]  # per layer
+  activation: str = "silu"  # silu or gelu_tanh
+  norm_eps: float = 1e-6
+  norm_offset: bool = False  # RMSNorm multiplies by 1 + weight (Gemma)
+  post_norms: bool = False  # attention and MLP outputs are normalised too (Gemma)
+  qk_norm: bool = False  # queries and keys are normalised per head (Qwen3, Gemma 3)
+  qkv_bias: bool = False  # Qwen2
+  tied: bool = False  # logits reuse the embedding
+  embed_scale: float = 1.0
+  attention_scale: float | None = None  # None = head_dim**-0.5
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}")
+    if self.head_dim % 2:
+      raise ValueError(f"{self.head_dim=} must be even")
+    if not len(self.windows) == len(self.ropes) == self.num_layers:
+      raise ValueError(f"windows and ropes must have {self.num_layers=} entries")
+
+
+class Linear(nnx.Module):
+  """`x @ weight.T + bias`."""
+
+  def __init__(self, in_size: int, out_size: int, *, bias: bool = False, rngs: nnx.Rngs):
+    init = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+    self.weight = nnx.Param(init(rngs.params(), (out_size, in_size), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = jnp.einsum("bi,oi->bo", x, self.weight[...])
+    return x if self.bias is None else x + self.bias[...][None]
+
+
+class Norm(nnx.Module):
+  """RMSNorm over the last axis, in float32."""
+
+  def __init__(self, size: int, config: DecoderConfig):
+    self.weight = nnx.Param(jnp.zeros(size) if config.norm_offset else jnp.ones(size))
+    self.eps, self.offset = config.norm_eps, config.norm_offset
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    weight = jnp.broadcast_to(self.weight[...], x.shape)
+    if self.offset:  # Gemma rounds after the weight, the others before it
+      return (wide * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return wide.astype(x.dtype) * weight
+
+
+class Attention(nnx.Module):
+  """The projections around attention."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    hidden, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
+    self.q_proj = Linear(hidden, config.num_heads * dim, bias=bias, rngs=rngs)
+    self.k_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
+    self.v_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
+    self.o_proj = Linear(config.num_heads * dim, hidden, rngs=rngs)
+    self.q_norm = Norm(dim, config) if config.qk_norm else None
+    self.k_norm = Norm(dim, config) if config.qk_norm else None
+    self.head_dim = dim
+
+  def qkv(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries [B,Q,D] and keys [B,H,D], and values [B,H,D]."""
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (project(x).reshape(len(x), -1, self.head_dim) for project in projections)
+    if self.q_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    return rotate(q, angles), rotate(k, angles), v
+
+
+class MLP(nnx.Module):
+  """Gated MLP."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+    self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+    self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+    self.activation = config.activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = self.gate_proj(x)
+    gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return self.down_proj(gate * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+  """One layer without its attention, which the caller puts between `qkv` and `finish`."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.input_layernorm = Norm(config.hidden_size, config)
+    self.self_attn = Attention(config, rngs=rngs)
+    self.post_attention_layernorm = Norm(config.hidden_size, config)
+    self.pre_feedforward_layernorm = Norm(config.hidden_size, config) if config.post_norms else None
+    self.post_feedforward_layernorm = (
+      Norm(config.hidden_size, config) if config.post_norms else None
+    )
+    self.mlp = MLP(config, rngs=rngs)
+
+  def qkv(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of the residual stream `x` [B,E]."""
+    return self.self_attn.qkv(self.input_layernorm(x), angles)
+
+  def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+    """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
+    out = self.self_attn.o_proj(heads.reshape(len(x), -1))
+    if self.pre_feedforward_layernorm is None:  # the checkpoint's names hide it: this norm is "pre"
+      x = x + out
+      return x + self.mlp(self.post_attention_layernorm(x))
+    x = x + self.post_attention_layernorm(out)
+    return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Embedding(nnx.Module):
+  """A vector per token."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    init = nnx.initializers.normal(0.02)
+    shape = (config.vocab_size, config.hidden_size)
+    self.weight = nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+
+class Decoder(nnx.Module):
+  """A decoder-only language model. `layers` holds every layer's parameters, [L, ...]."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap
+    def stack(rngs):
+      return Layer(config, rngs=rngs)
+
+    self.config = config
+    self.embed_tokens = Embedding(config, rngs=rngs)
+    self.layers = stack(rngs)
+    self.norm = Norm(config.hidden_size, config)
+    self.lm_head = (
+      None if config.tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+    )
+
+  def __call__(self, tokens: jax.Array, cache: Cache, plan: Plan) -> tuple[jax.Array, Cache]:
+    """Runs one ragged batch, whose keys and values join the cache.
+
+    Args:
+      tokens: i32[B] tokens at the plan's rows and positions.
+      cache: A cache with room for them (`extend` first).
+      plan: From `paged_jax.plan(cache, rows, positions)`.
+
+    Returns:
+      The final hidden states [B,E], for `logits` of the tokens that need them, and the cache.
+    """
+
+    def attend(cache, layer, window, q, k, v):
+      cache = paged_jax.write(cache, layer, k, v, plan)
+      heads = paged_jax.attend(
+        q, cache, layer, plan, scale=self.config.attention_scale, window=window,
+        softcap=self.config.attention_softcap,
+      )  # fmt: skip
+      return heads, cache
+
+    return self._run(tokens, plan.positions, attend, cache)
+
+  def dense(self, tokens: jax.Array) -> jax.Array:
+    """Runs whole sequences without a cache, for training.
+
+    Args:
+      tokens: i32[N,T] tokens from position 0 on.
+
+    Returns:
+      f32[N,T,V] logits.
+    """
+
+    def attend(state, layer, window, q, k, v):
+      del layer
+      return attention(q, k, v, window, self.config), state
+
+    def run(tokens):
+      x, _ = self._run(tokens, jnp.arange(len(tokens)), attend, None)
+      return self.logits(x)
+
+    return jax.vmap(run)(tokens)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """f32[B,V] logits of hidden states [B,E]."""
+    head = self.embed_tokens if self.lm_head is None else self.lm_head
+    logits = jnp.einsum("be,ve->bv", x, head.weight[...], preferred_element_type=jnp.float32)
+    cap = self.config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+  def _run(self, tokens, positions, attend, state):
+    """Embeds, scans the layers with `attend(state, layer, window, q, k, v)`, normalises."""
+    config = self.config
+    graph, layers = nnx.split(self.layers)
+    windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
+    frequencies = jnp.array([rope.frequencies(config.head_dim) for rope in config.ropes])
+
+    def body(carry, xs):
+      x, state = carry
+      index, layer, window, frequencies = xs
+      layer = nnx.merge(graph, layer)
+      angles = jnp.outer(positions.astype(jnp.float32), frequencies)
+      heads, state = attend(state, index, window, *layer.qkv(x, angles))
+      return (layer.finish(x, heads), state), None
+
+    x = self.embed_tokens.weight[...][tokens]
+    x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded as the weights are (Gemma)
+    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    (x, state), _ = jax.lax.scan(body, (x, state), (indices, layers, windows, frequencies))
+    return self.norm(x), state
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32."""
+  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, config: DecoderConfig
+) -> jax.Array:
+  """Causal attention of queries [T,Q,D] to keys and values [T,H,D], softmax in float32."""
+  t, h, d = k.shape
+  scale = d**-0.5 if config.attention_scale is None else config.attention_scale
+  q = q.reshape(t, h, -1, d)
+  logits = jnp.einsum("thgd,shd->hgts", q, k, preferred_element_type=jnp.float32) * scale
+  if config.attention_softcap is not None:
+    logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
+  age = jnp.arange(t)[:, None] - jnp.arange(t)[None]  # of each key, seen from each query
+  visible = (age >= 0) & (age < window)
+  weights = jax.nn.softmax(jnp.where(visible[None, None], logits, -jnp.inf), axis=-1)
+  return jnp.einsum("hgts,shd->thgd", weights.astype(v.dtype), v).reshape(t, -1, d)

@@ -1,0 +1,107 @@
+"""The page array: write, gather, copy, clear. Only this module and the kernels know its layout."""
+
+import jax
+import jax.numpy as jnp
+
+from paged_jax import loops
+from paged_jax.config import CacheConfig
+from paged_jax.types import Copies, Pages
+
+
+def init(config: CacheConfig) -> Pages:
+  """An array of zero pages."""
+  shape = (config.num_pages, config.num_layers, config.num_kv_heads, config.page_size,
+           2 * config.head_dim)  # fmt: skip
+  return Pages(kv=jnp.zeros(shape, config.storage_dtype), dtype=config.dtype)
+
+
+def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
+  """N, L, H, T and D."""
+  n, l, h, t, width = pages.kv.shape
+  return n, l, h, t, width // 2
+
+
+def stored(values: jax.Array, pages: Pages) -> jax.Array:
+  """`values` cast to the pages' dtype, then to the bits that the page array keeps."""
+  return jax.lax.bitcast_convert_type(values.astype(pages.dtype), pages.kv.dtype)
+
+
+def values(bits: jax.Array, pages: Pages) -> jax.Array:
+  """What `bits` of the page array mean, in the pages' dtype."""
+  return jax.lax.bitcast_convert_type(bits, pages.dtype)
+
+
+def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+  """Writes `k`, `v` [B,H,D] of one layer at `slots` i32[B], all distinct; drops out of range."""
+  t = pages.kv.shape[3]
+  bits = stored(jnp.concatenate([k.astype(pages.dtype), v.astype(pages.dtype)], axis=-1), pages)
+  kv = pages.kv.at[slots // t, layer, :, slots % t].set(bits, mode="drop", unique_indices=True)
+  return Pages(kv=kv, dtype=pages.dtype)
+
+
+def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """K and V [R,P*T,H,D] of one layer by block `tables` i32[R,P], zero where there is no page."""
+  _, _, h, t, d = sizes(pages)
+  bits = pages.kv.at[tables, layer].get(mode="fill", fill_value=0)  # [R,P,H,T,2D]
+  r, p = tables.shape
+  kv = values(bits.transpose(0, 1, 3, 2, 4).reshape(r, p * t, h, 2 * d), pages)
+  return kv[..., :d], kv[..., d:]
+
+
+def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
+  """Makes the pages that `copies` lists, in place, one page per turn."""
+  n, t = pages.kv.shape[0], pages.kv.shape[3]
+
+  def step(kv, rows, nth):
+    row, nth = rows[0], nth[0]
+    column = copies.first.at[row].get(mode="fill", fill_value=0) + nth
+    target = block_tables.at[row, column].get(mode="fill", fill_value=n)
+    source = copies.sources.at[row, nth].get(mode="fill", fill_value=n)
+    kept = copies.lengths.at[row].get(mode="fill", fill_value=0) - column * t
+    kept = jnp.where(source < n, kept, 0)
+    offsets = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
+    page = jnp.where(offsets < kept, _page(kv, source), jnp.zeros((), kv.dtype))
+    return _set_page(kv, target, page)
+
+  return Pages(kv=loops.fold(copies.count, step, pages.kv, chunk=1), dtype=pages.dtype)
+
+
+def read(pages: Pages, ids: jax.Array) -> Pages:
+  """The bytes of pages `ids` i32[B], zero where there is no page."""
+  n = pages.kv.shape[0]
+  kv = jax.lax.map(
+    lambda i: jnp.where(i < n, _page(pages.kv, i), jnp.zeros((), pages.kv.dtype)), ids
+  )
+  return Pages(kv=kv, dtype=pages.dtype)
+
+
+def only(image: Pages, start: jax.Array, end: jax.Array) -> Pages:
+  """The bytes of the tokens `start..end` of consecutive pages, and zero elsewhere."""
+  b, t = image.kv.shape[0], image.kv.shape[3]
+  positions = jnp.arange(b * t, dtype=jnp.int32).reshape(b, 1, 1, t, 1)
+  live = (positions >= start) & (positions < end)
+  return Pages(kv=jnp.where(live, image.kv, jnp.zeros((), image.kv.dtype)), dtype=image.dtype)
+
+
+def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
+  """Writes the bytes of `image` into pages `ids` i32[B], dropping those out of range."""
+  n = pages.kv.shape[0]
+  count = jnp.sum(ids < n, dtype=jnp.int32)  # the pages come first, then padding
+
+  def step(kv, rows, nth):
+    del rows
+    target = ids.at[nth[0]].get(mode="fill", fill_value=n)
+    return _set_page(kv, target, _page(image.kv, nth[0]))
+
+  return Pages(kv=loops.fold(count[None], step, pages.kv, chunk=1), dtype=pages.dtype)
+
+
+def _page(kv: jax.Array, page: jax.Array) -> jax.Array:
+  """One page [L,H,T,2D]; some page if there is no such one."""
+  return jax.lax.dynamic_index_in_dim(kv, page, axis=0, keepdims=False)
+
+
+def _set_page(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
+  """Replaces one page, or none: a dynamic slice, because a scatter of pages is not in place on TPU."""
+  values = jnp.where(page < kv.shape[0], values, _page(kv, page))
+  return jax.lax.dynamic_update_index_in_dim(kv, values, page, axis=0)

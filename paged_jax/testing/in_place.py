@@ -1,0 +1,78 @@
+"""Proof that a function updates its donated cache in place, without running it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from paged_jax.types import Cache
+
+
+def assert_in_place(fn: Callable, *args, factor: int = 8) -> None:
+  """Raises `AssertionError` if `fn`, compiled with its cache donated, copies the page array.
+
+  It compiles `fn` for the arguments as they are and for a pool with `factor` times as many pages:
+  the temporary memory of the compiled programs must not grow with the pool (by more than 2% of
+  the pool, which leaves room for the ledger's integers).
+
+  Args:
+    fn: A function of `args`, for instance a verb or a whole decode loop.
+    *args: Its arguments, arrays or `jax.ShapeDtypeStruct`s; the first that holds a `Cache` is
+      donated. Caches may carry leading batch axes, as under `vmap`.
+    factor: How much larger the second pool is.
+  """
+  caches = [i for i, arg in enumerate(args) if _num_caches(arg)]
+  if not caches:
+    raise ValueError("args must contain a Cache")
+  temp, size = [], []
+  for scale in (1, factor):
+    scaled = [_with_pages(arg, scale) for arg in args]
+    compiled = jax.jit(fn, donate_argnums=caches[0]).lower(*scaled).compile()
+    temp.append(compiled.memory_analysis().temp_size_in_bytes)
+    size.append(sum(_num_bytes(arg) for arg in scaled))
+  growth, allowed = temp[1] - temp[0], 0.02 * (size[1] - size[0])
+  assert growth <= allowed, (
+    f"not in place: temporary memory grows by {growth} bytes when the pool grows by "
+    f"{size[1] - size[0]}"
+  )
+
+
+def _is_cache(x) -> bool:
+  return isinstance(x, Cache)
+
+
+def _num_caches(arg) -> int:
+  return sum(map(_is_cache, jax.tree.leaves(arg, is_leaf=_is_cache)))
+
+
+def _num_bytes(arg) -> int:
+  caches = filter(_is_cache, jax.tree.leaves(arg, is_leaf=_is_cache))
+  return sum(cache.pages.kv.size * cache.pages.kv.dtype.itemsize for cache in caches)
+
+
+def _with_pages(arg, scale: int):
+  """`arg` as shapes, with `scale` times as many pages in its caches."""
+
+  def grow(cache):
+    def more(x, axis, size):
+      shape = list(x.shape)
+      shape[axis] = size
+      return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    pool = cache.ledger.pool
+    n = pool.refcount.shape[-1] * scale
+    pool = dataclasses.replace(
+      pool,
+      free=more(pool.free, -1, -(-n // 32)),
+      refcount=more(pool.refcount, -1, n),
+      holds=more(pool.holds, -1, n),
+    )
+    pages = dataclasses.replace(cache.pages, kv=more(cache.pages.kv, -5, n))
+    ledger = dataclasses.replace(cache.ledger, pool=pool)
+    return jax.tree.map(_shape, Cache(ledger=ledger, pages=pages))
+
+  return jax.tree.map(lambda x: grow(x) if _is_cache(x) else _shape(x), arg, is_leaf=_is_cache)
+
+
+def _shape(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,133 @@
+"""Runs a history on a cache and on the plain-Python model, and compares them after every step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_jax import cache as cache_lib
+from paged_jax import jitted
+from paged_jax.config import CacheConfig
+from paged_jax.testing import invariants, strategies
+from paged_jax.testing.model import Model
+from paged_jax.types import Cache, Image, Pages
+
+
+def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> Cache:
+  """Returns the last cache; raises `AssertionError` at the first step that differs from the model.
+
+  Free pages are filled with NaN after every step, so that a read of one cannot go unnoticed.
+
+  Args:
+    config: The cache to run on.
+    history: Steps, as drawn by `strategies.histories`.
+    verbs: A module or namespace with the verbs under their public names.
+  """
+  cache, model = verbs.init(config), Model(config)
+  images: list[Image] = []
+  model_images: list = []
+  for step in history:
+    cache, ok, pages = _apply(verbs, config, cache, images, step)
+    model_ok = strategies.apply(model, model_images, step)
+    if step.verb == "put_pages":
+      model_pages, model_ok = model_ok
+      np.testing.assert_array_equal(pages, model_pages, f"pages of {step}")
+    np.testing.assert_array_equal(ok, model_ok, f"ok of {step}")
+    cache = poison(cache)
+    compare(cache, model)
+  return cache
+
+
+def compare(cache: Cache, model: Model) -> None:
+  """Raises unless every integer of the cache, and every token it reads back, is the model's."""
+  invariants.check(cache)
+  n = model.num_pages
+  tables = np.full(cache.block_tables.shape, n)
+  for r, row in enumerate(model.rows):
+    for column, page in row.pages.items():
+      tables[r, column] = page
+  np.testing.assert_array_equal(cache.block_tables, tables, "block_tables")
+  np.testing.assert_array_equal(cache.lengths, [row.length for row in model.rows], "lengths")
+  starts = cache.ledger.tables.starts
+  np.testing.assert_array_equal(starts, [row.start for row in model.rows], "starts")
+  pool = cache.ledger.pool
+  refcount = [model.refcount(page) for page in range(n)]
+  np.testing.assert_array_equal(pool.refcount, refcount, "refcount")
+  np.testing.assert_array_equal(pool.holds, model.holds, "holds")
+  np.testing.assert_array_equal(pool.cursor, model.cursor, "cursor")
+  np.testing.assert_array_equal(pool.num_free, model.num_free(), "num_free")
+
+  tokens = np.zeros((len(model.rows), model.capacity), np.int32)
+  for r, row in enumerate(model.rows):
+    live = row.tokens[row.start : row.length]
+    tokens[r, row.start : row.length] = [0 if token is None else token for token in live]
+  rows = jnp.arange(len(model.rows), dtype=jnp.int32)
+  for layer in range(cache.pages.kv.shape[1]):
+    k, v = _gather(cache, jnp.int32(layer), rows)
+    shape = (*tokens.shape, *k.shape[2:])
+    wanted_k, wanted_v = (values(tokens.reshape(-1), layer, shape[2:]) for layer in (layer, ~layer))
+    np.testing.assert_array_equal(k, wanted_k.reshape(shape), f"keys of layer {layer}")
+    np.testing.assert_array_equal(v, wanted_v.reshape(shape), f"values of layer {layer}")
+
+
+def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
+  """What is written for `tokens` [B] in a layer (`~layer` for V): float32 [B,H,D], exact in 16 bits."""
+  own = np.asarray(tokens, np.float32)[:, None, None] * np.ones(shape, np.float32)
+  signs = 1 - 2 * ((np.arange(shape[0])[:, None] + np.arange(shape[1]) + layer) % 2)
+  return own * signs * (1.0 if layer >= 0 else 0.5)
+
+
+@jax.jit
+def poison(cache: Cache) -> Cache:
+  """The cache with NaN in every page that nobody holds."""
+  free = (cache.ledger.pool.refcount == 0)[:, None, None, None, None]
+  nan = jax.lax.bitcast_convert_type(jnp.full((), jnp.nan, cache.pages.dtype), cache.pages.kv.dtype)
+  kv = jnp.where(free, nan, cache.pages.kv)
+  return dataclasses.replace(cache, pages=Pages(kv=kv, dtype=cache.pages.dtype))
+
+
+_gather = jax.jit(cache_lib.gather)
+
+
+def _apply(verbs, config: CacheConfig, cache: Cache, images: list[Image], step: strategies.Step):
+  """The next cache, ok, and the pages that `put_pages` took."""
+  verb = getattr(verbs, step.verb)
+  arrays = [np.asarray(x, bool if x and isinstance(x[0], bool) else np.int32)
+            for x in step.operands if isinstance(x, list)]  # fmt: skip
+  pages = None
+  if step.verb == "write":
+    plan = verbs.plan(cache, *arrays[:2])
+    for layer in range(config.num_layers):
+      shape = (config.num_kv_heads, config.head_dim)
+      k, v = values(arrays[2], layer, shape), values(arrays[2], ~layer, shape)
+      cache = verbs.write(cache, jnp.int32(layer), k, v, plan)
+    return cache, plan.ok, pages
+  if step.verb == "put_pages":
+    image = _image(config, step.operands[0])
+    cache, pages, info = verbs.put_pages(cache, image, jnp.int32(step.operands[1]))
+  elif step.verb == "swap_out":
+    cache, image, info = verbs.swap_out(cache, jnp.int32(step.operands[0]))
+    if info.ok:
+      images.append(image)
+  elif step.verb == "swap_in":
+    row, index = step.operands
+    cache, info = verbs.swap_in(cache, jnp.int32(row), images[index])
+    if info.ok:
+      images.pop(index)
+  else:
+    cache, info = verb(cache, *arrays)
+  np.testing.assert_array_equal(info.num_free, cache.num_free, "info.num_free")
+  return cache, info.ok, pages
+
+
+def _image(config: CacheConfig, contents: list[list[int]]) -> Pages:
+  """Pages that hold the tokens `contents` [B,T]."""
+  tokens = np.asarray(contents).reshape(-1)
+  shape = (len(contents), config.page_size, config.num_kv_heads, config.head_dim)
+  layers = []
+  for layer in range(config.num_layers):
+    k, v = (values(tokens, x, shape[2:]).reshape(shape) for x in (layer, ~layer))
+    layers.append(np.concatenate([k, v], axis=-1).transpose(0, 2, 1, 3))
+  kv = jnp.asarray(np.stack(layers, axis=1)).astype(config.dtype)
+  return Pages(jax.lax.bitcast_convert_type(kv, config.storage_dtype), config.dtype)

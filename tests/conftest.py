@@ -1,0 +1,15 @@
+"""Settings of the whole test run; they must be made before jax is imported."""
+
+import os
+from importlib import metadata
+
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if metadata.version("jaxlib").startswith("0.10."):
+  # This version miscompiles some reductions on CPU, silently.
+  flags.append("--xla_cpu_experimental_ynn_fusion_type=-reduce")
+os.environ["XLA_FLAGS"] = " ".join(flags)
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,63 @@
+"""Makes `goldens/FAMILY/`: tiny random checkpoints and what transformers computes from them.
+
+python tests/models/make_goldens.py
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def model(name: str, seed: int) -> torch.nn.Module:
+  """A random model whose norms and biases do something too."""
+  torch.manual_seed(seed)
+  config = transformers.AutoConfig.for_model(**families.CONFIGS[name])
+  config._attn_implementation = "eager"
+  module = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+  with torch.no_grad():
+    for parameter in module.parameters():
+      if parameter.ndim == 1:
+        parameter.add_(0.3 * torch.randn_like(parameter))
+  return module
+
+
+def logits(module: torch.nn.Module, tokens: list[int]) -> np.ndarray:
+  """f32[T,V] logits after each token, computed without a cache."""
+  with torch.no_grad():
+    return module(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def greedy(module: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
+  """The prompt and `steps` greedy tokens after it."""
+  tokens = list(prompt)
+  for _ in range(steps):
+    tokens.append(int(logits(module, tokens)[-1].argmax()))
+  return tokens
+
+
+def main() -> None:
+  """Writes all goldens."""
+  for seed, name in enumerate(families.CONFIGS):
+    module = model(name, seed)
+    prompt = np.random.default_rng(seed).integers(128, size=families.PROMPT).tolist()
+    tokens = greedy(module, prompt, families.STEPS)
+    values = logits(module, tokens)
+    gap = np.diff(np.sort(values[families.PROMPT - 1 :], axis=-1)[:, -2:]).min()
+    print(f"{name}: largest logit {np.abs(values).max():.1f}, smallest gap {gap:.4f}")
+    assert gap > 1e-3, "two tokens nearly tie: change the seed"
+    folder = GOLDENS / name
+    size = "40KB" if name == families.SHARDED else "10MB"
+    module.save_pretrained(folder, max_shard_size=size)
+    np.savez_compressed(folder / "golden.npz", tokens=np.int32(tokens), logits=values)
+
+
+if __name__ == "__main__":
+  main()

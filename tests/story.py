@@ -1,0 +1,57 @@
+"""A few verbs with plain Python operands, so that a test reads like a story."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import paged_jax
+from paged_jax import jitted
+from paged_jax.testing import replay
+
+
+def config(**fields):
+  small = dict(
+    num_layers=2, num_kv_heads=2, head_dim=2, page_size=4, num_pages=8, num_rows=3, max_length=24,
+    dtype="float32",
+  )  # fmt: skip
+  return paged_jax.CacheConfig(**(small | fields))
+
+
+def empty(**fields):
+  return jitted.init(config(**fields))
+
+
+def ids(*values):
+  return jnp.array(values, jnp.int32)
+
+
+def extend(cache, *num_tokens):
+  cache, info = jitted.extend(cache, ids(*num_tokens))
+  return cache, info.ok.tolist()
+
+
+def write(cache, row, tokens, start=0):
+  """Writes `tokens` of one row from a position on, in every layer; returns which were written."""
+  count = len(tokens)
+  plan = jitted.plan(cache, ids(*[row] * count), ids(*range(start, start + count)))
+  shape = (cache.pages.kv.shape[2], cache.pages.kv.shape[4] // 2)
+  for layer in range(cache.pages.kv.shape[1]):
+    k, v = replay.values(tokens, layer, shape), replay.values(tokens, ~layer, shape)
+    cache = jitted.write(cache, jnp.int32(layer), k, v, plan)
+  return cache, plan.ok.tolist()
+
+
+def read(cache, row):
+  """The tokens that a row reads back, the same in every layer, head and column."""
+  length = int(cache.lengths[row])
+  tokens = None
+  for layer in range(cache.pages.kv.shape[1]):
+    k, v = (np.asarray(x, np.float32)[0, :length] for x in jitted.gather(cache, jnp.int32(layer), ids(row)))
+    tokens = np.abs(k[:, 0, 0])
+    np.testing.assert_array_equal(k, replay.values(tokens, layer, k.shape[1:]))
+    np.testing.assert_array_equal(v, replay.values(tokens, ~layer, v.shape[1:]))
+  return tokens.astype(int).tolist()
+
+
+def pages_of(cache, row):
+  table = np.asarray(cache.block_tables[row])
+  return table[table < cache.ledger.pool.num_pages].tolist()

@@ -1,0 +1,332 @@
+"""The verbs as parts of a program: bad arguments, transforms, donation, one program without a host."""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from story import config, empty, extend, ids, pages_of, read, write
+
+import paged_jax
+from paged_jax import jitted
+from paged_jax.testing import assert_in_place, invariants, replay
+
+ROWS = jnp.arange(3, dtype=jnp.int32)
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+# Bad arguments.
+
+K = jnp.zeros((1, 2, 2))
+MISUSES = {
+  "extend a list": (lambda c, p: paged_jax.extend(c, [1, 1, 1]), "num_tokens.*list"),
+  "extend floats": (lambda c, p: paged_jax.extend(c, jnp.ones(3)), "num_tokens.*float32"),
+  "extend too few": (lambda c, p: paged_jax.extend(c, ids(1)), r"num_tokens.*\[3\].*\[1\]"),
+  "needed rank": (lambda c, p: paged_jax.pages_needed(c, ROWS[None]), r"num_tokens.*\[1, 3\]"),
+  "plan int": (lambda c, p: paged_jax.plan(c, 0, ids(0)), "rows.*int"),
+  "plan sizes": (lambda c, p: paged_jax.plan(c, ids(0), ids(0, 1)), r"positions.*\[1\].*\[2\]"),
+  "plan backend": (
+    lambda c, p: paged_jax.plan(c, ids(0), ids(0), implementation="abacus"),
+    "implementation.*abacus",
+  ),
+  "write heads": (lambda c, p: paged_jax.write(c, 0, K[:, :1], K, p), r"k must.*\[1, 2, 2\]"),
+  "write ints": (lambda c, p: paged_jax.write(c, 0, K, ids(1), p), "v must.*int32"),
+  "write layer": (lambda c, p: paged_jax.write(c, 2, K, K, p), r"layer.*\[0, 2\).*2"),
+  "gather layer": (lambda c, p: paged_jax.gather(c, -1, ids(0)), "layer.*-1"),
+  "gather tokens": (lambda c, p: paged_jax.gather(c, 0, ids(0), num_tokens=25), "num_tokens.*25"),
+  "attend heads": (lambda c, p: paged_jax.attend(jnp.zeros((1, 3, 2)), c, 0, p), "q.*3"),
+  "attend dim": (lambda c, p: paged_jax.attend(jnp.zeros((1, 2, 4)), c, 0, p), "q.*4"),
+  "fork sizes": (lambda c, p: paged_jax.fork(c, ids(0), ids(1, 2)), "dst.*2"),
+  "fork tokens": (lambda c, p: paged_jax.fork(c, ids(0), ids(1), ids(1, 2)), "num_tokens.*2"),
+  "reorder sizes": (lambda c, p: paged_jax.reorder(c, ids(0)), r"sources.*\[3\]"),
+  "unshare bool": (lambda c, p: paged_jax.unshare(c, ROWS > 0), "starts.*bool"),
+  "trim sizes": (lambda c, p: paged_jax.trim(c, ids(0)), "lengths"),
+  "slide sizes": (lambda c, p: paged_jax.slide(c, ids(0)), "starts"),
+  "free ints": (lambda c, p: paged_jax.free(c, ROWS), "rows.*bool.*int32"),
+  "hold scalar": (lambda c, p: paged_jax.hold(c, jnp.int32(0)), "pages"),
+  "drop floats": (lambda c, p: paged_jax.drop(c, jnp.ones(1)), "pages.*float32"),
+  "adopt pages": (lambda c, p: paged_jax.adopt(c, ids(0), ids(0), ids(1)), "pages"),
+  "read list": (lambda c, p: paged_jax.read_pages(c, [0]), "pages.*list"),
+  "put image": (
+    lambda c, p: paged_jax.put_pages(c, jax.tree.map(lambda x: x[:, :1], c.pages), jnp.int32(1)),
+    "image",
+  ),
+  "swap row": (lambda c, p: paged_jax.swap_out(c, ids(0)), "row"),
+  "swap pages": (lambda c, p: paged_jax.swap_out(c, jnp.int32(0), num_pages=7), "num_pages.*7"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_a_wrong_argument_is_named_while_tracing(name):
+  call, message = MISUSES[name]
+  cache = paged_jax.init(config())
+  plan = paged_jax.plan(cache, ids(0), ids(0))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(call, cache, plan) if name != "extend a list" else call(cache, plan)
+
+
+def test_a_cache_used_after_donation_says_so_plainly():
+  cache = empty()
+  jitted.extend(cache, ids(1, 1, 1))
+  with pytest.raises(ValueError, match="extend: this cache was donated"):
+    jitted.extend(cache, ids(1, 1, 1))
+
+
+def test_numpy_operands_of_any_integer_width_are_accepted():
+  cache, info = jitted.extend(empty(), np.array([1, 2, 3]))
+  assert info.ok.all() and cache.lengths.tolist() == [1, 2, 3]
+
+
+REFUSED = {
+  "extend negative": lambda c: paged_jax.extend(c, ids(-1, 0, 0)),
+  "extend beyond the row": lambda c: paged_jax.extend(c, ids(20, 0, 0)),
+  "extend by the largest int": lambda c: paged_jax.extend(c, ids(2**31 - 1, 0, 0)),
+  "fork onto a busy row": lambda c: paged_jax.fork(c, ids(0), ids(0)),
+  "fork from no row": lambda c: paged_jax.fork(c, ids(3), ids(2)),
+  "fork from a negative row": lambda c: paged_jax.fork(c, ids(-1), ids(2)),
+  "fork more than there is": lambda c: paged_jax.fork(c, ids(0), ids(2), ids(6)),
+  "fork a negative count": lambda c: paged_jax.fork(c, ids(0), ids(2), ids(-1)),
+  "reorder from no row": lambda c: paged_jax.reorder(c, ids(4, 1, 2)),
+  "reorder from a negative row": lambda c: paged_jax.reorder(c, ids(-1, 1, 2)),
+  "unshare beyond the length": lambda c: paged_jax.unshare(c, ids(6, 0, 0)),
+  "unshare negative": lambda c: paged_jax.unshare(c, ids(-1, 0, 0)),
+  "trim upwards": lambda c: paged_jax.trim(c, ids(6, 0, 0)),
+  "trim negative": lambda c: paged_jax.trim(c, ids(-1, 0, 0)),
+  "slide beyond the length": lambda c: paged_jax.slide(c, ids(6, 0, 0)),
+  "slide negative": lambda c: paged_jax.slide(c, ids(-1, 0, 0)),
+  "free an empty row": lambda c: paged_jax.free(c, ROWS == 2),
+  "hold a free page": lambda c: paged_jax.hold(c, ids(7)),
+  "hold no such page": lambda c: paged_jax.hold(c, ids(9)),
+  "hold a negative page": lambda c: paged_jax.hold(c, ids(-1)),
+  "drop a page not held": lambda c: paged_jax.drop(c, ids(0)),
+  "adopt a free page": lambda c: paged_jax.adopt(c, ids(2), ids(7)[None], ids(1)),
+  "adopt a page not held": lambda c: paged_jax.adopt(c, ids(2), ids(0)[None], ids(1)),
+  "adopt onto a busy row": lambda c: paged_jax.adopt(c, ids(0), ids(1)[None], ids(1)),
+  "adopt more tokens than pages": lambda c: paged_jax.adopt(c, ids(2), ids(1)[None], ids(5)),
+  "adopt a negative length": lambda c: paged_jax.adopt(c, ids(2), ids(1)[None], ids(-1)),
+  "swap an empty row": lambda c: paged_jax.swap_out(c, jnp.int32(2))[::2],
+  "swap no row": lambda c: paged_jax.swap_out(c, jnp.int32(-1))[::2],
+  "swap more than the bucket": lambda c: paged_jax.swap_out(c, jnp.int32(0), num_pages=1)[::2],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_data_cannot_ask_is_refused_and_changes_nothing(name):
+  cache, _ = write(extend(empty(), 5, 2, 0)[0], 0, [1, 2, 3, 4, 5])
+  cache, _ = jitted.hold(cache, ids(1))
+  after, info = jax.jit(REFUSED[name])(cache)
+  assert not bool(info.ok.reshape(-1)[2 if "free" in name and "row" in name else 0])
+  chex.assert_trees_all_equal(after, cache)
+
+
+# Transforms.
+
+
+def story(cache):
+  """Fork, copy on write, a full pool, swap and back: every verb that moves something."""
+  cache, a = paged_jax.extend(cache, ids(6, 0, 3))
+  plan = paged_jax.plan(cache, ids(0, 0, 2), ids(0, 5, 1))
+  k = jnp.arange(12, dtype=jnp.float32).reshape(3, 2, 2)
+  cache = paged_jax.write(cache, jnp.int32(1), k, -k, plan)
+  cache, b = paged_jax.fork(cache, ids(0), ids(1))
+  cache, c = paged_jax.extend(cache, ids(1, 9, 24))
+  cache, d = paged_jax.unshare(cache, ids(0, 16, 3))
+  cache, image, e = paged_jax.swap_out(cache, jnp.int32(2))
+  cache, f = paged_jax.reorder(cache, ids(0, 0, 3))
+  cache, g = paged_jax.swap_in(cache, jnp.int32(2), image)
+  cache, h = paged_jax.trim(cache, cache.lengths // 2)
+  out = paged_jax.attend(k, cache, 1, paged_jax.plan(cache, ids(0, 2, 3), ids(1, 0, 0)))
+  return cache, (a, b, c, d, e, f, g, h), image, out
+
+
+def test_a_program_of_verbs_means_the_same_under_every_transform():
+  cache = paged_jax.init(config())
+  plain = story(cache)
+  invariants.check(plain[0])
+  compiled = jax.jit(story)(cache)
+  chex.assert_trees_all_close(plain, compiled, rtol=1e-6)
+  chex.assert_trees_all_equal(plain[0].ledger, compiled[0].ledger)
+  batch = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+  batched = jax.vmap(story)(batch)
+  for i in range(2):
+    chex.assert_trees_all_close(plain, jax.tree.map(lambda x: x[i], batched), rtol=1e-6)  # noqa: B023
+  scanned = jax.lax.scan(lambda c, _: story(c), cache, None, length=1)
+  chex.assert_trees_all_close(plain[0], scanned[0], rtol=1e-6)
+
+
+def test_caches_of_a_batch_that_need_different_work_do_not_disturb_each_other():
+  first, _ = write(extend(empty(), 5, 0, 0)[0], 0, [1, 2, 3, 4, 5])
+  first, _ = jitted.fork(first, ids(0), ids(1))
+  second, _ = extend(empty(), 2, 23, 0)
+  counts = jnp.array([[1, 1, 9], [1, 0, 0]], jnp.int32)
+  alone = [paged_jax.extend(c, n) for c, n in zip((first, second), counts)]
+  both = jax.tree.map(lambda *x: jnp.stack(x), first, second)
+  chex.assert_trees_all_equal(
+    jax.vmap(paged_jax.extend)(both, counts), jax.tree.map(lambda *x: jnp.stack(x), *alone)
+  )
+
+
+def decode(cache, num_steps):
+  """A decode loop as users write it: grow, plan, write and attend in each layer, stop when full."""
+
+  def step(carry):
+    cache, alive, made, _ = carry
+    cache, info = paged_jax.extend(cache, alive.astype(jnp.int32))
+    alive &= info.ok
+    rows = jnp.where(alive, ROWS, 3)
+    plan = paged_jax.plan(cache, rows, cache.lengths - 1)
+
+    def layer(carry, index):
+      cache, x = carry
+      cache = paged_jax.write(cache, index, x, -x, plan)
+      return (cache, x + paged_jax.attend(x, cache, index, plan)), None
+
+    x = jnp.ones((3, 2, 2)) * cache.lengths.astype(jnp.float32)[:, None, None]
+    (cache, x), _ = jax.lax.scan(layer, (cache, x), jnp.arange(2, dtype=jnp.int32))
+    return cache, alive, made + alive.astype(jnp.int32), x
+
+  def more(carry):
+    return jnp.any(carry[1]) & (jnp.max(carry[2]) < num_steps)
+
+  start = (cache, jnp.ones(3, jnp.bool_), jnp.zeros(3, jnp.int32), jnp.zeros((3, 2, 2)))
+  return jax.lax.while_loop(more, step, start)
+
+
+def primitives(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from primitives(inner)
+
+
+def host_calls(fn, *args):
+  """Names of primitives that talk to the host. Tracing from shapes cannot read any value."""
+  found = set(primitives(jax.make_jaxpr(fn)(*shapes(args)).jaxpr))
+  assert "while" in found, "the walk did not go in"
+  return {name for name in found if re.search("callback|infeed|outfeed|device_put|debug", name)}
+
+
+def test_hundreds_of_steps_across_pages_a_fork_and_a_full_pool_are_one_program():
+  cache, _ = write(extend(empty(num_pages=90, max_length=400), 5, 0, 2)[0], 0, [1, 2, 3, 4, 5])
+  cache, _ = jitted.fork(cache, ids(0), ids(1))
+  assert host_calls(lambda c: decode(c, 300), cache) == set()
+  run = jax.jit(lambda c: decode(c, 300), donate_argnums=0)
+  cache, alive, made, _ = run(cache)
+  # 90 pages of 4: rows 0 and 1 share page 0 and row 2 has its own.
+  assert not alive.any() and int(cache.num_free) == 0
+  assert made.tolist() == [117, 115, 118] or int(made.sum()) >= 345
+  assert pages_of(cache, 0)[0] == pages_of(cache, 1)[0]
+  assert pages_of(cache, 0)[1] != pages_of(cache, 1)[1]
+  np.testing.assert_array_equal(
+    jitted.gather(cache, 0, ids(0), num_tokens=5)[0], jitted.gather(cache, 0, ids(1), num_tokens=5)[0]
+  )
+  invariants.check(cache)
+
+
+def test_a_deliberate_host_call_is_found():
+  def peeks(cache):
+    jax.debug.callback(lambda x: None, cache.num_free)
+    return decode(cache, 2)
+
+  assert host_calls(peeks, paged_jax.init(config())) != set()
+
+
+def test_a_deliberate_host_read_cannot_be_traced():
+  def reads(cache):
+    return decode(cache, int(cache.num_free))
+
+  with pytest.raises(jax.errors.ConcretizationTypeError):
+    host_calls(reads, paged_jax.init(config()))
+
+
+# In place.
+
+BIG = config(num_pages=512, head_dim=16, num_layers=4)
+OPERANDS = {
+  "extend": (ROWS,),
+  "fork": (ROWS, ROWS),
+  "reorder": (ROWS,),
+  "unshare": (ROWS,),
+  "trim": (ROWS,),
+  "slide": (ROWS,),
+  "free": (ROWS > 0,),
+  "hold": (ROWS,),
+  "drop": (ROWS,),
+  "adopt": (ROWS, ROWS[:, None], ROWS),
+  "swap_out": (jnp.int32(0),),
+}
+
+
+def written(cache, k, layer):
+  plan = paged_jax.plan(cache, ROWS, ROWS)
+  return paged_jax.write(cache, layer, k, k, plan)
+
+
+def swapped(cache, row):
+  cache, image, _ = paged_jax.swap_out(cache, row)
+  return paged_jax.swap_in(cache, row, image)
+
+
+CALLS = {name: (getattr(paged_jax, name), args) for name, args in OPERANDS.items()}
+CALLS["write"] = (written, (jnp.zeros((3, 2, 16)), jnp.int32(1)))
+CALLS["swap"] = (swapped, (jnp.int32(0),))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_verb_copies_the_pool(name, dtype, batched):
+  verb, args = CALLS[name]
+  cache = shapes(jax.eval_shape(paged_jax.init, dataclasses.replace(BIG, dtype=dtype).stored_for("cpu")))
+  if batched:
+    cache, *args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (cache, *args))
+    verb = jax.vmap(verb)
+  assert_in_place(verb, cache, *args)
+
+
+def test_a_decode_loop_does_not_copy_the_pool():
+  cache = jax.eval_shape(paged_jax.init, dataclasses.replace(BIG, head_dim=2, num_layers=2))
+  assert_in_place(functools.partial(decode, num_steps=8), cache)
+
+
+def test_a_copy_of_the_pool_is_caught():
+  def careless(cache, num_tokens):
+    after, info = paged_jax.extend(cache, num_tokens)
+    return after, info, cache.pages.kv[0] + after.pages.kv[0], jnp.sort(cache.pages.kv, axis=0)[0]
+
+  cache = jax.eval_shape(paged_jax.init, BIG)
+  with pytest.raises(AssertionError, match="not in place"):
+    assert_in_place(careless, cache, ROWS)
+
+
+# Persistence.
+
+
+def test_a_cache_survives_a_checkpoint(tmp_path):
+  cache, _ = write(extend(empty(dtype="bfloat16"), 5, 0, 0)[0], 0, [1, 2, 3, 4, 5])
+  cache, _ = jitted.fork(cache, ids(0), ids(1))
+  with ocp.StandardCheckpointer() as saver:
+    saver.save(tmp_path / "cache", cache)
+    saver.wait_until_finished()
+    restored = saver.restore(tmp_path / "cache", jax.eval_shape(lambda: cache))
+  chex.assert_trees_all_equal(restored, cache)
+  restored, ok = extend(restored, 1, 1, 1)
+  assert ok == [True] * 3 and read(restored, 1) == [1, 2, 3, 4, 5, 0]
+  assert isinstance(restored, paged_jax.Cache)
+
+
+def test_poisoned_free_pages_never_show():
+  cache = replay.poison(empty())
+  cache, _ = extend(cache, 5, 0, 0)
+  assert read(cache, 0) == [0] * 5

@@ -1,0 +1,57 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_jax import CacheConfig
+
+
+def test_defaults_are_the_seeds():
+  config = CacheConfig()
+  assert (config.page_size, config.num_pages, config.num_layers) == (16, 1024, 32)
+  assert (config.num_kv_heads, config.head_dim, config.copy_on_write) == (32, 128, True)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "8"])
+@pytest.mark.parametrize(
+  "field",
+  ["num_layers", "num_kv_heads", "head_dim", "page_size", "num_pages", "num_rows", "max_length"],
+)
+def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
+  with pytest.raises(ValueError, match=f"{field}.*{value}"):
+    CacheConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("dtype", "int8", "dtype.*int8"),
+    ("dtype", "nonsense", "dtype.*nonsense"),
+    ("storage_dtype", "float32", "storage_dtype.*float32"),
+    ("copy_on_write", 1, "copy_on_write.*1"),
+    ("num_pages", 2**27, "num_pages.*134217728"),
+  ],
+)
+def test_a_field_out_of_range_is_named_with_its_value(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    CacheConfig(**{field: value})
+
+
+def test_configs_are_hashable_and_equal_by_value():
+  assert CacheConfig(num_pages=np.int64(8)) == CacheConfig(num_pages=8)
+  assert hash(CacheConfig(dtype="float32")) == hash(CacheConfig(dtype=jnp.float32))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    CacheConfig().num_pages = 1  # pyright: ignore
+
+
+def test_storage_never_depends_on_the_machine_unless_asked():
+  config = CacheConfig(dtype="bfloat16")
+  assert config.storage_dtype == jnp.bfloat16
+  assert config.stored_for("gpu").storage_dtype == jnp.bfloat16
+  assert config.stored_for("cpu").storage_dtype in (jnp.bfloat16, jnp.uint16)
+  assert CacheConfig(dtype="float32").stored_for("cpu").storage_dtype == jnp.float32
+
+
+def test_a_one_page_cache_can_be_described():
+  assert CacheConfig(num_pages=1, page_size=1, max_length=1).pages_per_row == 1

@@ -1,0 +1,92 @@
+"""Random histories of all verbs against the plain-Python model, laws checked after every step."""
+
+import types
+
+import chex
+import hypothesis
+import jax
+import pytest
+from hypothesis import strategies as st
+
+import paged_jax
+from paged_jax.testing import replay, strategies
+
+SETTINGS = dict(
+  deadline=None,
+  database=None,
+  suppress_health_check=list(hypothesis.HealthCheck),
+  print_blob=True,
+)
+
+SHARED = dict(num_layers=2, num_kv_heads=2, head_dim=2)
+CONFIGS = {
+  "tight": paged_jax.CacheConfig(
+    **SHARED, page_size=4, num_pages=7, num_rows=4, max_length=14, dtype="float32"
+  ),
+  "roomy": paged_jax.CacheConfig(
+    **SHARED, page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16"
+  ),
+  "bits": paged_jax.CacheConfig(
+    **SHARED, page_size=2, num_pages=12, num_rows=4, max_length=9, dtype="bfloat16",
+    storage_dtype="uint16",
+  ),  # fmt: skip
+  "tokens": paged_jax.CacheConfig(
+    **SHARED, page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"
+  ),
+  "single": paged_jax.CacheConfig(
+    **SHARED, page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"
+  ),
+  "whole": paged_jax.CacheConfig(
+    **SHARED, page_size=2, num_pages=7, num_rows=4, max_length=10, dtype="float32",
+    copy_on_write=False,
+  ),  # fmt: skip
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_history_matches_the_plain_model(name):
+  config = CONFIGS[name]
+
+  @hypothesis.settings(max_examples=60, **SETTINGS)
+  @hypothesis.given(strategies.histories(config, max_steps=40))
+  def run(history):
+    replay.check(config, history)
+
+  run()
+
+
+@pytest.mark.sweep
+@hypothesis.settings(max_examples=400, **SETTINGS)
+@hypothesis.given(st.data())
+def test_every_history_matches_the_plain_model_for_any_config(data):
+  config = data.draw(strategies.configs())
+  replay.check(config, data.draw(strategies.histories(config, max_steps=60)))
+
+
+def test_a_history_traces_each_verb_once():
+  config = CONFIGS["tight"]
+  verbs = types.SimpleNamespace(init=paged_jax.init)
+  for name in {*strategies.VERBS, "plan"}:
+    traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
+    setattr(verbs, name, jax.jit(traced))
+
+  @hypothesis.settings(max_examples=30, phases=[hypothesis.Phase.generate], **SETTINGS)
+  @hypothesis.given(strategies.histories(config, max_steps=40))
+  def run(history):
+    replay.check(config, history, verbs)
+
+  run()
+  chex.clear_trace_counter()
+
+
+def test_the_comparison_with_the_model_can_fail():
+  def greedy_extend(cache, num_tokens):
+    cache, info = paged_jax.extend(cache, num_tokens)
+    return cache, info._replace(ok=~info.ok)
+
+  names = [*strategies.VERBS, "plan", "init"]
+  verbs = types.SimpleNamespace(**{name: getattr(paged_jax.jitted, name) for name in names})
+  verbs.extend = greedy_extend
+  config = CONFIGS["tight"]
+  with pytest.raises(AssertionError, match="ok of"):
+    replay.check(config, [strategies.Step("extend", ([1, 0, 0, 0],))], verbs)
