@@ -1,6 +1,7 @@
 """A paged KV cache for JAX: one immutable pytree, pure verbs that run inside your own program."""
 
 from paged_jax import jitted as jitted
+from paged_jax import sharding as sharding
 from paged_jax.cache import adopt as adopt
 from paged_jax.cache import attend as attend
 from paged_jax.cache import audit as audit

@@ -113,9 +113,7 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   shape = (plan.rows.shape[0], h, d)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
   layer = arguments.layer(layer, num_layers)
-  return dataclasses.replace(
-    cache, pages=pages_lib.write(cache.pages, layer, k, v, plan.slots)
-  )
+  return dataclasses.replace(cache, pages=pages_lib.write(cache.pages, layer, k, v, plan.slots))
 
 
 def attend(
@@ -331,7 +329,9 @@ def swap_in(cache: Cache, row: jax.Array, image: Image) -> tuple[Cache, Info]:
   s = cache.ledger.num_rows
   _, count = tables_lib.span(image.start, image.length, cache.ledger.page_size)
   vacant = cache.lengths.at[jnp.where(row >= 0, row, s)].get(mode="fill", fill_value=1) == 0
-  sane = (image.start >= 0) & (image.start <= image.length) & (image.length <= cache.ledger.capacity)
+  sane = (
+    (image.start >= 0) & (image.start <= image.length) & (image.length <= cache.ledger.capacity)
+  )
   cache, pages, info = put_pages(cache, image.pages, jnp.where(vacant & sane, count, -1))
   # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
   ledger = dataclasses.replace(cache.ledger, copy_on_write=True)

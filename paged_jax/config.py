@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,8 +30,8 @@ class CacheConfig:
   num_pages: int = 1024  # pages in the pool; every id is usable
   num_rows: int = 32  # sequences that live in the cache at once
   max_length: int = 4096  # tokens per row, rounded up to whole pages
-  dtype: np.dtype = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
-  storage_dtype: np.dtype | None = None  # how values are kept: None = as `dtype`, or uint16 bits
+  dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
+  storage_dtype: DTypeLike | None = None  # how values are kept: None = as `dtype`, or uint16 bits
   copy_on_write: bool = True  # False: only whole pages are shared
 
   def __post_init__(self):
@@ -40,26 +41,25 @@ class CacheConfig:
       if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
       object.__setattr__(self, name, int(value))
-    for name in ("dtype", "storage_dtype"):
-      value = getattr(self, name)
-      value = self.dtype if value is None else value
-      try:
-        object.__setattr__(self, name, np.dtype(value))
-      except TypeError:
-        raise ValueError(f"{name} must be a dtype, got {value!r}") from None
-    if self.dtype.name not in _DTYPES:
-      raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype.name}")
-    bits = f"uint{8 * self.dtype.itemsize}"
-    if self.storage_dtype.name not in (self.dtype.name, bits):
-      raise ValueError(
-        f"storage_dtype must be {self.dtype.name} or {bits}, got {self.storage_dtype.name}"
-      )
+    dtype, storage = self._dtype("dtype"), self._dtype("storage_dtype")
+    if dtype is None or dtype.name not in _DTYPES:
+      raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+    bits = f"uint{8 * dtype.itemsize}"
+    if storage is not None and storage.name not in (dtype.name, bits):
+      raise ValueError(f"storage_dtype must be None, {dtype} or {bits}, got {storage}")
+    object.__setattr__(self, "dtype", dtype)
+    object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
     if self.num_pages * self.page_size >= 2**30:  # slots of dropped tokens come on top
       raise ValueError(
         f"num_pages * page_size must be below 2**30, got {self.num_pages} * {self.page_size}"
       )
+
+  @property
+  def array_dtype(self) -> np.dtype:
+    """Dtype of the page array: `storage_dtype`, or `dtype` where there is none."""
+    return np.dtype(self.dtype if self.storage_dtype is None else self.storage_dtype)
 
   @property
   def pages_per_row(self) -> int:
@@ -70,7 +70,7 @@ class CacheConfig:
   def page_bytes(self) -> int:
     """Bytes of one page, all layers, keys and values."""
     values = self.num_layers * self.num_kv_heads * self.page_size * 2 * self.head_dim
-    return values * self.dtype.itemsize
+    return values * self.array_dtype.itemsize
 
   def stored_for(self, platform: str) -> "CacheConfig":
     """The same cache stored as `platform` updates it fastest.
@@ -78,5 +78,12 @@ class CacheConfig:
     XLA's CPU backend up to jax 0.10 rewrites the whole pool when it scatters 16-bit floats
     other than float16; their bits in uint16 are updated in place.
     """
-    bits = platform == "cpu" and self.dtype.name == "bfloat16" and jax.__version_info__ < (0, 11)
-    return dataclasses.replace(self, storage_dtype=np.dtype("uint16") if bits else self.dtype)
+    bits = platform == "cpu" and self.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
+    return dataclasses.replace(self, storage_dtype=np.dtype("uint16") if bits else None)
+
+  def _dtype(self, name: str) -> np.dtype | None:
+    value = getattr(self, name)
+    try:
+      return None if value is None else np.dtype(value)
+    except TypeError:
+      raise ValueError(f"{name} must be a dtype, got {value!r}") from None

@@ -123,36 +123,37 @@ def fork(
   source = jnp.where(known, src, s)
   held = tables.lengths.at[source].get(mode="fill", fill_value=0)
   starts = tables.starts.at[source].get(mode="fill", fill_value=0)
-  if num_tokens is None:
-    num_tokens = held
-  num_tokens = arguments.integers("num_tokens", num_tokens, src.shape)
-  some = num_tokens > 0
+  tokens = held if num_tokens is None else num_tokens
+  tokens = arguments.integers("num_tokens", tokens, src.shape)
+  some = tokens > 0
   starts = jnp.where(some, starts, 0)
 
-  valid = known & (num_tokens >= starts) & (num_tokens <= held)
+  valid = known & (tokens >= starts) & (tokens <= held)
   if not ledger.copy_on_write:
-    valid &= num_tokens % size == 0
+    valid &= tokens % size == 0
   padding = dst == s
   target, valid = _vacant(ledger, dst, valid)
-  first, count = tables_lib.span(starts, num_tokens, size)
+  first, count = tables_lib.span(starts, tokens, size)
   count = jnp.where(valid, count, 0)
 
   def retain(pool, entries, nth):
     rows = source.at[entries].get(mode="fill", fill_value=s)
     columns = first.at[entries].get(mode="fill", fill_value=0) + nth
-    return pool_lib.retain(pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages))
+    return pool_lib.retain(
+      pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages)
+    )
 
   pool = loops.fold(count, retain, ledger.pool, chunk=_chunk(ledger))
   columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)[None, :]
   shared = (columns >= first[:, None]) & (columns < (first + count)[:, None])
   table = tables.block_tables.at[source].get(mode="fill", fill_value=pool.num_pages)
-  stale = tables.stale.at[source].get(mode="fill", fill_value=False) | (num_tokens < held)
+  stale = tables.stale.at[source].get(mode="fill", fill_value=False) | (tokens < held)
   tables = Tables(
     block_tables=tables.block_tables.at[target].set(
       jnp.where(shared, table, pool.num_pages), mode="drop"
     ),
     starts=tables.starts.at[target].set(starts, mode="drop"),
-    lengths=tables.lengths.at[target].set(num_tokens, mode="drop"),
+    lengths=tables.lengths.at[target].set(tokens, mode="drop"),
     stale=tables.stale.at[target].set(stale & some, mode="drop"),
   )
   ledger = dataclasses.replace(ledger, pool=pool, tables=tables)
@@ -177,7 +178,9 @@ def reorder(ledger: Ledger, sources: jax.Array) -> tuple[Ledger, Info]:
   def retain(pool, rows, nth):
     rows = sources.at[rows].get(mode="fill", fill_value=s)
     columns = first.at[rows].get(mode="fill", fill_value=0) + nth
-    return pool_lib.retain(pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages))
+    return pool_lib.retain(
+      pool, tables_lib.page_at(tables.block_tables, rows, columns, pool.num_pages)
+    )
 
   pool = loops.fold(jnp.where(changed, taken, 0), retain, ledger.pool, chunk=_chunk(ledger))
   shared = Tables(
@@ -316,15 +319,15 @@ def adopt(
   rows = arguments.integers("rows", rows, (None,))
   pages = arguments.integers("pages", pages, (*rows.shape, None))
   lengths = arguments.integers("lengths", lengths, rows.shape)
-  starts = jnp.zeros_like(lengths) if starts is None else starts
-  starts = arguments.integers("starts", starts, rows.shape)
+  begins = jnp.zeros_like(lengths) if starts is None else starts
+  begins = arguments.integers("starts", begins, rows.shape)
   s, n, size = ledger.num_rows, ledger.pool.num_pages, ledger.page_size
   tables = ledger.tables
 
-  valid = (starts >= 0) & (starts <= lengths) & (lengths <= ledger.capacity)
+  valid = (begins >= 0) & (begins <= lengths) & (lengths <= ledger.capacity)
   if not ledger.copy_on_write:
     valid &= lengths % size == 0
-  first, count = tables_lib.span(starts, jnp.where(valid, lengths, 0), size)
+  first, count = tables_lib.span(begins, jnp.where(valid, lengths, 0), size)
   listed = jnp.arange(pages.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
   known = jnp.where(listed & (pages >= 0) & (pages < n), pages, n)
   held = ledger.pool.holds.at[known].get(mode="fill", fill_value=0) > 0
@@ -336,7 +339,7 @@ def adopt(
   columns = first[:, None] + jnp.arange(pages.shape[1], dtype=jnp.int32)[None, :]
   tables = Tables(
     block_tables=tables.block_tables.at[target[:, None], columns].set(known, mode="drop"),
-    starts=tables.starts.at[target].set(jnp.where(lengths > 0, starts, 0), mode="drop"),
+    starts=tables.starts.at[target].set(jnp.where(lengths > 0, begins, 0), mode="drop"),
     lengths=tables.lengths.at[target].set(lengths, mode="drop"),
     stale=tables.stale.at[target].set(lengths > 0, mode="drop"),
   )

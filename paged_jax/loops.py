@@ -9,7 +9,6 @@ import jax.numpy as jnp
 Carry = TypeVar("Carry")
 
 
-@jax.custom_batching.custom_vmap
 def any_of(flag: jax.Array) -> jax.Array:
   """`flag` bool[]; under `vmap`, whether it is set for any element of the batch.
 
@@ -17,13 +16,16 @@ def any_of(flag: jax.Array) -> jax.Array:
   select between the old and the next carry, which copies it whole, at every turn. The body must
   therefore do nothing when its own part is done.
   """
-  return flag
+  return _any_of(flag)
 
 
-@any_of.def_vmap
 def _any_of_batch(axis_size, in_batched, flag):
   del axis_size, in_batched
   return any_of(jnp.any(flag)), False
+
+
+_any_of = jax.custom_batching.custom_vmap(lambda flag: flag)
+_any_of.def_vmap(_any_of_batch)
 
 
 def locate(counts: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paged_jax import loops
 from paged_jax.config import CacheConfig
@@ -12,13 +13,13 @@ def init(config: CacheConfig) -> Pages:
   """An array of zero pages."""
   shape = (config.num_pages, config.num_layers, config.num_kv_heads, config.page_size,
            2 * config.head_dim)  # fmt: skip
-  return Pages(kv=jnp.zeros(shape, config.storage_dtype), dtype=config.dtype)
+  return Pages(kv=jnp.zeros(shape, config.array_dtype), dtype=np.dtype(config.dtype))
 
 
 def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
   """N, L, H, T and D."""
-  n, l, h, t, width = pages.kv.shape
-  return n, l, h, t, width // 2
+  n, num_layers, h, t, width = pages.kv.shape
+  return n, num_layers, h, t, width // 2
 
 
 def stored(values: jax.Array, pages: Pages) -> jax.Array:

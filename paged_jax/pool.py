@@ -104,9 +104,7 @@ def release(pool: Pool, pages: jax.Array) -> Pool:
 
 def hold(pool: Pool, pages: jax.Array) -> Pool:
   """One more host reference for each entry of `pages`, all of which have a holder already."""
-  return dataclasses.replace(
-    retain(pool, pages), holds=pool.holds.at[pages].add(1, mode="drop")
-  )
+  return dataclasses.replace(retain(pool, pages), holds=pool.holds.at[pages].add(1, mode="drop"))
 
 
 def drop(pool: Pool, pages: jax.Array) -> Pool:
@@ -122,9 +120,7 @@ def _flip(pool: Pool, pages: jax.Array, *, freed: bool) -> Pool:
   count = jnp.sum(pages < pool.num_pages, dtype=jnp.int32)
   # Distinct bits of one word add up without a carry, so addition is "or" (and "and not").
   free = pool.free.at[words].add(bits if freed else -bits, mode="drop")
-  return dataclasses.replace(
-    pool, free=free, num_free=pool.num_free + (count if freed else -count)
-  )
+  return dataclasses.replace(pool, free=free, num_free=pool.num_free + (count if freed else -count))
 
 
 def _search(

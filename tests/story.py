@@ -45,7 +45,10 @@ def read(cache, row):
   length = int(cache.lengths[row])
   tokens = None
   for layer in range(cache.pages.kv.shape[1]):
-    k, v = (np.asarray(x, np.float32)[0, :length] for x in jitted.gather(cache, jnp.int32(layer), ids(row)))
+    k, v = (
+      np.asarray(x, np.float32)[0, :length]
+      for x in jitted.gather(cache, jnp.int32(layer), ids(row))
+    )
     tokens = np.abs(k[:, 0, 0])
     np.testing.assert_array_equal(k, replay.values(tokens, layer, k.shape[1:]))
     np.testing.assert_array_equal(v, replay.values(tokens, ~layer, v.shape[1:]))

@@ -28,6 +28,7 @@ def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
   [
     ("dtype", "int8", "dtype.*int8"),
     ("dtype", "nonsense", "dtype.*nonsense"),
+    ("dtype", None, "dtype.*None"),
     ("storage_dtype", "float32", "storage_dtype.*float32"),
     ("copy_on_write", 1, "copy_on_write.*1"),
     ("num_pages", 2**27, "num_pages.*134217728"),
@@ -47,10 +48,11 @@ def test_configs_are_hashable_and_equal_by_value():
 
 def test_storage_never_depends_on_the_machine_unless_asked():
   config = CacheConfig(dtype="bfloat16")
-  assert config.storage_dtype == jnp.bfloat16
-  assert config.stored_for("gpu").storage_dtype == jnp.bfloat16
-  assert config.stored_for("cpu").storage_dtype in (jnp.bfloat16, jnp.uint16)
-  assert CacheConfig(dtype="float32").stored_for("cpu").storage_dtype == jnp.float32
+  assert config.array_dtype == jnp.bfloat16
+  assert config.stored_for("gpu").array_dtype == jnp.bfloat16
+  assert config.stored_for("cpu").array_dtype in (jnp.bfloat16, jnp.uint16)
+  assert CacheConfig(dtype="float32").stored_for("cpu").array_dtype == jnp.float32
+  assert CacheConfig(dtype="float32", storage_dtype="float32") == CacheConfig(dtype="float32")
 
 
 def test_a_one_page_cache_can_be_described():

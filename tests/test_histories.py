@@ -1,5 +1,6 @@
 """Random histories of all verbs against the plain-Python model, laws checked after every step."""
 
+import dataclasses
 import types
 
 import chex
@@ -18,29 +19,19 @@ SETTINGS = dict(
   print_blob=True,
 )
 
-SHARED = dict(num_layers=2, num_kv_heads=2, head_dim=2)
+
+def config(**fields):
+  return paged_jax.CacheConfig(num_layers=2, num_kv_heads=2, head_dim=2, **fields)
+
+
 CONFIGS = {
-  "tight": paged_jax.CacheConfig(
-    **SHARED, page_size=4, num_pages=7, num_rows=4, max_length=14, dtype="float32"
-  ),
-  "roomy": paged_jax.CacheConfig(
-    **SHARED, page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16"
-  ),
-  "bits": paged_jax.CacheConfig(
-    **SHARED, page_size=2, num_pages=12, num_rows=4, max_length=9, dtype="bfloat16",
-    storage_dtype="uint16",
-  ),  # fmt: skip
-  "tokens": paged_jax.CacheConfig(
-    **SHARED, page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"
-  ),
-  "single": paged_jax.CacheConfig(
-    **SHARED, page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"
-  ),
-  "whole": paged_jax.CacheConfig(
-    **SHARED, page_size=2, num_pages=7, num_rows=4, max_length=10, dtype="float32",
-    copy_on_write=False,
-  ),  # fmt: skip
-}  # fmt: skip
+  "tight": config(page_size=4, num_pages=7, num_rows=4, max_length=14, dtype="float32"),
+  "roomy": config(page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16"),
+  "tokens": config(page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"),
+  "single": config(page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"),
+}
+CONFIGS["bits"] = dataclasses.replace(CONFIGS["roomy"], storage_dtype="uint16")
+CONFIGS["whole"] = dataclasses.replace(CONFIGS["tight"], copy_on_write=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
 from paged_jax.attention import reference, xla
+from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
 _BACKENDS = {"reference": reference.attend, "xla": xla.attend}
 _MAX_BLOCK_SIZE = 64
+
+implementations = tuple(_BACKENDS)
 
 
 def choose(implementation: str | None) -> str:
@@ -21,7 +24,9 @@ def choose(implementation: str | None) -> str:
   if implementation is None:
     return "xla"
   if implementation not in _BACKENDS:
-    raise ValueError(f"implementation must be one of {[*_BACKENDS]}, got {implementation!r}")
+    raise ValueError(
+      f"implementation must be one of {', '.join(implementations)}, got {implementation!r}"
+    )
   return implementation
 
 
@@ -101,7 +106,7 @@ def attend(
     arguments.layer(layer, num_layers),
     tables,
     plan,
-    scale=jnp.asarray(d**-0.5 if scale is None else scale, jnp.float32),
+    scale=_scalar("scale", d**-0.5 if scale is None else scale, jnp.float32),
     window=_positive("window", jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32),
     softcap=softcap,
     sinks=sinks,
@@ -109,9 +114,12 @@ def attend(
 
 
 def _positive(name: str, value, dtype) -> jax.Array:
-  """`value` as a scalar array; a static one must be positive."""
   if isinstance(value, int | float) and not value > 0:
     raise ValueError(f"{name} must be positive, got {value}")
+  return _scalar(name, value, dtype)
+
+
+def _scalar(name: str, value, dtype) -> jax.Array:
   if jnp.shape(value):
     raise ValueError(f"{name} must be a scalar, got shape {list(jnp.shape(value))}")
   return jnp.asarray(value, dtype)

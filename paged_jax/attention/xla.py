@@ -20,7 +20,7 @@ from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
 # Positions per chunk, and bytes of K and V that are in flight at once.
-# Measured 2025-11 on 2 cores of an AMD EPYC (Zen 4, 32 MB L3) with jax 0.10.2 and 0.12.0.
+# Measured 2026-11 on 2 cores of an AMD EPYC (Zen 4, 32 MB L3) with jax 0.10.2 and 0.12.0.
 CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
 
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
   """The blocks of queries, and the positions first..last that each query sees."""
 
   queries: jax.Array  # [G,H,M,D]
-  block_tables: jax.Array  # i32[G,P]
+  rows: jax.Array  # i32[G] S where there is no block
   first: jax.Array  # i32[G,M]
   last: jax.Array  # i32[G,M] -1 where the query sees nothing
   tokens: jax.Array  # i32[G,Qb] token of each query, B where there is none
@@ -51,32 +51,31 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   n, _, h, t, d = pages_lib.sizes(pages)
-  blocks = _blocks(q, h, n, tables, plan, window)
-  chunk, group = _sizes(pages, blocks)
-  dtype = jnp.promote_types(q.dtype, pages.dtype)
-  offsets = jnp.arange(chunk * t, dtype=jnp.int32)
+  blocks = _blocks(q, h, tables, plan, window)
+  chunk, group = _sizes(pages, tables, blocks)
+  dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
 
   def attend_block(block: Blocks):
     begin, end = jnp.min(block.first), jnp.max(block.last) + 1
-    queries, first_page = block.queries.astype(dtype), begin // t
+    first_page = begin // t
 
     def add_chunk(c, sums):
-      page = first_page + c * chunk
-      ids = block.block_tables.at[page + offsets[:chunk]].get(mode="fill", fill_value=n)
-      j = page * t + offsets
+      columns = first_page + c * chunk + jnp.arange(chunk, dtype=jnp.int32)
+      ids = _take(tables.block_tables, (block.rows, columns), n)
+      j = (columns[:, None] * t + jnp.arange(t, dtype=jnp.int32)[None]).reshape(-1)
       live = (j >= begin) & (j < end) & jnp.repeat(ids < n, t)
       k, v = _load(pages, layer, ids, live)
-      logits = _dot("hmd,hxd->hmx", queries, k.astype(dtype)) * scale
+      logits = _dot("hmd,hxd->hmx", block.queries.astype(dtype), k.astype(dtype)) * scale
       if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-      seen = (j >= block.first[:, None]) & (j <= block.last[:, None]) & live
-      logits = jnp.where(seen, logits, -jnp.inf)
+      seen = (j[None] >= block.first[:, None]) & (j[None] <= block.last[:, None]) & live[None]
+      logits = jnp.where(seen[None], logits, -jnp.inf)
       return softmax.step(
         sums, logits, lambda p: _dot("hmx,hxd->hmd", p.astype(dtype), v.astype(dtype))
       )
 
     num_chunks = -(-(end - first_page * t) // (chunk * t))
-    sums = jax.lax.fori_loop(0, num_chunks, add_chunk, _start(queries, sinks))
+    sums = jax.lax.fori_loop(0, num_chunks, add_chunk, _start(block.queries, sinks))
     return softmax.finish(sums)
 
   out, lse = jax.lax.map(attend_block, blocks, batch_size=group if group > 1 else None)
@@ -87,9 +86,7 @@ def attend(
   )
 
 
-def _blocks(
-  q: jax.Array, h: int, n: int, tables: Tables, plan: Plan, window: jax.Array
-) -> Blocks:
+def _blocks(q: jax.Array, h: int, tables: Tables, plan: Plan, window: jax.Array) -> Blocks:
   """The plan's blocks with their queries, heads that share a KV head together."""
   b, num_heads, d = q.shape
   nth = jnp.arange(plan.block_size, dtype=jnp.int32)[None]
@@ -103,18 +100,18 @@ def _blocks(
   repeats = num_heads // h
   return Blocks(
     queries=queries.reshape(tokens.shape[0], h, -1, d),
-    block_tables=_take(tables.block_tables, rows, n),
+    rows=rows,
     first=jnp.repeat(jnp.where(live, first, _NEVER), repeats, axis=1),
     last=jnp.repeat(last, repeats, axis=1),
     tokens=tokens,
   )
 
 
-def _sizes(pages: Pages, blocks: Blocks) -> tuple[int, int]:
+def _sizes(pages: Pages, tables: Tables, blocks: Blocks) -> tuple[int, int]:
   """Pages per chunk, and blocks that are attended at once."""
   _, _, h, t, d = pages_lib.sizes(pages)
   page_bytes = h * t * 2 * d * pages.kv.dtype.itemsize
-  g, p = blocks.block_tables.shape
+  g, p = blocks.rows.shape[0], tables.block_tables.shape[1]
   chunk = max(1, min(p, CHUNK_TOKENS // t, CHUNK_BYTES // page_bytes))
   group = max(1, CHUNK_BYTES // (chunk * page_bytes))
   return chunk, math.gcd(g, 2 ** int(math.log2(group)))
@@ -126,18 +123,19 @@ def _load(
   """K and V [H,X,D] of pages `ids` i32[C], zero where not `live` bool[X]: 0 * NaN is NaN."""
   _, _, h, _, d = pages_lib.sizes(pages)
   bits = pages.kv.at[ids, layer].get(mode="clip").swapaxes(0, 1).reshape(h, -1, 2 * d)
-  bits = jnp.where(live[:, None], bits, jnp.zeros((), bits.dtype))
+  bits = jnp.where(live[None, :, None], bits, jnp.zeros((), bits.dtype))
   return pages_lib.values(bits[..., :d], pages), pages_lib.values(bits[..., d:], pages)
 
 
 def _start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
-  """Sums over nothing, or over the sink alone."""
+  """Sums over nothing, or over the sinks alone, for queries [H,M,D]."""
   h, m, _ = queries.shape
   acc = jnp.zeros_like(queries, jnp.float32)
+  zero = acc[..., 0]
   if sinks is None:
-    return softmax.Sums(jnp.full((h, m), -jnp.inf), jnp.zeros((h, m)), acc)
-  return softmax.Sums(jnp.tile(sinks.reshape(h, -1), (1, m // (sinks.size // h))),
-                      jnp.ones((h, m)), acc)
+    return softmax.Sums(zero - jnp.inf, zero, acc)
+  sinks = sinks.reshape(h, -1)
+  return softmax.Sums(zero + jnp.tile(sinks, (1, m // sinks.shape[1])), zero + 1, acc)
 
 
 def _by_token(x: jax.Array, block_size: int) -> jax.Array:
@@ -146,7 +144,7 @@ def _by_token(x: jax.Array, block_size: int) -> jax.Array:
   return x.reshape(g, h, block_size, -1, d).swapaxes(1, 2).reshape(g, block_size, -1, d)
 
 
-def _take(x: jax.Array, ids: jax.Array, missing) -> jax.Array:
+def _take(x: jax.Array, ids, missing) -> jax.Array:
   return x.at[ids].get(mode="fill", fill_value=missing)
 
 

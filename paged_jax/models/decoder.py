@@ -3,26 +3,28 @@
 Modules and parameters are named and shaped as in Hugging Face checkpoints (weights are [out, in]),
 so the path of a parameter is the name of its tensor. Layers are stacked along a leading axis.
 
-Axis letters besides the cache's: E hidden size, F MLP size, V vocabulary.
+Axis letters besides the cache's: M sequences of C tokens, E hidden size, V vocabulary.
 """
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import paged_jax
+from paged_jax import cache as cache_lib
 from paged_jax.types import Cache, Plan
 
 NO_WINDOW = np.iinfo(np.int32).max
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary embedding of a layer. `llama3` scales low frequencies only (Llama 3.1, section 3)."""
+  """Rotary embedding of a layer. `linear` slows all pairs, `llama3` only those that turn slowly."""
 
   scaling: str = "default"  # default, linear or llama3
   base: float = 10_000.0
@@ -78,7 +80,7 @@ class DecoderConfig:
 
 
 class Linear(nnx.Module):
-  """`x @ weight.T + bias`."""
+  """A dense projection, with or without bias."""
 
   def __init__(self, in_size: int, out_size: int, *, bias: bool = False, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
@@ -86,6 +88,7 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`x` [B,in] to [B,out]."""
     x = jnp.einsum("bi,oi->bo", x, self.weight[...])
     return x if self.bias is None else x + self.bias[...][None]
 
@@ -98,6 +101,7 @@ class Norm(nnx.Module):
     self.eps, self.offset = config.norm_eps, config.norm_offset
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`x` [...,size], normalised and weighted."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     weight = jnp.broadcast_to(self.weight[...], x.shape)
@@ -123,7 +127,7 @@ class Attention(nnx.Module):
     """Rotated queries [B,Q,D] and keys [B,H,D], and values [B,H,D]."""
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (project(x).reshape(len(x), -1, self.head_dim) for project in projections)
-    if self.q_norm is not None:
+    if self.q_norm and self.k_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     return rotate(q, angles), rotate(k, angles), v
 
@@ -138,9 +142,8 @@ class MLP(nnx.Module):
     self.activation = config.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = self.gate_proj(x)
-    gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return self.down_proj(gate * self.up_proj(x))
+    """`x` [B,E] to [B,E]."""
+    return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nnx.Module):
@@ -163,11 +166,11 @@ class Layer(nnx.Module):
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
     out = self.self_attn.o_proj(heads.reshape(len(x), -1))
-    if self.pre_feedforward_layernorm is None:  # the checkpoint's names hide it: this norm is "pre"
-      x = x + out
-      return x + self.mlp(self.post_attention_layernorm(x))
-    x = x + self.post_attention_layernorm(out)
-    return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    if self.pre_feedforward_layernorm and self.post_feedforward_layernorm:
+      x = x + self.post_attention_layernorm(out)
+      return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    x = x + out  # here "post attention" names the norm before the MLP
+    return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Embedding(nnx.Module):
@@ -192,9 +195,7 @@ class Decoder(nnx.Module):
     self.embed_tokens = Embedding(config, rngs=rngs)
     self.layers = stack(rngs)
     self.norm = Norm(config.hidden_size, config)
-    self.lm_head = (
-      None if config.tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
-    )
+    self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
   def __call__(self, tokens: jax.Array, cache: Cache, plan: Plan) -> tuple[jax.Array, Cache]:
     """Runs one ragged batch, whose keys and values join the cache.
@@ -209,8 +210,8 @@ class Decoder(nnx.Module):
     """
 
     def attend(cache, layer, window, q, k, v):
-      cache = paged_jax.write(cache, layer, k, v, plan)
-      heads = paged_jax.attend(
+      cache = cache_lib.write(cache, layer, k, v, plan)
+      heads = cache_lib.attend(
         q, cache, layer, plan, scale=self.config.attention_scale, window=window,
         softcap=self.config.attention_softcap,
       )  # fmt: skip
@@ -222,10 +223,10 @@ class Decoder(nnx.Module):
     """Runs whole sequences without a cache, for training.
 
     Args:
-      tokens: i32[N,T] tokens from position 0 on.
+      tokens: i32[M,C] tokens, from position 0 on.
 
     Returns:
-      f32[N,T,V] logits.
+      f32[M,C,V] logits.
     """
 
     def attend(state, layer, window, q, k, v):
@@ -249,7 +250,9 @@ class Decoder(nnx.Module):
     """Embeds, scans the layers with `attend(state, layer, window, q, k, v)`, normalises."""
     config = self.config
     graph, layers = nnx.split(self.layers)
-    windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
+    windows = None  # a static "sees all", unless some layer has one
+    if any(config.windows):
+      windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
     frequencies = jnp.array([rope.frequencies(config.head_dim) for rope in config.ropes])
 
     def body(carry, xs):
@@ -260,11 +263,16 @@ class Decoder(nnx.Module):
       heads, state = attend(state, index, window, *layer.qkv(x, angles))
       return (layer.finish(x, heads), state), None
 
-    x = self.embed_tokens.weight[...][tokens]
+    x = self.embed_tokens.weight.at[tokens].get(mode="fill")  # no such token: NaN
     x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded as the weights are (Gemma)
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     (x, state), _ = jax.lax.scan(body, (x, state), (indices, layers, windows, frequencies))
     return self.norm(x), state
+
+
+def abstract(config: DecoderConfig) -> Decoder:
+  """A decoder of shapes and dtypes, without weights."""
+  return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -275,16 +283,16 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, config: DecoderConfig
+  q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None, config: DecoderConfig
 ) -> jax.Array:
-  """Causal attention of queries [T,Q,D] to keys and values [T,H,D], softmax in float32."""
-  t, h, d = k.shape
+  """Causal attention of queries [C,Q,D] to keys and values [C,H,D], softmax in float32."""
+  c, h, d = k.shape
   scale = d**-0.5 if config.attention_scale is None else config.attention_scale
-  q = q.reshape(t, h, -1, d)
-  logits = jnp.einsum("thgd,shd->hgts", q, k, preferred_element_type=jnp.float32) * scale
+  q = q.reshape(c, h, -1, d)
+  logits = jnp.einsum("qhgd,khd->hgqk", q, k, preferred_element_type=jnp.float32) * scale
   if config.attention_softcap is not None:
     logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
-  age = jnp.arange(t)[:, None] - jnp.arange(t)[None]  # of each key, seen from each query
-  visible = (age >= 0) & (age < window)
+  age = jnp.arange(c)[:, None] - jnp.arange(c)[None]  # of each key, seen from each query
+  visible = age >= 0 if window is None else (age >= 0) & (age < window)
   weights = jax.nn.softmax(jnp.where(visible[None, None], logits, -jnp.inf), axis=-1)
-  return jnp.einsum("hgts,shd->thgd", weights.astype(v.dtype), v).reshape(t, -1, d)
+  return jnp.einsum("hgqk,khd->qhgd", weights.astype(v.dtype), v).reshape(c, -1, d)

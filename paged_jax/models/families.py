@@ -4,9 +4,19 @@ from typing import Any
 
 from paged_jax.models.decoder import DecoderConfig, Rope
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ROPES = {  # fields of each scaling: their names in `config.json` and ours
+  "default": {"rope_theta": "base"},
+  "linear": {"rope_theta": "base", "factor": "factor"},
+  "llama3": {
+    "rope_theta": "base",
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+  },
+}
 GEMMA = {  # released configurations leave these out
   "vocab_size": 262_208,
   "num_attention_heads": 8,
@@ -17,7 +27,7 @@ GEMMA = {  # released configurations leave these out
   "sliding_window": 4096,
   "tie_word_embeddings": True,
 }
-DEFAULTS = {
+FAMILIES = {  # what each one's configurations may leave out
   "llama": {},
   "mistral": {"sliding_window": 4096},
   "qwen2": {"sliding_window": 4096},
@@ -38,12 +48,12 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     raise ValueError(f"quantised checkpoints are not supported: {quantised.get('quant_method')!r}")
   if family == "gemma3":  # multimodal: its text part
     return read(raw.get("text_config", {}) | {"model_type": "gemma3_text"})
-  if family not in SUPPORTED:
-    raise ValueError(f"model_type {family!r} is not supported, only {', '.join(SUPPORTED)}")
+  if family not in FAMILIES:
+    raise ValueError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
   for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
     if raw.get(name):
       raise ValueError(f"{name} is not supported for model_type {family!r}")
-  raw = DEFAULTS[family] | raw
+  raw = FAMILIES[family] | raw
   gemma = family.startswith("gemma")
   hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
   activation = raw.get("hidden_activation" if gemma else "hidden_act") or "silu"
@@ -95,7 +105,8 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     "hidden_act": "silu",
     "max_position_embeddings": config.max_length,
     "rms_norm_eps": config.norm_eps,
-    "rope_parameters": {theirs: getattr(rope, ours) for theirs, ours in _rope_fields(rope.scaling)},
+    "rope_parameters": {"rope_type": rope.scaling}
+    | {theirs: getattr(rope, ours) for theirs, ours in ROPES[rope.scaling].items()},
     "tie_word_embeddings": config.tied,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -116,48 +127,34 @@ def _size(raw: dict[str, Any], name: str) -> int:
 def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
   """Sliding or full attention of each layer: as listed, or else by the family's rule."""
   layers = range(_size(raw, "num_hidden_layers"))
-  sliding = raw.get("sliding_window") is not None
-  if family == "llama":
+  windowed = raw.get("sliding_window") and raw.get("use_sliding_window", "qwen" not in family)
+  if family == "llama" or not windowed:
     return [FULL for _ in layers]
   if family == "mistral":
-    return [SLIDING if sliding else FULL for _ in layers]
-  if family.startswith("qwen") and not raw.get("use_sliding_window"):
-    return [FULL for _ in layers]
-  if (kinds := raw.get("layer_types")) is not None:
+    return [SLIDING for _ in layers]
+  if kinds := raw.get("layer_types"):
     if len(kinds) != len(layers) or not set(kinds) <= {SLIDING, FULL}:
-      raise ValueError(f"layer_types must list {SLIDING!r} or {FULL!r} per layer, got {kinds}")
+      raise ValueError(f"layer_types must say {SLIDING!r} or {FULL!r} of each layer, got {kinds}")
     return kinds
-  if family.startswith("qwen"):
-    return [SLIDING if sliding and i >= raw.get("max_window_layers", 28) else FULL for i in layers]
+  if "qwen" in family:
+    return [SLIDING if i >= raw.get("max_window_layers", 28) else FULL for i in layers]
   pattern = 2 if family == "gemma2" else raw.get("sliding_window_pattern", 6)
   return [SLIDING if (i + 1) % pattern else FULL for i in layers]
 
 
-def _rope_fields(scaling: str) -> list[tuple[str, str]]:
-  """Fields of a scaled rope: their names in `config.json` and ours."""
-  fields = {
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-  }
-  if scaling not in fields:
-    raise ValueError(f"rope scaling {scaling!r} is not supported, only {', '.join(fields)}")
-  ours = {"original_max_position_embeddings": "original_length"}
-  names = [("rope_type", "scaling"), ("rope_theta", "base")]
-  return names + [(name, ours.get(name, name)) for name in fields[scaling]]
-
-
 def _read_rope(raw: dict[str, Any], family: str, kind: str) -> Rope:
-  """The rotary embedding of the layers of a kind; Gemma 3 has a second one for sliding layers."""
+  """The rotary embedding of the layers of a kind; Gemma 3 has another one for sliding layers."""
   local = family == "gemma3_text" and kind == SLIDING
-  theta = raw.get("rope_local_base_freq" if local else "rope_theta", 10_000.0)
   stated = raw.get("rope_parameters") or {}
   stated = stated.get(kind, stated) or ({} if local else raw.get("rope_scaling") or {})
   scaling = stated.get("rope_type") or stated.get("type") or "default"
-  original = raw.get("max_position_embeddings")
-  stated = {"rope_theta": theta, "original_max_position_embeddings": original} | stated
-  fields = _rope_fields(scaling)
-  for name, _ in fields[1:]:
+  if scaling not in ROPES:
+    raise ValueError(f"rope scaling {scaling!r} is not supported, only {', '.join(ROPES)}")
+  stated = {
+    "rope_theta": raw.get("rope_local_base_freq" if local else "rope_theta", 10_000.0),
+    "original_max_position_embeddings": raw.get("max_position_embeddings"),
+  } | stated
+  for name in ROPES[scaling]:
     if stated.get(name) is None:
       raise ValueError(f"rope scaling {scaling!r} needs {name}")
-  return Rope(scaling, **{ours: stated[theirs] for theirs, ours in fields[1:]})
+  return Rope(scaling, **{ours: stated[theirs] for theirs, ours in ROPES[scaling].items()})

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 
 from paged_jax.config import CacheConfig
 from paged_jax.models import families
-from paged_jax.models.decoder import Decoder, DecoderConfig
+from paged_jax.models.decoder import Decoder, DecoderConfig, abstract
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -34,7 +35,7 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
   raw = _read_json(path / "config.json")
   config = families.read(raw)
   dtype = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
-  graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  graph, state = nnx.split(abstract(config))
   leaves = dict(nnx.to_flat_state(state))
   arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in leaves.items()}
   _fill(_parts(arrays, config.num_layers), path, config)
@@ -99,8 +100,8 @@ def _read_json(file: Path) -> dict[str, Any]:
   return raw
 
 
-def _parts(arrays: dict[tuple[str, ...], np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
-  """Views of the stacked `arrays`, one per tensor of a checkpoint, by the tensor's name."""
+def _parts(arrays: Mapping[Any, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
+  """Views of the stacked `arrays` (by path), one per tensor of a checkpoint, by its name."""
   parts = {}
   for path, array in arrays.items():
     name = ".".join(path[1:])

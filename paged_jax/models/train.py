@@ -20,21 +20,23 @@ from matplotlib.figure import Figure
 from rich import progress
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from paged_jax.models import decoder as decoder_lib
 from paged_jax.models import loading
 from paged_jax.models.decoder import Decoder, DecoderConfig, Rope
 
-CARD = """# A small Shakespeare
+CARD = """# A small language model
 
-The model that comes with paged_jax: a Llama of {parameters:,} parameters in bfloat16, {layers} \
-layers, context {length}, byte-level BPE of {vocab} tokens.
+A Llama of {parameters:,} parameters in bfloat16, trained by paged_jax: {layers} layers, context \
+{length}, byte-level BPE of {vocab} tokens.
 
-- **Data**: "tiny Shakespeare", {chars:,} characters of Shakespeare's plays (public domain). The \
-first 90% were learned; {tokens:,} tokens.
-- **Training**: {steps} steps of {batch:,} tokens, AdamW, by `python -m paged_jax.models.train`.
+- **Data**: `{name}`, {about}: {chars:,} characters, of which the first 90% were learned \
+({tokens:,} tokens).
+- **Training**: {steps} steps of {batch:,} tokens, AdamW, seed {seed}, by \
+`python -m paged_jax.models.train`.
 - **Loss**: {loss:.4f} nats per character on the last 10%, all of it, measured on these weights \
 (computed in float32, windows of {length} tokens that overlap by half).
-- **Use**: it shows a cache at work and writes verse-like nonsense; it knows nothing.
-- **Licence**: the text is in the public domain; the weights are under the licence of paged_jax.
+- **Use**: it shows a cache at work; it writes like its text, and knows nothing.
+- **Licence**: the weights are under the licence of paged_jax; the text is {about}.
 
 ![Loss over the run](loss.png)
 """
@@ -53,7 +55,7 @@ class State:
 class Recipe(NamedTuple):
   """How to train."""
 
-  steps: int = 3500
+  steps: int = 1500
   batch_tokens: int = 2048  # per step
   learning_rate: float = 2e-3  # at its peak
   weight_decay: float = 0.3
@@ -87,7 +89,7 @@ def learn_tokenizer(text: str, vocab_size: int = 512) -> tokenizers.Tokenizer:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
-  """i32[T] tokens of `text` after a newline, so that its first token has a context too."""
+  """i32[C] tokens of `text` after a newline, so that its first token has a context too."""
   return np.array(tokenizer.encode("\n").ids + tokenizer.encode(text).ids, np.int32)
 
 
@@ -117,19 +119,17 @@ def init(config: DecoderConfig, recipe: Recipe) -> State:
 
 def decoder(params: nnx.State, config: DecoderConfig) -> Decoder:
   """The decoder with these weights."""
-  return nnx.merge(
-    nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))), params
-  )
+  return nnx.merge(nnx.graphdef(decoder_lib.abstract(config)), params)
 
 
 def losses(params: nnx.State, windows: jax.Array, config: DecoderConfig) -> jax.Array:
-  """f32[N,T] nats of each next token in i32[N,T+1] windows."""
+  """f32[M,C] nats of each next token in i32[M,C+1] windows."""
   logits = decoder(params, config).dense(windows[:, :-1])
   return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
 
 
 def sample(tokens: np.ndarray, step: int, config: DecoderConfig, recipe: Recipe) -> np.ndarray:
-  """i32[N,T+1] random windows for a step: every fourth has the longest ones, the others half."""
+  """i32[M,C+1] random windows for a step: every fourth has the longest ones, the others half."""
   length = config.max_length if step % 4 == 3 else config.max_length // 2
   length = min(length, len(tokens) - 1)
   rng = np.random.default_rng((recipe.seed, step))
@@ -142,10 +142,14 @@ def step(
   state: State, windows: jax.Array, *, config: DecoderConfig, recipe: Recipe
 ) -> tuple[State, jax.Array]:
   """One step of the optimizer, and the loss before it in nats per token."""
-  mean_loss = lambda params: losses(params, windows, config).mean()
+
+  def mean_loss(params):
+    return losses(params, windows, config).mean()
+
   loss, grads = jax.value_and_grad(mean_loss)(state.params)
   updates, moments = optimizer(recipe).update(grads, state.optimizer, state.params)
-  return State(optax.apply_updates(state.params, updates), moments, state.step + 1), loss
+  params = jax.tree.map(jnp.add, state.params, updates)
+  return State(params, moments, state.step + 1), loss
 
 
 def train(
@@ -161,9 +165,8 @@ def train(
 
 @partial(jax.jit, static_argnames="config")
 def _window_losses(params: nnx.State, windows: jax.Array, config: DecoderConfig) -> jax.Array:
-  """f32[N,T] losses, four windows at a time."""
-  one = lambda window: losses(params, window[None], config)[0]
-  return jax.lax.map(one, windows, batch_size=4)
+  """f32[M,C] losses, four windows at a time."""
+  return jax.lax.map(lambda window: losses(params, window[None], config)[0], windows, batch_size=4)
 
 
 def evaluate(
@@ -191,7 +194,8 @@ def save_checkpoint(path: Path, state: State, curve: Curve) -> None:
   """Writes what a run needs to go on; the file appears whole or not at all."""
   leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
   draft = path.with_suffix(".draft.npz")
-  np.savez(draft, **leaves, train=curve.train, validation=curve.validation)
+  arrays = leaves | {name: np.array(values) for name, values in curve._asdict().items()}
+  np.savez(draft, allow_pickle=False, **arrays)
   draft.replace(path)
 
 
@@ -220,6 +224,7 @@ def draw(curve: Curve, chars_per_token: float, path: Path) -> None:
 def main(
   text: Annotated[Path, typer.Option(help="File to learn.")],
   out: Annotated[Path, typer.Option(help="Folder for the model.")],
+  about: Annotated[str, typer.Option(help="What it is, for the model card.")] = "a text",
   steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe().steps,
   seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
   hidden_size: Annotated[int, typer.Option(help="A multiple of 96.")] = 192,
@@ -261,7 +266,8 @@ def main(
   card = CARD.format(
     parameters=sum(leaf.size for leaf in jax.tree.leaves(params)), layers=config.num_layers,
     length=config.max_length, vocab=config.vocab_size, chars=len(learned) + len(held_out),
-    tokens=len(tokens), steps=steps, batch=recipe.batch_tokens, loss=loss,
+    tokens=len(tokens), steps=steps, batch=recipe.batch_tokens, loss=loss, name=text.name,
+    about=about, seed=seed,
   )  # fmt: skip
   (out / "README.md").write_text(card, encoding="utf-8")
   print(f"{out}: validation {loss:.4f} nats per character")

@@ -130,4 +130,4 @@ def _image(config: CacheConfig, contents: list[list[int]]) -> Pages:
     k, v = (values(tokens, x, shape[2:]).reshape(shape) for x in (layer, ~layer))
     layers.append(np.concatenate([k, v], axis=-1).transpose(0, 2, 1, 3))
   kv = jnp.asarray(np.stack(layers, axis=1)).astype(config.dtype)
-  return Pages(jax.lax.bitcast_convert_type(kv, config.storage_dtype), config.dtype)
+  return Pages(jax.lax.bitcast_convert_type(kv, config.array_dtype), np.dtype(config.dtype))

@@ -5,6 +5,7 @@ model, so that it names busy rows, held pages and full pools often enough, and w
 """
 
 import dataclasses
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ class Step:
 @st.composite
 def configs(draw, **fixed) -> CacheConfig:
   """Small caches around the corners: one page, one row, pages of one token."""
-  drawn = dict(
+  config = CacheConfig(
     num_layers=draw(st.integers(1, 2)),
     num_kv_heads=draw(st.integers(1, 2)),
     head_dim=2,
@@ -39,9 +40,10 @@ def configs(draw, **fixed) -> CacheConfig:
     num_pages=draw(st.sampled_from([1, 2, 7, 31, 32, 33])),
     num_rows=draw(st.integers(1, 5)),
     max_length=draw(st.integers(1, 14)),
-    dtype="float32",
+    dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+    copy_on_write=draw(st.sampled_from([True, True, False])),
   )
-  return CacheConfig(**(drawn | fixed))
+  return dataclasses.replace(config, **fixed)
 
 
 @st.composite
@@ -60,7 +62,7 @@ def histories(draw, config: CacheConfig, max_steps: int = 30) -> list[Step]:
   return steps
 
 
-def apply(model: Model, images: list, step: Step):
+def apply(model: Model, images: list, step: Step) -> Any:
   """Runs a step on the model; what `swap_out` returned waits in `images` for `swap_in`."""
   if step.verb == "swap_out":
     image, ok = model.swap_out(*step.operands)

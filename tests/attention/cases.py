@@ -6,6 +6,7 @@ live token: free pages, other layers, slots before `starts` and beyond `lengths`
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import attention
-from paged_jax import pages as pages_lib
 from paged_jax.types import Pages, Plan, Tables
 
 
@@ -111,7 +111,14 @@ class Problem:
     """The backend's answer; `changes` replace fields."""
     p = dataclasses.replace(self, **changes)
     plan = dataclasses.replace(p.plan, implementation=attention.choose(implementation))
-    return attention.attend(p.q, p.pages, p.layer, p.tables, plan, **p.options)
+    arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
+    statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
+    return _attend(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
+
+
+@partial(jax.jit, static_argnames=("layer", "statics"))
+def _attend(q, pages, tables, plan, arrays, *, layer, statics):
+  return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
 
 
 def build(case: Case, seed: int = 0) -> Problem:
@@ -176,10 +183,12 @@ def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
   out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
   scale = case.head_dim**-0.5 if case.scale is None else case.scale
   sinks = np.asarray(problem.options["sinks"], np.float64) if case.sinks else None
-  for b, (row, i, ok) in enumerate(zip(problem.plan.rows, problem.plan.positions, problem.plan.ok)):
+  starts, *tokens = map(np.asarray, (problem.tables.starts, problem.plan.rows,
+                                     problem.plan.positions, problem.plan.ok))  # fmt: skip
+  for b, (row, i, ok) in enumerate(zip(*tokens)):
     if not ok or row >= len(problem.k):
       continue
-    low = max(int(problem.tables.starts[row]), 0 if case.window is None else i - case.window + 1)
+    low = max(starts[row], 0 if case.window is None else i - case.window + 1)
     for head in range(case.num_heads):
       kv_head = head // (case.num_heads // case.num_kv_heads)
       logits = problem.k[row, low : i + 1, kv_head].astype(np.float64) @ q[b, head] * scale

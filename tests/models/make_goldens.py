@@ -11,7 +11,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-import families
+import tiny_models
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -19,7 +19,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 def model(name: str, seed: int) -> torch.nn.Module:
   """A random model whose norms and biases do something too."""
   torch.manual_seed(seed)
-  config = transformers.AutoConfig.for_model(**families.CONFIGS[name])
+  config = transformers.AutoConfig.for_model(**tiny_models.CONFIGS[name])
   config._attn_implementation = "eager"
   module = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
   with torch.no_grad():
@@ -45,16 +45,16 @@ def greedy(module: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
 
 def main() -> None:
   """Writes all goldens."""
-  for seed, name in enumerate(families.CONFIGS):
+  for seed, name in enumerate(tiny_models.CONFIGS):
     module = model(name, seed)
-    prompt = np.random.default_rng(seed).integers(128, size=families.PROMPT).tolist()
-    tokens = greedy(module, prompt, families.STEPS)
+    prompt = np.random.default_rng(seed).integers(128, size=tiny_models.PROMPT).tolist()
+    tokens = greedy(module, prompt, tiny_models.STEPS)
     values = logits(module, tokens)
-    gap = np.diff(np.sort(values[families.PROMPT - 1 :], axis=-1)[:, -2:]).min()
+    gap = np.diff(np.sort(values[tiny_models.PROMPT - 1 :], axis=-1)[:, -2:]).min()
     print(f"{name}: largest logit {np.abs(values).max():.1f}, smallest gap {gap:.4f}")
     assert gap > 1e-3, "two tokens nearly tie: change the seed"
     folder = GOLDENS / name
-    size = "40KB" if name == families.SHARDED else "10MB"
+    size = "40KB" if name == tiny_models.SHARDED else "10MB"
     module.save_pretrained(folder, max_shard_size=size)
     np.savez_compressed(folder / "golden.npz", tokens=np.int32(tokens), logits=values)
 

@@ -1,0 +1,48 @@
+"""The `paged-jax` command: an environment fit for it, and one line for whatever goes wrong."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn
+
+_DEMO = ("typer", "rich", "flax", "safetensors", "tokenizers")  # packages of the extra
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line; exits with 2 after bad input."""
+  _avoid_miscompilation()
+  try:
+    from paged_jax import commands
+  except ModuleNotFoundError as error:
+    package = str(error.name).split(".")[0]
+    if package not in _DEMO:
+      raise
+    _fail(f"{package} is not installed; try: pip install 'paged_jax[demo]'")
+  try:
+    sys.exit(commands.run(argv))
+  except commands.UsageError as error:
+    _fail(error.format_message())
+  except (ValueError, OSError) as error:
+    _fail(str(error))
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+  print("error:", " ".join(message.split()), file=sys.stderr)
+  sys.exit(2)
+
+
+def _avoid_miscompilation() -> None:
+  """Sets a flag without which jaxlib 0.10 computes some reductions wrongly on CPU, silently.
+
+  It is read when the first program is compiled.
+  """
+  if metadata.version("jaxlib").startswith("0.10."):
+    flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+if __name__ == "__main__":
+  main()

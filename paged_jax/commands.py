@@ -1,0 +1,234 @@
+"""The subcommands of `paged-jax`: what they take, and what they print."""
+
+import dataclasses
+import enum
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import tokenizers
+import typer
+
+import paged_jax
+from paged_jax import attention, demo, generation, jitted, models
+from paged_jax.generation import Request, Update
+from paged_jax.models.decoder import Decoder
+from paged_jax.text import Text
+from paged_jax.types import Cache
+
+(UsageError,) = typer.BadParameter.__bases__  # typer has its own click or not, by version
+
+_MAX_ROWS = 32  # samples at once, unless one prompt asks for more
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="A paged KV cache for JAX.")
+app.command("demo")(demo.run)
+
+
+class Dtype(enum.StrEnum):
+  """Of weights and cache."""
+
+  float32 = "float32"
+  bfloat16 = "bfloat16"
+  float16 = "float16"
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+  """Runs one command line and returns its exit code."""
+  command = typer.main.get_command(app)
+  return command.main(argv, prog_name="paged-jax", standalone_mode=False) or 0
+
+
+@app.command()
+def doctor() -> None:
+  """Shows versions, the platform, and what the cache would choose on it."""
+  platform = jax.default_backend()
+  config = paged_jax.CacheConfig(dtype=jnp.dtype("bfloat16")).stored_for(platform)
+  names = ("jax", "jaxlib", "flax")
+  print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
+  print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+  print(f"attention: {attention.choose(None)}")
+  print(f"bfloat16 pages: stored as {config.storage_dtype}")
+
+
+@app.command()
+def generate(
+  prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
+  prompts_file: Annotated[
+    Path | None, typer.Option("--prompts", help="File with a prompt on each line.")
+  ] = None,
+  prompt_ids: Annotated[
+    Path | None, typer.Option(help="JSON list of lists of tokens, used as they are.")
+  ] = None,
+  output_ids: Annotated[
+    Path | None, typer.Option(help="JSON file for the new tokens, a list for each sample.")
+  ] = None,
+  model: Annotated[
+    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
+  ] = None,
+  max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to a prompt.")] = 128,
+  num_samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+  temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+  top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
+  top_p: Annotated[float, typer.Option(help="Draw from the likely tokens of this mass.")] = 1.0,
+  seed: Annotated[int, typer.Option(help="Sample i draws with SEED + i.")] = 0,
+  stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  num_pages: Annotated[
+    int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
+  ] = None,
+  dtype: Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")] = None,
+) -> None:
+  """Continues prompts: arguments, or lines of a file or of standard input.
+
+  Text goes to standard output as it comes, a summary to standard error.
+  """
+  folder = models.embedded() if model is None else model
+  if not folder.is_dir():
+    raise ValueError(f"there is no model folder {folder}")
+  tokenizer = models.tokenizer(folder)
+  if prompt_ids is None:
+    ids = _encode(_read_texts(prompts, prompts_file), tokenizer)
+  elif prompts or prompts_file:
+    raise ValueError("give prompts as text or as tokens, not both")
+  else:
+    ids = _read_ids(prompt_ids)
+  if () in ids:
+    raise ValueError(f"prompt {ids.index(()) + 1} is empty")
+  if stop and (tokenizer is None or not all(stop)):
+    raise ValueError("--stop needs a text, and a model with a tokenizer")
+  texts = [Text(tokenizer, prompt, tuple(stop or ())) for prompt in ids]
+  requests = [
+    Request(
+      text.prompt, max_new_tokens, num_samples, temperature, top_k, top_p, seed,
+      stop=text.end if stop else generation.never,
+    )
+    for text in texts
+  ]  # fmt: skip
+  if output_ids:
+    output_ids.touch()
+
+  with rich.console.Console(stderr=True).status("loading and compiling"):
+    decoder = models.load(folder, dtype)
+    requests = [_fit(x, i, decoder.config.max_length) for i, x in enumerate(requests, start=1)]
+    cache = _init(decoder, requests, page_size, num_pages)
+    updates = generation.stream(decoder, cache, requests, eos=models.eos_tokens(folder))
+    last = next(updates)
+  samples = [text for text in texts for _ in range(num_samples)]
+  writer = Writer(samples, _labels(len(texts), num_samples))
+  for update in updates:
+    print(writer.add(update), end="", flush=True)
+    last = update
+  if output_ids:
+    output_ids.write_text(json.dumps(last.tokens) + "\n", encoding="utf-8")
+  print(last.summary, file=sys.stderr)
+
+
+@dataclasses.dataclass
+class Writer:
+  """Writes samples one after another, the first unfinished one as it grows."""
+
+  texts: list[Text]  # of each sample
+  labels: list[str]  # before each sample
+  current: int = 0  # the sample being written
+  num_chars: int = 0  # written of it
+
+  def add(self, update: Update) -> str:
+    """What to write after an update."""
+    added = ""
+    while self.current < len(self.texts):
+      text, tokens = self.texts[self.current], update.tokens[self.current]
+      done = update.done[self.current]
+      whole = self.labels[self.current]
+      whole += text.decode(tokens) + "\n" if done else text.settled(tokens)
+      added += whole[self.num_chars :]
+      self.num_chars = max(self.num_chars, len(whole))
+      if not done:
+        break
+      self.current, self.num_chars = self.current + 1, 0
+    return added
+
+
+def _labels(num_prompts: int, num_samples: int) -> list[str]:
+  """A line before each sample, if there are several."""
+  if num_prompts * num_samples == 1:
+    return [""]
+  names = [f", sample {i + 1}" for i in range(num_samples)] if num_samples > 1 else [""]
+  return [f"[prompt {i + 1}{name}]\n" for i in range(num_prompts) for name in names]
+
+
+def _read_texts(prompts: list[str] | None, file: Path | None) -> list[str]:
+  """The prompts as given, or else the lines of a file or of standard input."""
+  if prompts and file:
+    raise ValueError("give prompts as arguments or in a file, not both")
+  if not prompts and file is None and sys.stdin.isatty():
+    raise ValueError("no prompt: give one as an argument, in a file or on standard input")
+  try:
+    read = sys.stdin.read if file is None else functools.partial(file.read_text, "utf-8")
+    texts = prompts or read().splitlines()
+  except UnicodeDecodeError:
+    raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
+  if not texts:
+    raise ValueError(f"{file or 'standard input'} has no prompt")
+  return texts
+
+
+def _encode(texts: list[str], tokenizer: tokenizers.Tokenizer | None) -> list[tuple[int, ...]]:
+  """Tokens of each text, with those that the tokenizer itself puts around it."""
+  if tokenizer is None:
+    raise ValueError("the model has no tokenizer.json; give tokens with --prompt-ids")
+  return [tuple(tokenizer.encode(text).ids) if text else () for text in texts]
+
+
+def _read_ids(file: Path) -> list[tuple[int, ...]]:
+  """The lists of tokens in a JSON file."""
+  try:
+    ids = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file} is not JSON: {error}") from None
+  if not isinstance(ids, list) or not all(isinstance(prompt, list) for prompt in ids):
+    raise ValueError(f"{file} must hold a list of lists")
+  if strange := [token for prompt in ids for token in prompt if type(token) is not int]:
+    raise ValueError(f"{file} must hold whole numbers, got {strange[0]!r}")
+  if not ids:
+    raise ValueError(f"{file} has no prompt")
+  return [tuple(prompt) for prompt in ids]
+
+
+def _fit(request: Request, number: int, max_length: int) -> Request:
+  """The request with no more new tokens than the model has positions for."""
+  room = max_length - len(request.prompt)
+  if room < 1:
+    raise ValueError(
+      f"prompt {number} has {len(request.prompt)} tokens, but the model takes {max_length},"
+      " new ones included"
+    )
+  return dataclasses.replace(request, max_new_tokens=min(request.max_new_tokens, room))
+
+
+def _init(
+  decoder: Decoder, requests: list[Request], page_size: int, num_pages: int | None
+) -> Cache:
+  """An empty cache for requests with the same number of samples each."""
+  num_samples = requests[0].num_samples
+  at_once = max(1, min(len(requests), _MAX_ROWS // num_samples))
+  needs = sorted(generation.pages_for(request, page_size) for request in requests)
+  config = models.cache_config(
+    decoder.config,
+    num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
+    num_rows=at_once * num_samples,
+    page_size=page_size,
+    max_length=max(request.num_tokens for request in requests),
+    dtype=decoder.embed_tokens.weight.dtype,
+  )
+  try:
+    return jax.block_until_ready(jitted.init(config.stored_for(jax.default_backend())))
+  except jax.errors.JaxRuntimeError:
+    size = config.num_pages * config.page_bytes
+    raise ValueError(f"there is no memory for a cache of {size:,} bytes") from None

@@ -1,0 +1,111 @@
+"""The demo: Shakespeare goes on in several ways at once, and the pages of the cache are shown."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import rich.text
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+
+from paged_jax import generation, jitted, models, viz
+from paged_jax.generation import Request, Update
+from paged_jax.text import Text
+
+PROMPTS = (
+  "ROMEO:\nBut, soft! what light through yonder window breaks?\n"
+  "It is the east, and Juliet is the sun.\n",
+  "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n",
+  "GLOUCESTER:\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n",
+)
+NUM_SAMPLES = (4, 2, 4)  # of each prompt
+FORKED = "prompts forked into samples"
+PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 96, 8
+
+
+def run() -> None:
+  """Continues three prompts in ten ways and shows the pages as they fill, fork and free."""
+  console, folder = Console(), models.embedded()
+  tokenizer = models.tokenizer(folder)
+  assert tokenizer is not None, "the embedded model has a tokenizer"
+  texts = [Text(tokenizer, tuple(tokenizer.encode(prompt).ids), ("\n\n",)) for prompt in PROMPTS]
+  with console.status("loading and compiling"):
+    decoder = models.load(folder)
+    config = models.cache_config(
+      decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE,
+      max_length=256, dtype=decoder.embed_tokens.weight.dtype,
+    )  # fmt: skip
+    cache = jitted.init(config.stored_for(jax.default_backend()))
+    requests = [
+      Request(
+        text.prompt, max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95,
+        seed=100 * i, stop=text.end,
+      )
+      for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
+    ]  # fmt: skip
+    updates = generation.stream(decoder, cache, requests, num_steps=4)
+    last = next(updates)
+  samples = [text for text, count in zip(texts, NUM_SAMPLES) for _ in range(count)]
+  with _screen(console) as show:
+    for update in updates:
+      happened = events(last, update)
+      show(picture(update, samples, ", ".join(happened)), happened)
+      last = update
+  console.print(PROMPTS[0] + samples[0].decode(last.tokens[0]), markup=False, highlight=False)
+  console.print(f"\n{len(samples)} texts: {last.summary}", highlight=False)
+  console.print(f"{last.cache.num_free} of {NUM_PAGES} pages are free again", highlight=False)
+
+
+def events(before: Update, after: Update) -> list[str]:
+  """What happened to the pages, besides filling up."""
+  happened = {
+    FORKED: after.rows.keys() - before.rows.keys(),
+    "shared pages copied on write": after.summary.copies > before.summary.copies,
+    "finished rows freed": before.rows.keys() - after.rows.keys(),
+  }
+  return [event for event, true in happened.items() if true]
+
+
+def picture(update: Update, texts: list[Text], title: str) -> Panel:
+  """The page map, and the end of each text in the colour of its row."""
+  pages = viz.pages(update.cache)
+  used, unshared = sum(page.refcount > 0 for page in pages), sum(len(page.rows) for page in pages)
+  lines = [
+    rich.text.Text.assemble(
+      (f" {viz.label(row)} ", f"black on {viz.colour(row)}"),
+      " " + " / ".join(texts[sample].decode(update.tokens[sample]).splitlines())[-60:],
+      no_wrap=True,
+    )
+    for row, sample in sorted(update.rows.items())
+  ]
+  caption = f"{used} of {len(pages)} pages in use, {unshared} without sharing"
+  return Panel(
+    Group(viz.page_map(update.cache), "", *lines), title=title or "decoding", subtitle=caption,
+    width=80,
+  )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _screen(console: Console) -> Iterator[Callable[[Panel, list[str]], None]]:
+  """A function that shows a picture with events.
+
+  On a terminal each replaces the last; elsewhere only those with new kinds of events are printed.
+  """
+  seen: set[str] = set()
+
+  def animate(panel, events):
+    live.update(panel, refresh=True)
+    time.sleep(0.6 if events else 0.15)
+
+  def print_some(panel, events):
+    if FORKED in events or set(events) - seen:
+      console.print(panel)
+    seen.update(events)
+
+  if console.is_terminal:
+    with Live(console=console, auto_refresh=False) as live:
+      yield animate
+  else:
+    yield print_some

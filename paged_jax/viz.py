@@ -1,0 +1,123 @@
+"""Pictures of a cache: which row holds which page, in a terminal (rich) and as a plot (matplotlib)."""
+
+import colorsys
+import string
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from paged_jax.types import Cache
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from rich.text import Text
+
+_SHARED = "#f2f2f2"  # background of a page with several holders
+_INK = "#202020"
+
+
+class Page(NamedTuple):
+  """What a picture shows of one page."""
+
+  rows: tuple[int, ...]  # that map it
+  refcount: int  # the host's holds counted
+  fill: float  # part of its slots that hold a token
+
+
+def pages(cache: Cache) -> list[Page]:
+  """Every page of the pool, in order of id."""
+  size, tables = cache.ledger.page_size, np.asarray(cache.block_tables)
+  lengths, refcounts = np.asarray(cache.lengths), np.asarray(cache.ledger.pool.refcount)
+  rows: list[list[int]] = [[] for _ in refcounts]
+  tokens = np.zeros(len(refcounts), int)
+  for row, logical in zip(*np.nonzero(tables < len(refcounts))):
+    page = tables[row, logical]
+    rows[page].append(int(row))
+    tokens[page] = max(tokens[page], min(size, lengths[row] - logical * size))
+  return [Page(tuple(r), int(c), n / size) for r, c, n in zip(rows, refcounts, tokens)]
+
+
+def colour(row: int) -> str:
+  """A colour for each row; neighbours differ most."""
+  hue = (0.58 + row * 0.618034) % 1
+  rgb = colorsys.hls_to_rgb(hue, 0.62, 0.62)
+  return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
+
+
+def label(row: int) -> str:
+  """A letter for each row."""
+  return string.ascii_letters[row % len(string.ascii_letters)]
+
+
+def page_map(cache: Cache, columns: int = 24) -> "Text":
+  """The pool as rich text, legible without colours too.
+
+  A letter is a page of that row, a number one with so many holders, `*` one that only the host
+  holds, and a dot a free one.
+  """
+  from rich.text import Text
+
+  text = Text()
+  for index, page in enumerate(pages(cache)):
+    mark, style = _cell(page)
+    text.append(mark, style)
+    text.append("\n" if (index + 1) % columns == 0 else " ")
+  text.rstrip()
+  return text
+
+
+def _cell(page: Page) -> tuple[str, str]:
+  """Two characters for a page, and their style."""
+  if page.refcount > 1:
+    return f"{min(page.refcount, 99):2}", f"bold {_INK} on {_SHARED}"
+  if page.rows:
+    return f"{label(page.rows[0]):>2}", f"{_INK} on {colour(page.rows[0])}"
+  if page.refcount:
+    return " *", f"bold {_INK} on {_SHARED}"
+  return " ·", "dim"
+
+
+def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
+  """The pool as a plot: a cell for each page, filled as far as it holds tokens.
+
+  A shared page has a stripe for each row that maps it, and the number of its holders; one that
+  only the host holds is grey.
+  """
+  from matplotlib import pyplot as plt
+  from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+
+  cells = pages(cache)
+  num_lines = -(-len(cells) // columns)
+  if ax is None:
+    _, ax = plt.subplots(figsize=(0.5 * columns, 0.5 * num_lines + 0.5), layout="constrained")
+  for index, page in enumerate(cells):
+    x, y = index % columns, index // columns
+    held = page.refcount > 0 and not page.rows
+    outline = FancyBboxPatch(
+      (x + 0.08, y + 0.08), 0.84, 0.84, boxstyle="round,pad=0,rounding_size=0.16",
+      facecolor="#aab0bb" if held else "#eef0f3", edgecolor="#d9dce1", linewidth=0.8,
+    )  # fmt: skip
+    ax.add_patch(outline)
+    height = 0.84 / max(1, len(page.rows))
+    for nth, row in enumerate(page.rows):
+      corner = (x + 0.08, y + 0.08 + nth * height)
+      for width, alpha in ((0.84, 0.25), (0.84 * page.fill, 1.0)):
+        stripe = Rectangle(corner, width, height, facecolor=colour(row), alpha=alpha)
+        ax.add_patch(stripe).set_clip_path(outline)
+    if page.refcount > 1:
+      ax.text(
+        x + 0.5, y + 0.5, str(page.refcount), ha="center", va="center", fontsize=8,
+        fontweight="bold", color=_INK,
+        bbox=dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor="none"),
+      )  # fmt: skip
+  lengths = np.asarray(cache.lengths)
+  busy = np.flatnonzero(lengths).tolist()
+  handles = [Patch(color=colour(row), label=f"row {row}: {lengths[row]} tokens") for row in busy]
+  if handles:
+    ax.legend(
+      handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False,
+      fontsize=8, handlelength=1, handleheight=1,
+    )  # fmt: skip
+  ax.set(xlim=(0, columns), ylim=(num_lines, 0), aspect="equal")
+  ax.set_axis_off()
+  return ax

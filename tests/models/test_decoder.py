@@ -1,0 +1,108 @@
+"""The decoder by itself: paged against dense, and its small parts by hand."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import paged_jax
+from paged_jax import models
+from paged_jax.models import decoder as decoder_lib
+
+CONFIG = models.DecoderConfig(
+  vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
+  head_dim=8, max_length=64, windows=(None, 5, 9), ropes=(models.Rope(),) * 3, qk_norm=True,
+)  # fmt: skip
+
+
+def small(**changes):
+  return models.Decoder(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+
+
+def test_paged_equals_dense_for_ragged_rows_with_padding():
+  decoder = small()
+  lengths = np.int32([7, 0, 19])
+  tokens = np.random.default_rng(0).integers(64, size=(3, 19), dtype=np.int32)
+  sizes = {"num_pages": 16, "num_rows": 3, "page_size": 4, "max_length": 32}
+  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+  cache, _ = paged_jax.extend(cache, lengths)
+  rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
+  positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
+  batch = np.concatenate([tokens[2], tokens[0, :7], np.zeros(6, np.int32)])
+
+  x, _ = jax.jit(decoder)(batch, cache, paged_jax.plan(cache, rows, positions))
+  paged, dense = decoder.logits(x), jax.jit(decoder.dense)(tokens)
+
+  np.testing.assert_allclose(paged[:19], dense[2], atol=1e-5)
+  np.testing.assert_allclose(paged[19:26], dense[0, :7], atol=1e-5)
+  assert np.isfinite(paged).all()
+
+
+def test_decoder_compiles_once_for_all_batches_of_a_size():
+  decoder = small()
+  sizes = {"num_pages": 16, "num_rows": 2, "page_size": 4, "max_length": 32}
+  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def step(cache, tokens):
+    cache, _ = paged_jax.extend(cache, jnp.ones(2, jnp.int32))
+    plan = paged_jax.plan(cache, jnp.arange(2, dtype=jnp.int32), cache.lengths - 1)
+    return decoder(tokens, cache, plan)
+
+  for _ in range(6):
+    x, cache = step(cache, jnp.array([3, 4], jnp.int32))
+  assert cache.lengths.tolist() == [6, 6] and x.shape == (2, 32)
+
+
+def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
+  decoder = small()
+  nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(decoder)))
+  sizes = {"num_pages": 4, "num_rows": 1, "page_size": 4}
+  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.bfloat16, **sizes))
+  cache, _ = paged_jax.extend(cache, jnp.array([3], jnp.int32))
+  plan = paged_jax.plan(cache, jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
+  x, _ = decoder(jnp.arange(3, dtype=jnp.int32), cache, plan)
+  assert x.dtype == jnp.bfloat16 and decoder.logits(x).dtype == jnp.float32
+
+
+def test_gradients_reach_every_parameter():
+  graph, params = nnx.split(small(qkv_bias=True, post_norms=True))
+  tokens = np.arange(16, dtype=np.int32)[None]
+
+  def loss(params):
+    return jnp.square(nnx.merge(graph, params).dense(tokens)).sum()
+
+  for path, leaf in nnx.to_flat_state(jax.jit(jax.grad(loss))(params)):
+    assert np.abs(leaf[...]).max() > 0, path
+
+
+def test_token_outside_the_vocabulary_shows_as_nan():
+  logits = small().dense(np.int32([[3], [64]]))
+  assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+
+
+def test_rotation_by_a_right_angle_swaps_the_halves():
+  x = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
+  rotated = decoder_lib.rotate(x, jnp.full((1, 2), np.pi / 2))
+  np.testing.assert_allclose(rotated, [[[-3.0, -4.0, 1.0, 2.0]]], atol=1e-6)
+
+
+def test_llama3_rope_keeps_fast_pairs_and_divides_slow_ones():
+  plain = models.Rope(base=10_000.0).frequencies(64)
+  scaled = models.Rope("llama3", 10_000.0, 8.0, 1.0, 4.0, 1024).frequencies(64)
+  np.testing.assert_allclose(scaled[0], plain[0], rtol=1e-6)
+  np.testing.assert_allclose(scaled[-1], plain[-1] / 8, rtol=1e-6)
+  assert np.all((scaled <= plain * 1.0001) & (scaled >= plain / 8.0001))
+
+
+@pytest.mark.parametrize(
+  "changes", [{"num_kv_heads": 3}, {"head_dim": 7}, {"windows": (None,)}], ids=str
+)
+def test_config_that_does_not_fit_together_is_refused(changes):
+  with pytest.raises(ValueError, match=next(iter(changes))):
+    dataclasses.replace(CONFIG, **changes)

@@ -1,0 +1,285 @@
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from flax import nnx
+
+from paged_jax import cli, demo, models
+from paged_jax.commands import Writer
+from paged_jax.generation import Summary, Update
+from paged_jax.text import Text
+
+# A model with one token per byte, small enough to compile in seconds.
+
+
+def byte_tokenizer():
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("model")
+  config = models.DecoderConfig(
+    vocab_size=256, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=8, max_length=64, windows=(None,), ropes=(models.Rope(),), tied=True,
+  )  # fmt: skip
+  models.save(models.Decoder(config, rngs=nnx.Rngs(0)), path)
+  byte_tokenizer().save(str(path / "tokenizer.json"))
+  return path
+
+
+@pytest.fixture
+def paged_jax(monkeypatch, capsys):
+  """Runs a command line; returns its exit code, standard output and standard error."""
+
+  def run(*argv, stdin=""):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(SystemExit) as stopped:
+      cli.main([str(arg) for arg in argv])
+    return stopped.value.code, *capsys.readouterr()
+
+  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+  return run
+
+
+def command(*argv, stdin=None, **environment):
+  """The same in a process of its own."""
+  return subprocess.run(
+    [sys.executable, "-m", "paged_jax.cli", *map(str, argv)],
+    input=stdin, capture_output=True, text=True, timeout=300, env=os.environ | environment,
+  )  # fmt: skip
+
+
+# Good input. Equal sizes, so that most runs share their compiled programs.
+
+SIZES = ("--num-pages", 8, "--max-new-tokens", 20)
+
+
+def test_generate_streams_text_and_sums_up(paged_jax, folder):
+  code, out, err = paged_jax("generate", "To be", "--model", folder, *SIZES)
+  assert code == 0
+  assert out.endswith("\n") and len(out) > 1
+  assert err.startswith("20 tokens in ") and " 2 pages used at most, 2 without sharing" in err
+
+
+def test_stop_text_ends_a_sample_and_is_not_shown(paged_jax, folder, tmp_path):
+  options = ("--model", folder, *SIZES, "--output-ids", tmp_path / "ids.json")
+  _, whole, _ = paged_jax("generate", "To be", *options)
+  stop = whole[6:8]
+  code, out, _ = paged_jax("generate", "To be", *options, "--stop", stop, "--stop", "absent")
+  tokens = json.loads((tmp_path / "ids.json").read_text())[0]
+  assert code == 0
+  assert out == whole[: whole.index(stop)] + "\n"
+  assert len(tokens) < 20
+
+
+def test_prompts_come_from_arguments_a_file_or_standard_input(paged_jax, folder, tmp_path):
+  lines = tmp_path / "prompts.txt"
+  lines.write_text("one\ntwo\n", encoding="utf-8")
+  options = ("--model", folder, *SIZES)
+  outputs = [
+    paged_jax("generate", "one", "two", *options)[:2],
+    paged_jax("generate", "--prompts", lines, *options)[:2],
+    paged_jax("generate", *options, stdin="one\ntwo\n")[:2],
+  ]
+  assert outputs[0][0] == 0
+  assert "[prompt 1]\n" in outputs[0][1] and "[prompt 2]\n" in outputs[0][1]
+  assert outputs == [outputs[0]] * 3
+
+
+def test_equal_seeds_give_equal_texts(paged_jax, folder):
+  options = ("--model", folder, *SIZES, "--temperature", 1, "--top-k", 50, "--top-p", 0.95)
+  both = paged_jax("generate", "hi", *options, "--seed", 3, "--num-samples", 2)
+  second = paged_jax("generate", "hi", *options, "--seed", 4)
+  assert both[1].split("[prompt 1, sample 2]\n")[1] == second[1]
+
+
+def test_ids_go_in_and_out_without_a_tokenizer(paged_jax, folder, tmp_path):
+  bare, given, new = tmp_path / "bare", tmp_path / "given.json", tmp_path / "new.json"
+  bare.mkdir()
+  for name in ("config.json", "model.safetensors"):
+    (bare / name).write_bytes((folder / name).read_bytes())
+  given.write_text("[[1, 2, 3], [4]]")
+  options = ("--model", bare, *SIZES, "--output-ids", new, "--prompt-ids", given)
+  code, out, _ = paged_jax("generate", *options)
+  ids = json.loads(new.read_text())
+  assert code == 0
+  assert [len(tokens) for tokens in ids] == [20, 20]
+  assert "[prompt 2]\n" + " ".join(map(str, ids[1])) in out
+
+
+def test_a_long_prompt_gets_the_room_that_is_left_in_the_dtype_asked_for(paged_jax, folder):
+  code, _, err = paged_jax("generate", "a" * 60, "--model", folder, "--dtype", "bfloat16")
+  assert code == 0
+  assert err.startswith("4 tokens in")
+
+
+def test_doctor_shows_what_would_be_chosen(paged_jax):
+  code, out, _ = paged_jax("doctor")
+  assert code == 0
+  for word in ("jax", "jaxlib", "platform: cpu", "attention: ", "bfloat16 pages: stored as "):
+    assert word in out
+
+
+def test_demo_prints_a_few_frames_and_a_summary(paged_jax, folder, monkeypatch):
+  monkeypatch.setattr(models, "embedded", lambda: folder)
+  monkeypatch.setattr(demo, "PROMPTS", ("To be", "or not to be", "ay"))
+  code, out, _ = paged_jax("demo")
+  assert code == 0
+  assert "prompts forked into samples" in out and "copied on write" in out
+  assert "96 of 96 pages are free again" in out
+
+
+# Bad input.
+
+
+BAD = [
+  (["generate", "a", "--model", "nowhere"], "there is no model folder nowhere"),
+  (["generate", "x" * 64], "prompt 1 has 64 tokens, but the model takes 64, new ones included"),
+  (["generate", ""], "prompt 1 is empty"),
+  (["generate", "a", ""], "prompt 2 is empty"),
+  (["generate"], "standard input has no prompt"),
+  (["generate", "--prompts", "absent.txt"], "[Errno 2] No such file or directory: 'absent.txt'"),
+  (["generate", "--prompts", "."], "[Errno 21] Is a directory: '.'"),
+  (["generate", "--prompts", "latin.txt"], "latin.txt is not UTF-8 text"),
+  (["generate", "a", "--prompts", "latin.txt"], "give prompts as arguments or in a file, not both"),
+  (["generate", "a", "--prompt-ids", "x.json"], "give prompts as text or as tokens, not both"),
+  (["generate", "--prompt-ids", "broken.json"], "broken.json is not JSON: "),
+  (["generate", "--prompt-ids", "flat.json"], "flat.json must hold a list of lists"),
+  (["generate", "--prompt-ids", "text.json"], "text.json must hold whole numbers, got 'a'"),
+  (["generate", "--prompt-ids", "none.json"], "none.json has no prompt"),
+  (["generate", "--prompt-ids", "empty.json"], "prompt 2 is empty"),
+  (["generate", "--prompt-ids", "large.json"], "prompt 1 has token 256, but the vocabulary has"),
+  (["generate", "--prompt-ids", "negative.json"], "prompt 2 has token -1, but the vocabulary has"),
+  (["generate", "a", "--output-ids", "no/file.json"], "[Errno 2] No such file or directory"),
+  (["generate", "a", "--num-pages", "2"], "prompt 1 needs 4 pages, but 2 are free"),
+  (["generate", "a", "--num-pages", "0"], "Invalid value for '--num-pages'"),
+  (["generate", "a", "--page-size", "0"], "Invalid value for '--page-size'"),
+  (["generate", "a", "--temperature", "-1"], "temperature is out of range: -1.0"),
+  (["generate", "a", "--temperature", "warm"], "Invalid value for '--temperature'"),
+  (["generate", "a", "--top-p", "0"], "top_p is out of range: 0.0"),
+  (["generate", "a", "--top-k", "0"], "top_k is out of range: 0"),
+  (["generate", "a", "--num-samples", "0"], "num_samples is out of range: 0"),
+  (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens is out of range: 0"),
+  (["generate", "a", "--seed", "-1"], "seed is out of range: -1"),
+  (["generate", "a", "--stop", ""], "--stop needs a text"),
+  (["generate", "a", "--dtype", "int4"], "Invalid value for '--dtype'"),
+  (["generate", "a", "--colour"], "No such option"),
+  (["dance"], "No such command 'dance'"),
+  ([], "Missing command"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+  paged_jax, folder, tmp_path, monkeypatch, argv, message
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+  files = {
+    "broken": "[[1, 2", "flat": "[1, 2]", "text": '[["a"]]', "none": "[]", "empty": "[[1], []]",
+    "large": "[[256]]", "negative": "[[1], [3, -1]]",
+  }  # fmt: skip
+  for name, content in files.items():
+    (tmp_path / f"{name}.json").write_text(content)
+  if argv[:1] == ["generate"] and "--model" not in argv:
+    argv = [*argv, "--model", folder]
+  code, out, err = paged_jax(*argv)
+  assert (code, out) == (2, "")
+  assert err.startswith(f"error: {message}")
+  assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp_path):
+  for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+  tensors = tmp_path / "model.safetensors"
+  tensors.write_bytes(tensors.read_bytes()[:2000])
+  code, _, err = paged_jax("generate", "a", "--model", tmp_path)
+  assert code == 2 and err.count("\n") == 1
+  assert err.startswith(f"error: {tensors} is not a readable safetensors file")
+
+  (tmp_path / "tokenizer.json").unlink()
+  code, _, err = paged_jax("generate", "a", "--model", tmp_path)
+  assert (code, err.count("\n")) == (2, 1)
+  assert "no tokenizer.json; give tokens with --prompt-ids" in err
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "flax", "tokenizers"])
+def test_a_missing_extra_is_named_with_its_cure(missing):
+  code = (
+    f"import sys; sys.modules[{missing!r}] = None; from paged_jax import cli; cli.main(['demo'])"
+  )
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.returncode == 2
+  assert result.stderr == (
+    f"error: {missing} is not installed; try: pip install 'paged_jax[demo]'\n"
+  )
+
+
+# A real process.
+
+
+def test_a_process_reads_standard_input_and_keeps_outputs_apart(folder):
+  result = command("generate", "--model", folder, "--max-new-tokens", 4, stdin="To be\n")
+  assert result.returncode == 0
+  assert result.stdout.endswith("\n") and "tokens" not in result.stdout
+  assert result.stderr.count("\n") == 1 and result.stderr.startswith("4 tokens in")
+
+
+def test_a_process_fails_with_code_2_and_no_traceback(folder):
+  result = command("generate", "", "--model", folder)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr == "error: prompt 1 is empty\n"
+
+
+# Text as it comes.
+
+
+def tokens_of(text):
+  return byte_tokenizer().encode(text).ids
+
+
+def test_half_a_character_is_held_back():
+  text = Text(byte_tokenizer(), tuple(tokens_of("x")))
+  tokens = tokens_of("né")
+  assert text.settled(tokens[:2]) == "n"
+  assert text.settled(tokens) == "né"
+
+
+def test_what_may_begin_a_stop_is_held_back():
+  text = Text(byte_tokenizer(), tuple(tokens_of("x")), ("\n\n", "END"))
+  assert text.settled(tokens_of("one\n")) == "one"
+  assert text.settled(tokens_of("one\ntwo EN")) == "one\ntwo "
+  assert text.settled(tokens_of("one\ntwo ENT")) == "one\ntwo ENT"
+  assert text.decode(tokens_of("one END\n\n")) == "one "
+
+
+def test_end_is_where_the_first_stop_is_complete():
+  text = Text(byte_tokenizer(), tuple(tokens_of("x")), ("\n\n", "END"))
+  assert text.end(tokens_of("one EN")) is None
+  assert text.end(tokens_of("one END two\n\n")) == 7
+
+
+def test_the_first_unfinished_sample_is_written_as_it_grows():
+  text = Text(byte_tokenizer(), tuple(tokens_of("x")))
+  writer = Writer([text, text, text], ["[1]\n", "[2]\n", "[3]\n"])
+  start = Update([], [], {}, None, Summary())
+
+  def add(texts, done):
+    tokens = [tokens_of(text) for text in texts]
+    return writer.add(start._replace(tokens=tokens, done=[bool(x) for x in done]))
+
+  assert add(["", "", ""], [0, 0, 0]) == "[1]\n"
+  assert add(["a", "b", "c"], [0, 0, 1]) == "a"
+  assert add(["ad", "be", "c"], [1, 0, 1]) == "d\n[2]\nbe"
+  assert add(["ad", "bef", "c"], [1, 1, 1]) == "f\n[3]\nc\n"

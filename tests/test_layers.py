@@ -1,0 +1,69 @@
+"""Imports go down the layers only, siblings do not import each other, the core needs jax alone."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import paged_jax
+
+ROOT = pathlib.Path(paged_jax.__file__).parent
+LAYERS = {
+  "types": 0, "config": 0, "arguments": 0, "loops": 0,
+  "pool": 1, "tables": 1, "pages": 1, "attention": 1,
+  "ledger": 2,
+  "cache": 3,
+  "jitted": 4, "sharding": 4,
+  "testing": 5, "models": 5,
+  "generation": 6, "viz": 6,
+  "text": 6,
+  "demo": 7,
+  "commands": 8,
+  "cli": 9,
+}  # fmt: skip
+SIBLINGS_ALLOWED = {("attention", "pages"), ("arguments", "arguments")}
+
+
+def layer_of(path):
+  return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(tree):
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and node.module == "paged_jax":
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("paged_jax."):
+      yield node.module.split(".")[1]
+
+
+SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_the_layers(path):
+  own = layer_of(path)
+  assert own in LAYERS, f"{own} has no layer"
+  for name in imported(ast.parse(path.read_text())):
+    if name in LAYERS and name != own and (own, name) not in SIBLINGS_ALLOWED:
+      assert LAYERS[name] < LAYERS[own], f"{own} imports {name}"
+
+
+def test_the_core_imports_nothing_but_jax_and_numpy():
+  program = """
+import sys, jax, numpy
+before = {name.split('.')[0] for name in sys.modules}
+import paged_jax, paged_jax.testing
+print(*({name.split('.')[0] for name in sys.modules} - before - {'paged_jax'}))
+"""
+  run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  extra = set(run.stdout.split()) - set(sys.stdlib_module_names)
+  assert extra <= {"jaxlib", "ml_dtypes", "opt_einsum", "scipy", "etils"}, extra
+
+
+def test_only_the_pool_writes_refcounts_and_bitmap():
+  for path in SOURCES:
+    text = path.read_text()
+    if layer_of(path) not in ("pool", "testing"):
+      assert "refcount=" not in text and "free=" not in text.replace("num_free=", ""), path

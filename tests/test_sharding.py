@@ -1,0 +1,118 @@
+"""Verbs on a cache whose KV heads are split over eight virtual devices."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from story import config, ids
+
+import paged_jax
+from paged_jax.sharding import shardings, specs
+
+HEADS = config(num_kv_heads=8, num_rows=3)
+REQUIRED_DEVICES = 8
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def mesh(kind, shape=(8,), names=("model",)):
+  assert len(jax.devices()) >= REQUIRED_DEVICES, "tests/conftest.py asks for eight CPU devices"
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def step(cache, q, k):
+  """A decode step with a fork before it and a swap behind it."""
+  cache, _ = paged_jax.extend(cache, ids(5, 0, 3))
+  cache, _ = paged_jax.fork(cache, ids(0), ids(1))
+  cache, info = paged_jax.extend(cache, ids(1, 1, 1))
+  plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
+  outs = []
+  for layer in range(2):
+    cache = paged_jax.write(cache, layer, k + layer, k - layer, plan)
+    outs.append(paged_jax.attend(q, cache, layer, plan))
+  cache, image, _ = paged_jax.swap_out(cache, jnp.int32(1))
+  cache, _ = paged_jax.swap_in(cache, jnp.int32(1), image)
+  return cache, jnp.stack(outs), info
+
+
+def operands():
+  q = jax.random.normal(jax.random.key(0), (3, 16, 2))
+  k = jax.random.normal(jax.random.key(1), (3, 8, 2))
+  return q, k
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return jax.jit(step)(paged_jax.init(HEADS), *operands())
+
+
+def check(got, alone):
+  chex.assert_trees_all_equal(jax.tree.map(np.asarray, got[0]), jax.tree.map(np.asarray, alone[0]))
+  np.testing.assert_allclose(np.asarray(got[1]), np.asarray(alone[1]), rtol=1e-6, atol=1e-6)
+
+
+def test_plain_jit_splits_heads_without_collectives(alone):
+  where = mesh(AxisType.Auto)
+  split = NamedSharding(where, PartitionSpec(None, "model"))
+  cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+  q, k = (jax.device_put(x, split) for x in operands())
+  out = (shardings(HEADS, where), NamedSharding(where, PartitionSpec(None, None, "model")), None)
+  compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(cache, q, k).compile()
+  assert not re.search(COLLECTIVES, compiled.as_text())
+  got = compiled(cache, q, k)
+  assert got[0].pages.kv.sharding.spec == PartitionSpec(None, None, "model", None, None)
+  check(got, alone)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_shard_map_runs_the_same_program_on_every_part_of_the_heads(alone, kind):
+  where = mesh(kind)
+  spec = specs(HEADS, where)
+  heads = PartitionSpec(None, "model")
+  run = jax.shard_map(
+    step,
+    mesh=where,
+    in_specs=(spec, heads, heads),
+    out_specs=(spec, PartitionSpec(None, None, "model"), PartitionSpec()),
+    check_vma=False,
+  )
+  cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+  q, k = (jax.device_put(x, NamedSharding(where, heads)) for x in operands())
+  compiled = jax.jit(run, donate_argnums=0).lower(cache, q, k).compile()
+  assert not re.search(COLLECTIVES, compiled.as_text())
+  check(compiled(cache, q, k), alone)
+
+
+def test_plain_jit_with_explicit_axes(alone):
+  where = mesh(AxisType.Explicit)
+  with jax.set_mesh(where):
+    cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+    q, k = (jax.device_put(x, PartitionSpec(None, "model")) for x in operands())
+    run = jax.jit(step, donate_argnums=0)
+    compiled = run.lower(cache, q, k).compile()
+    assert not re.search(COLLECTIVES, compiled.as_text())
+    check(compiled(cache, q, k), alone)
+
+
+def test_a_second_mesh_axis_stays_replicated():
+  where = mesh(AxisType.Auto, (2, 4), ("data", "model"))
+  init = functools.partial(jax.jit, static_argnums=0, out_shardings=shardings(HEADS, where))
+  cache = init(paged_jax.init)(HEADS)
+  assert cache.pages.kv.sharding.shard_shape(cache.pages.kv.shape)[2] == 2
+  assert shardings(HEADS, where, axis="data").pages.kv.spec[2] == "data"
+
+
+def test_heads_that_do_not_divide_are_replicated_with_a_warning():
+  three = config(num_kv_heads=3)
+  with pytest.warns(UserWarning, match="3 KV heads do not divide over 8 devices"):
+    where = shardings(three, mesh(AxisType.Auto))
+  assert where.pages.kv.is_fully_replicated
+
+
+def test_an_unknown_axis_is_named():
+  with pytest.raises(ValueError, match=r"axis.*'heads'"):
+    shardings(HEADS, mesh(AxisType.Auto), axis="heads")
