@@ -70,9 +70,7 @@ def ids(*values):
 
 def film(caches):
   """Draws caches one below the other; a column is a page of the pool."""
-  _, axes = plt.subplots(
-    len(caches), figsize=(9, len(caches)), layout="constrained", squeeze=False
-  )
+  _, axes = plt.subplots(len(caches), figsize=(9, len(caches)), layout="constrained", squeeze=False)
   for ax, (title, cache) in zip(axes[:, 0], caches.items()):
     viz.draw(cache, ax, columns=config.num_pages)
     ax.set_title(title, loc="left", fontsize=9)
@@ -82,7 +80,8 @@ def film(caches):
 # %% [markdown]
 # ## Room for tokens
 #
-# `extend` asks for room in each row. A page is taken only when a token needs it.
+# `extend` asks for room in each row. A page is taken only when a token needs it. In the picture a
+# cell is a page, coloured by row, and full as far as it holds tokens.
 
 # %%
 start, _ = extend(cache, ids(10, 6, 0, 0))
@@ -94,7 +93,7 @@ film({"extend by 10, 6, 0, 0": start, "extend by 1, 3, 0, 0": longer})
 #
 # `fork` makes row 2 a second holder of row 1's pages; no bytes move. The number is the page's
 # refcount, and a stripe marks each row. The rows part when one of them grows: the tail page, partly
-# filled and shared, is copied first. The full pages stay shared for ever.
+# filled and shared, is copied first, and the last sharer keeps it. Full pages stay shared.
 
 # %%
 forked, _ = fork(start, ids(1), ids(2))
@@ -106,8 +105,8 @@ film({"fork row 1 into row 2": forked, "one more token in rows 1 and 2": parted}
 # ## A full pool is an answer
 #
 # Nothing raises and nothing is clamped: `info.ok` says which rows got what they asked for, and a
-# refused row is unchanged. So the check can be made inside a jitted program. A later row that needs
-# no page is not held up.
+# refused row is unchanged. So the check can be made inside a jitted program. Rows are served in
+# order: behind a row refused for want of pages, none that needs a page overtakes it.
 
 # %%
 full, info = extend(parted, ids(20, 25, 1, 32))
@@ -137,9 +136,9 @@ film({
 # them into whatever pages are free, of any empty row.
 
 # %%
-without, image, _ = swap_out(longer, ids(0)[0])
+without, image, _ = swap_out(longer, jnp.int32(0))
 busy, _ = extend(without, ids(0, 0, 7, 0))
-back, info = swap_in(busy, ids(3)[0], image)
+back, _ = swap_in(busy, jnp.int32(3), image)
 film({"swap row 0 out": without, "row 2 arrives": busy, "swap the image in as row 3": back})
 
 # %% [markdown]
@@ -153,12 +152,13 @@ film({"swap row 0 out": without, "row 2 arrives": busy, "swap the image in as ro
 prompt_pages = longer.block_tables[0, :2]  # full pages: tokens 0 to 7
 held, _ = hold(longer, prompt_pages)
 gone, _ = free(held, jnp.array([True, False, False, False]))
-hit, info = adopt(gone, ids(2, 3), jnp.stack([prompt_pages] * 2), ids(8, 8))
+hit, _ = adopt(gone, ids(2, 3), jnp.stack([prompt_pages] * 2), ids(8, 8))
 grown, _ = extend(hit, ids(0, 0, 3, 6))
+dropped, _ = drop(grown, prompt_pages)
 film({
   "hold two pages of row 0, then free it": gone,
   "rows 2 and 3 adopt them": hit,
-  "rows 2 and 3 go on": grown,
+  "rows 2 and 3 go on, the host drops its holds": dropped,
 })  # fmt: skip
 
 # %% [markdown]
@@ -182,7 +182,8 @@ def forward(cache, tokens, rows, positions):
   plan = paged_jax.plan(cache, rows, positions)
   x = embedding[tokens]
   for layer in range(config.num_layers):
-    q, k, v = jnp.split(jnp.einsum("be,ehd->bhd", x, qkv[layer]), [num_heads, num_heads + 2], axis=1)
+    heads = jnp.einsum("be,ehd->bhd", x, qkv[layer])
+    q, k, v = jnp.split(heads, [num_heads, num_heads + 2], axis=1)
     cache = paged_jax.write(cache, layer, k, v, plan)
     x += jnp.einsum("bhd,hde->be", paged_jax.attend(q, cache, layer, plan), out[layer])
   return cache, jnp.argmax(x @ readout, axis=-1).astype(jnp.int32)
@@ -191,6 +192,7 @@ def forward(cache, tokens, rows, positions):
 # %% [markdown]
 # The loop is one program. Each step extends every row by a token, which takes a page now and then,
 # and copies one after a fork. A row that gets no page sits the step out.
+
 
 # %%
 def decode(cache, tokens, num_steps):

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _fail(error.format_message())
   except (ValueError, OSError) as error:
     _fail(str(error))
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, commands.Abort):
     sys.exit(130)
 
 

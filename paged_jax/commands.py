@@ -24,6 +24,7 @@ from paged_jax.text import Text
 from paged_jax.types import Cache
 
 (UsageError,) = typer.BadParameter.__bases__  # typer has its own click or not, by version
+Abort = typer.Abort
 
 _MAX_ROWS = 32  # samples at once, unless one prompt asks for more
 
@@ -54,7 +55,7 @@ def doctor() -> None:
   print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
   print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
   print(f"attention: {attention.choose(None)}")
-  print(f"bfloat16 pages: stored as {config.storage_dtype}")
+  print(f"bfloat16 pages: stored as {config.storage_dtype or config.dtype}")
 
 
 @app.command()
@@ -93,20 +94,14 @@ def generate(
   if not folder.is_dir():
     raise ValueError(f"there is no model folder {folder}")
   tokenizer = models.tokenizer(folder)
-  if prompt_ids is None:
-    ids = _encode(_read_texts(prompts, prompts_file), tokenizer)
-  elif prompts or prompts_file:
-    raise ValueError("give prompts as text or as tokens, not both")
-  else:
-    ids = _read_ids(prompt_ids)
-  if () in ids:
-    raise ValueError(f"prompt {ids.index(()) + 1} is empty")
+  ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer)
   if stop and (tokenizer is None or not all(stop)):
     raise ValueError("--stop needs a text, and a model with a tokenizer")
   texts = [Text(tokenizer, prompt, tuple(stop or ())) for prompt in ids]
   requests = [
     Request(
-      text.prompt, max_new_tokens, num_samples, temperature, top_k, top_p, seed,
+      prompt=text.prompt, max_new_tokens=max_new_tokens, num_samples=num_samples,
+      temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
       stop=text.end if stop else generation.never,
     )
     for text in texts
@@ -161,6 +156,24 @@ def _labels(num_prompts: int, num_samples: int) -> list[str]:
     return [""]
   names = [f", sample {i + 1}" for i in range(num_samples)] if num_samples > 1 else [""]
   return [f"[prompt {i + 1}{name}]\n" for i in range(num_prompts) for name in names]
+
+
+def _prompts(
+  texts: list[str] | None,
+  texts_file: Path | None,
+  ids_file: Path | None,
+  tokenizer: tokenizers.Tokenizer | None,
+) -> list[tuple[int, ...]]:
+  """Tokens of each prompt, from wherever it is given."""
+  if ids_file is None:
+    ids = _encode(_read_texts(texts, texts_file), tokenizer)
+  elif texts or texts_file:
+    raise ValueError("give prompts as text or as tokens, not both")
+  else:
+    ids = _read_ids(ids_file)
+  if () in ids:
+    raise ValueError(f"prompt {ids.index(()) + 1} is empty")
+  return ids
 
 
 def _read_texts(prompts: list[str] | None, file: Path | None) -> list[str]:

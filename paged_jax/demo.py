@@ -29,23 +29,11 @@ def run() -> None:
   """Continues three prompts in ten ways and shows the pages as they fill, fork and free."""
   console, folder = Console(), models.embedded()
   tokenizer = models.tokenizer(folder)
-  assert tokenizer is not None, "the embedded model has a tokenizer"
+  if tokenizer is None:
+    raise ValueError(f"{folder} has no tokenizer.json")
   texts = [Text(tokenizer, tuple(tokenizer.encode(prompt).ids), ("\n\n",)) for prompt in PROMPTS]
   with console.status("loading and compiling"):
-    decoder = models.load(folder)
-    config = models.cache_config(
-      decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE,
-      max_length=256, dtype=decoder.embed_tokens.weight.dtype,
-    )  # fmt: skip
-    cache = jitted.init(config.stored_for(jax.default_backend()))
-    requests = [
-      Request(
-        text.prompt, max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95,
-        seed=100 * i, stop=text.end,
-      )
-      for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
-    ]  # fmt: skip
-    updates = generation.stream(decoder, cache, requests, num_steps=4)
+    updates = start(models.load(folder), texts)
     last = next(updates)
   samples = [text for text, count in zip(texts, NUM_SAMPLES) for _ in range(count)]
   with _screen(console) as show:
@@ -56,6 +44,23 @@ def run() -> None:
   console.print(PROMPTS[0] + samples[0].decode(last.tokens[0]), markup=False, highlight=False)
   console.print(f"\n{len(samples)} texts: {last.summary}", highlight=False)
   console.print(f"{last.cache.num_free} of {NUM_PAGES} pages are free again", highlight=False)
+
+
+def start(decoder: models.Decoder, texts: list[Text]) -> Iterator[Update]:
+  """Generates several samples of each text, which end with a speech at the latest."""
+  config = models.cache_config(
+    decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE, max_length=256,
+    dtype=decoder.embed_tokens.weight.dtype,
+  )  # fmt: skip
+  requests = [
+    Request(
+      text.prompt, max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95,
+      seed=100 * i, stop=text.end,
+    )
+    for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
+  ]  # fmt: skip
+  cache = jitted.init(config.stored_for(jax.default_backend()))
+  return generation.stream(decoder, cache, requests, num_steps=4)
 
 
 def events(before: Update, after: Update) -> list[str]:

@@ -120,7 +120,8 @@ def sample(logits: jax.Array, rows: Rows, positions: jax.Array) -> jax.Array:
 
   def draw():
     warm = (rows.temperature > 0)[:, None]
-    scaled = logits / jnp.where(warm, rows.temperature[:, None], 1)
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow when nearly cold
+    scaled = scaled / jnp.where(warm, rows.temperature[:, None], 1)
     kept = scaled >= cutoff(scaled, rows.top_k, rows.top_p)[:, None]
     noisy = scaled + jax.vmap(noise)(rows.seeds, positions)
     return jnp.argmax(jnp.where(warm, jnp.where(kept, noisy, -jnp.inf), logits), axis=-1)

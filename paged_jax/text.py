@@ -36,6 +36,6 @@ class Text(NamedTuple):
 
   def _whole(self, tokens: Sequence[int]) -> str:
     if self.tokenizer is None:
-      return "".join(f"{token} " for token in tokens)
+      return " ".join(map(str, tokens))
     before = self.tokenizer.decode(self.prompt)
     return self.tokenizer.decode([*self.prompt, *tokens])[len(before) :]

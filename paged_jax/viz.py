@@ -84,40 +84,47 @@ def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
   only the host holds is grey.
   """
   from matplotlib import pyplot as plt
-  from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+  from matplotlib.patches import Patch
 
   cells = pages(cache)
   num_lines = -(-len(cells) // columns)
-  if ax is None:
-    _, ax = plt.subplots(figsize=(0.5 * columns, 0.5 * num_lines + 0.5), layout="constrained")
+  size = (0.5 * columns, 0.5 * num_lines + 0.5)
+  axes = plt.figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
   for index, page in enumerate(cells):
-    x, y = index % columns, index // columns
-    held = page.refcount > 0 and not page.rows
-    outline = FancyBboxPatch(
-      (x + 0.08, y + 0.08), 0.84, 0.84, boxstyle="round,pad=0,rounding_size=0.16",
-      facecolor="#aab0bb" if held else "#eef0f3", edgecolor="#d9dce1", linewidth=0.8,
-    )  # fmt: skip
-    ax.add_patch(outline)
-    height = 0.84 / max(1, len(page.rows))
-    for nth, row in enumerate(page.rows):
-      corner = (x + 0.08, y + 0.08 + nth * height)
-      for width, alpha in ((0.84, 0.25), (0.84 * page.fill, 1.0)):
-        stripe = Rectangle(corner, width, height, facecolor=colour(row), alpha=alpha)
-        ax.add_patch(stripe).set_clip_path(outline)
-    if page.refcount > 1:
-      ax.text(
-        x + 0.5, y + 0.5, str(page.refcount), ha="center", va="center", fontsize=8,
-        fontweight="bold", color=_INK,
-        bbox=dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor="none"),
-      )  # fmt: skip
+    _draw_page(axes, index % columns, index // columns, page)
   lengths = np.asarray(cache.lengths)
   busy = np.flatnonzero(lengths).tolist()
   handles = [Patch(color=colour(row), label=f"row {row}: {lengths[row]} tokens") for row in busy]
   if handles:
-    ax.legend(
+    axes.legend(
       handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False,
       fontsize=8, handlelength=1, handleheight=1,
     )  # fmt: skip
-  ax.set(xlim=(0, columns), ylim=(num_lines, 0), aspect="equal")
-  ax.set_axis_off()
-  return ax
+  axes.set(xlim=(0, columns), ylim=(num_lines, 0), aspect="equal")
+  axes.set_axis_off()
+  return axes
+
+
+def _draw_page(axes: "Axes", x: int, y: int, page: Page) -> None:
+  """Draws a page into the unit square at (x, y)."""
+  from matplotlib.patches import FancyBboxPatch, Rectangle
+
+  left, top, size = x + 0.08, y + 0.08, 0.84
+  held = page.refcount > 0 and not page.rows
+  outline = FancyBboxPatch(
+    (left, top), size, size, boxstyle="round,pad=0,rounding_size=0.16",
+    facecolor="#aab0bb" if held else "#eef0f3", edgecolor="#d9dce1", linewidth=0.8,
+  )  # fmt: skip
+  axes.add_patch(outline)
+  height = size / max(1, len(page.rows))
+  for nth, row in enumerate(page.rows):
+    for width, alpha in ((size, 0.25), (size * page.fill, 1.0)):
+      corner = (left, top + nth * height)
+      stripe = Rectangle(corner, width, height, facecolor=colour(row), alpha=alpha)
+      axes.add_patch(stripe).set_clip_path(outline)
+  if page.refcount > 1:
+    axes.text(
+      x + 0.5, y + 0.5, str(page.refcount), ha="center", va="center", fontsize=8,
+      fontweight="bold", color=_INK,
+      bbox=dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor="none"),
+    )  # fmt: skip

@@ -3,7 +3,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
@@ -51,11 +53,11 @@ def paged_jax(monkeypatch, capsys):
   return run
 
 
-def command(*argv, stdin=None, **environment):
+def command(*argv):
   """The same in a process of its own."""
   return subprocess.run(
     [sys.executable, "-m", "paged_jax.cli", *map(str, argv)],
-    input=stdin, capture_output=True, text=True, timeout=300, env=os.environ | environment,
+    capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 
 
@@ -214,6 +216,16 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp
   assert "no tokenizer.json; give tokens with --prompt-ids" in err
 
 
+def test_an_interrupt_ends_without_traceback(paged_jax, monkeypatch):
+  def interrupt():
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(models, "embedded", interrupt)
+  code, _, err = paged_jax("demo")
+  assert code == 130
+  assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich", "flax", "tokenizers"])
 def test_a_missing_extra_is_named_with_its_cure(missing):
   code = (
@@ -229,11 +241,22 @@ def test_a_missing_extra_is_named_with_its_cure(missing):
 # A real process.
 
 
-def test_a_process_reads_standard_input_and_keeps_outputs_apart(folder):
-  result = command("generate", "--model", folder, "--max-new-tokens", 4, stdin="To be\n")
+def test_a_process_gives_the_tokens_of_transformers(tmp_path):
+  golden = Path(__file__).parent / "models" / "goldens" / "llama3"
+  tokens = np.load(golden / "golden.npz")["tokens"].tolist()
+  prompt, expected = tokens[:24], tokens[24:]
+  (tmp_path / "in.json").write_text(json.dumps([prompt]))
+  (end,) = models.eos_tokens(golden)
+  result = command(
+    "generate", "--model", golden, "--prompt-ids", tmp_path / "in.json",
+    "--output-ids", tmp_path / "out.json", "--max-new-tokens", len(expected),
+  )  # fmt: skip
+  if end in expected:
+    expected = expected[: expected.index(end) + 1]
   assert result.returncode == 0
-  assert result.stdout.endswith("\n") and "tokens" not in result.stdout
-  assert result.stderr.count("\n") == 1 and result.stderr.startswith("4 tokens in")
+  assert json.loads((tmp_path / "out.json").read_text()) == [expected]
+  assert result.stdout == " ".join(map(str, expected)) + "\n"
+  assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"{len(expected)} tokens in")
 
 
 def test_a_process_fails_with_code_2_and_no_traceback(folder):

@@ -15,6 +15,11 @@ from paged_jax.testing import invariants
 PAGE_SIZE, NUM_ROWS, NUM_PAGES, MAX_LENGTH = 4, 4, 40, 48
 
 
+@pytest.fixture(autouse=True)
+def prefill_in_pieces(monkeypatch):
+  monkeypatch.setattr(generation, "_PREFILL_SIZES", (8, 16))
+
+
 @functools.cache
 def tiny_decoder():
   config = DecoderConfig(
@@ -119,7 +124,7 @@ def test_a_small_pool_serves_in_turns_with_the_same_texts():
     Request(prompt(n, seed=n), max_new_tokens=9, num_samples=k, temperature=t, top_k=20, top_p=0.9)
     for n, k, t in ((11, 3, 1.0), (2, 1, 0.0), (17, 1, 0.7), (30, 2, 1.5), (4, 2, 1.0))
   ]
-  large, small = run(*requests), run(*requests, num_pages=13, num_steps=3)
+  large, small = run(*requests), run(*requests, num_pages=13, num_steps=16)
   assert small.tokens == large.tokens
   assert small.summary.pages <= 13 < large.summary.pages
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 
 class Sums(NamedTuple):
-  """What has been seen so far, relative to `exp(m)`."""
+  """What has been seen so far."""
 
-  m: jax.Array  # f32[...] largest logit
-  l: jax.Array  # f32[...] sum of exp(logit - m)
-  acc: jax.Array  # f32[...,D] sum of exp(logit - m) * value
+  top: jax.Array  # f32[...] largest logit
+  total: jax.Array  # f32[...] sum of exp(logit - top)
+  acc: jax.Array  # f32[...,D] sum of exp(logit - top) * value
 
 
 def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> Sums:
@@ -23,21 +23,21 @@ def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array])
 
   A piece that is masked everywhere changes nothing.
   """
-  m = jnp.maximum(sums.m, jnp.max(logits, axis=-1))
-  base = _finite(m)
+  top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
+  base = _finite(top)
   weights = jnp.exp(logits - base[..., None])
-  decay = jnp.exp(sums.m - base)
+  decay = jnp.exp(sums.top - base)
   return Sums(
-    m=m,
-    l=sums.l * decay + jnp.sum(weights, axis=-1),
+    top=top,
+    total=sums.total * decay + jnp.sum(weights, axis=-1),
     acc=sums.acc * decay[..., None] + weigh(weights),
   )
 
 
 def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
   """The attention output f32[...,D] and LSE f32[...]; 0 and -inf if nothing was seen."""
-  out = sums.acc / jnp.where(sums.l > 0, sums.l, 1)[..., None]
-  return out, sums.m + jnp.log(sums.l)
+  out = sums.acc / jnp.where(sums.total > 0, sums.total, 1)[..., None]
+  return out, sums.top + jnp.log(sums.total)
 
 
 def merge(
@@ -65,5 +65,5 @@ def merge(
   return (a + b).astype(out_a.dtype), lse
 
 
-def _finite(m: jax.Array) -> jax.Array:
-  return jnp.where(m == -jnp.inf, 0, m)  # -inf - -inf is NaN
+def _finite(top: jax.Array) -> jax.Array:
+  return jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is NaN

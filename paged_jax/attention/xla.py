@@ -50,7 +50,7 @@ def attend(
   sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, _, h, t, d = pages_lib.sizes(pages)
+  n, _, h, t, _ = pages_lib.sizes(pages)
   blocks = _blocks(q, h, tables, plan, window)
   chunk, group = _sizes(pages, tables, blocks)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products

@@ -1,3 +1,5 @@
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ def attend(logits, values):
 
 def attend_in_pieces(logits, values, sizes):
   sums, cuts = nothing(*logits.shape[:-1], d=values.shape[-1]), np.cumsum([0, *sizes])
-  for low, high in zip(cuts, cuts[1:]):
+  for low, high in itertools.pairwise(cuts):
     part = values[low:high]
     sums = softmax.step(sums, logits[..., low:high], lambda p, part=part: p @ part)
   return softmax.finish(sums)

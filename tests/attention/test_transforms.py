@@ -86,7 +86,7 @@ def test_shard_map_over_heads_needs_no_collective(implementation):
       mesh=mesh,
       in_specs=(heads, kv),
       out_specs=(heads, heads),
-    )  # fmt: skip
+    )
   )
   equal(run(p.q, p.pages.kv), attend(p))
   program = run.lower(p.q, p.pages.kv).compile().as_text()

@@ -1,0 +1,31 @@
+"""Draws the README's picture, `docs/page_map.png`, from the cache of a real generation."""
+
+import pathlib
+
+import jax
+import matplotlib
+
+from paged_jax import demo, generation, jitted, models, viz
+
+PROMPT = demo.PROMPTS[0]
+
+
+def main():
+  matplotlib.use("agg")
+  folder = models.embedded()
+  decoder, tokenizer = models.load(folder), models.tokenizer(folder)
+  config = models.cache_config(
+    decoder.config, num_pages=48, num_rows=3, page_size=8, max_length=256
+  ).stored_for(jax.default_backend())
+  request = generation.Request(
+    tuple(tokenizer.encode(PROMPT).ids), max_new_tokens=60, num_samples=3, temperature=0.8, seed=7
+  )
+  updates = generation.stream(decoder, jitted.init(config), [request], num_steps=10)
+  update = next(update for update in updates if len(update.tokens[0]) >= 50)
+  axes = viz.draw(update.cache)
+  axes.figure.savefig(pathlib.Path(__file__).with_suffix(".png"), dpi=160)
+  print(f"{PROMPT}\n{[len(tokens) for tokens in update.tokens]} new tokens")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,100 @@
+"""The ledger alone: it runs without bytes, agrees with the cache's, and its audit finds each fault."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from story import config, empty, extend, ids, pages_of
+
+import paged_jax
+from paged_jax import jitted
+from paged_jax import ledger as ledger_lib
+from paged_jax.testing import invariants
+
+
+def test_a_ledger_without_bytes_makes_the_same_decisions_as_a_cache():
+  cache = paged_jax.init(config())
+  ledger = ledger_lib.init(config())
+  cache, _ = paged_jax.extend(cache, ids(5, 0, 9))
+  ledger, _, copies = ledger_lib.extend(ledger, ids(5, 0, 9))
+  assert copies.count.tolist() == [2, 0, 3] and int(copies.sources.min()) == 8
+  cache, _ = paged_jax.fork(cache, ids(0), ids(1), ids(5))
+  ledger, _ = ledger_lib.fork(ledger, ids(0), ids(1), ids(5))
+  cache, _ = paged_jax.extend(cache, ids(1, 1, 0))
+  ledger, info, copies = ledger_lib.extend(ledger, ids(1, 1, 0))
+  chex.assert_trees_all_equal(ledger, cache.ledger)
+  assert copies.sources[:, 0].tolist() == [1, 8, 8]  # row 0 copies page 1, row 1 keeps it
+  assert int(info.num_free) == 2
+
+
+def test_extending_all_rows_at_once_equals_extending_them_one_by_one():
+  cache, _ = extend(empty(num_rows=5, num_pages=9), 6, 0, 3, 0, 0)
+  cache, _ = jitted.fork(cache, ids(0, 0, 2), ids(1, 3, 4))
+  ledger = cache.ledger
+  together, info, _ = ledger_lib.extend(ledger, ids(1, 3, 2, 1, 4))
+  one_by_one = ledger
+  for row, count in enumerate((1, 3, 2, 1, 4)):
+    alone = jnp.zeros(5, jnp.int32).at[row].set(count)
+    one_by_one, each, _ = ledger_lib.extend(one_by_one, alone)
+    assert bool(each.ok[row]) == bool(info.ok[row])
+  chex.assert_trees_all_equal(together, one_by_one)
+
+
+def test_equal_histories_give_equal_ledgers_under_vmap_and_scan():
+  def story(ledger):
+    ledger, *_ = ledger_lib.extend(ledger, ids(5, 9, 1))
+    ledger, _ = ledger_lib.reorder(ledger, ids(1, 1, 0))
+    ledger, *_ = ledger_lib.extend(ledger, ids(3, 3, 3))
+    return ledger
+
+  ledger = ledger_lib.init(config(num_pages=20))
+  plain = story(ledger)
+  chex.assert_trees_all_equal(plain, jax.jit(story)(ledger))
+  both = jax.vmap(story)(jax.tree.map(lambda x: jnp.stack([x, x]), ledger))
+  chex.assert_trees_all_equal(plain, jax.tree.map(lambda x: x[1], both))
+  scanned, _ = jax.lax.scan(lambda x, _: (story(x), None), ledger, None, length=1)
+  chex.assert_trees_all_equal(plain, scanned)
+
+
+def test_an_unshare_copies_only_what_others_hold():
+  cache, _ = extend(empty(), 10, 0, 0)
+  cache, _ = jitted.fork(cache, ids(0), ids(1), ids(8))
+  cache, info = jitted.unshare(cache, ids(10, 5, 0))
+  assert info.ok.all()
+  assert pages_of(cache, 0) == [0, 1, 2] and pages_of(cache, 1) == [0, 3]
+
+
+def broken(ledger, part, **changes):
+  return dataclasses.replace(
+    ledger, **{part: dataclasses.replace(getattr(ledger, part), **changes)}
+  )
+
+
+FAULTS = {
+  "refcounts": lambda x: broken(x, "pool", refcount=x.pool.refcount.at[0].add(1)),
+  "holds": lambda x: broken(x, "pool", holds=x.pool.holds.at[7].set(-1)),
+  "bitmap": lambda x: broken(x, "pool", free=x.pool.free ^ 1),
+  "num_free": lambda x: broken(x, "pool", num_free=x.pool.num_free - 1),
+  "cursor": lambda x: broken(x, "pool", cursor=jnp.int32(8)),
+  "tables": lambda x: broken(x, "tables", block_tables=x.tables.block_tables.at[1, 0].set(0)),
+  "rows": lambda x: broken(x, "tables", starts=x.tables.starts.at[0].set(6)),
+}
+
+
+@pytest.mark.parametrize("law", FAULTS)
+def test_audit_finds_each_broken_law(law):
+  cache, _ = extend(empty(), 5, 0, 0)
+  assert all(int(count) == 0 for count in jitted.audit(cache))
+  invariants.check(cache)
+  fault = FAULTS[law](cache.ledger)
+  assert int(getattr(ledger_lib.audit(fault), law)) > 0
+  with pytest.raises(AssertionError, match=law):
+    invariants.check(fault)
+
+
+def test_bits_beyond_the_last_page_are_audited_too():
+  cache, _ = extend(empty(), 5, 0, 0)
+  fault = broken(cache.ledger, "pool", free=cache.ledger.pool.free | jnp.uint32(1 << 31))
+  assert int(ledger_lib.audit(fault).bitmap) == 1
