@@ -55,7 +55,7 @@ def doctor() -> None:
   print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
   print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
   print(f"attention: {attention.choose(None)}")
-  print(f"bfloat16 pages: stored as {config.storage_dtype or config.dtype}")
+  print(f"bfloat16 pages: stored as {config.array_dtype}")
 
 
 @app.command()

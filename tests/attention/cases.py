@@ -86,6 +86,8 @@ CASES = (
        softcap=3.0, sinks=True, traced=True, spare_rows=0),
   Case("bfloat16", (9, 64), (1, 30), dtype="bfloat16", head_dim=64, spare_rows=0),
   Case("bfloat16 bits", (9, 640), (1, 30), dtype="bfloat16", bits=True, page_size=16),
+  Case("bfloat16, page size 1", (9, 64), (1, 3), dtype="bfloat16", page_size=1),
+  Case("bfloat16, one page per row", (2, 3), (1, 1), dtype="bfloat16", page_size=64),
   Case("bfloat16 pages, float32 queries", (9, 64), (1, 3), dtype="bfloat16", q_dtype="float32"),
   Case("bfloat16, everything", (9, 64), (2, 30), starts=(2, 0), padding=1, scale=0.4, window=11,
        softcap=3.0, sinks=True, dtype="bfloat16", bits=True, spare_rows=0),
