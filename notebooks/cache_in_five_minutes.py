@@ -23,8 +23,8 @@
 try:
   import paged_jax
 except ImportError:
-  # For Colab; instead of the name, pip also takes the folder of a checkout.
-  # %pip install -q "paged_jax[demo,train]"
+  # For Colab: put a checkout of the repository at /content/paged_jax first.
+  # %pip install -q "/content/paged_jax[demo,train]"
   import paged_jax
 
 import jax

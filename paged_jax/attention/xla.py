@@ -1,9 +1,9 @@
 """Paged attention in plain XLA, with memory that grows neither with the context nor with the pool.
 
-Each block of queries walks its row's pages with an online softmax, from the first that its window
-reaches to the last that causality allows: a ragged batch costs the pages that it sees. A chunk of
-pages is one gather of (page, layer) pairs, small enough to stay in the cache; blocks are mapped
-one after another, or a few at a time where their chunks are small.
+Blocks of queries are mapped one after another. Each walks its row's pages with an online softmax,
+from the first that its window reaches to the last that causality allows, so a ragged batch costs
+the pages that it sees. A chunk of pages is one gather of (page, layer) pairs, small enough to stay
+in the processor's cache; several blocks at once were no faster on CPU, for small heads either.
 
 Letters as in types.py; M = queries of a block x query heads per KV head, C pages per chunk,
 X = C*T positions of a chunk.
@@ -19,8 +19,8 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
-# Positions per chunk, and bytes of K and V that are in flight at once.
-# Measured 2026-11 on 2 cores of an AMD EPYC (Zen 4, 32 MB L3) with jax 0.10.2 and 0.12.0.
+# Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on one core of an AMD EPYC
+# (Zen 4, 1 MB L2), jax 0.10.2 and 0.12.0: half as much is as fast, twice is 1.1-1.4x slower.
 CHUNK_TOKENS = 256
 CHUNK_BYTES = 2**21
 
@@ -52,7 +52,7 @@ def attend(
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   n, _, h, t, _ = pages_lib.sizes(pages)
   blocks = _blocks(q, h, tables, plan, window)
-  chunk, group = _sizes(pages, tables, blocks)
+  chunk = _chunk_pages(pages, tables)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
 
   def attend_block(block: Blocks):
@@ -78,7 +78,7 @@ def attend(
     sums = jax.lax.fori_loop(0, num_chunks, add_chunk, _start(block.queries, sinks))
     return softmax.finish(sums)
 
-  out, lse = jax.lax.map(attend_block, blocks, batch_size=group if group > 1 else None)
+  out, lse = jax.lax.map(attend_block, blocks)
   out, lse = _by_token(out, plan.block_size), _by_token(lse[..., None], plan.block_size)
   return (
     jnp.zeros_like(q).at[blocks.tokens].set(out.astype(q.dtype), mode="drop"),
@@ -107,14 +107,11 @@ def _blocks(q: jax.Array, h: int, tables: Tables, plan: Plan, window: jax.Array)
   )
 
 
-def _sizes(pages: Pages, tables: Tables, blocks: Blocks) -> tuple[int, int]:
-  """Pages per chunk, and blocks that are attended at once."""
-  _, _, h, t, d = pages_lib.sizes(pages)
-  page_bytes = h * t * 2 * d * pages.kv.dtype.itemsize
-  g, p = blocks.rows.shape[0], tables.block_tables.shape[1]
-  chunk = max(1, min(p, CHUNK_TOKENS // t, CHUNK_BYTES // page_bytes))
-  group = max(1, CHUNK_BYTES // (chunk * page_bytes))
-  return chunk, math.gcd(g, 2 ** int(math.log2(group)))
+def _chunk_pages(pages: Pages, tables: Tables) -> int:
+  page_bytes = math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
+  page_size = pages.kv.shape[3]
+  wanted = min(CHUNK_TOKENS // page_size, CHUNK_BYTES // page_bytes)
+  return max(1, min(wanted, tables.block_tables.shape[1]))
 
 
 def _load(
