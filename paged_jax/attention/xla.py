@@ -19,8 +19,9 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
-# Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on one core of an AMD EPYC
-# (Zen 4, 1 MB L2), jax 0.10.2 and 0.12.0: half as much is as fast, twice is 1.1-1.4x slower.
+# Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on an AMD EPYC (Zen 4, 1 MB
+# L2 per core), jax 0.10.2 and 0.12.0: on one core half as much is as fast and twice is 1.1-1.4x
+# slower; on two, from half to twice makes 0.9-1.2x, in no one direction.
 CHUNK_TOKENS = 256
 CHUNK_BYTES = 2**21
 
@@ -117,12 +118,14 @@ def _chunk_pages(pages: Pages, tables: Tables) -> int:
 def _load(
   pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """K and V [H,X,D] of pages `ids` i32[C], zero where not `live` bool[X]: 0 * NaN is NaN."""
-  _, _, h, _, d = pages_lib.sizes(pages)
+  """K and V [H,X,D] of pages `ids` i32[C]. V is zero where not `live` bool[X]: 0 * NaN is NaN."""
+  _, _, h, t, d = pages_lib.sizes(pages)
   ids, live = jax.lax.optimization_barrier((ids, live))  # once, not for every element of K and V
-  bits = pages.kv.at[ids, layer].get(mode="clip").swapaxes(0, 1).reshape(h, -1, 2 * d)
-  bits = jnp.where(live[None, :, None], bits, jnp.zeros((), bits.dtype))
-  return pages_lib.values(bits[..., :d], pages), pages_lib.values(bits[..., d:], pages)
+  bits = pages.kv.at[ids, layer].get(mode="clip")  # [C,H,T,2D]
+  k, v = bits[..., :d], bits[..., d:]
+  v = jnp.where(live.reshape(-1, 1, t, 1), v, jnp.zeros((), v.dtype))
+  k, v = (pages_lib.values(x.swapaxes(0, 1).reshape(h, -1, d), pages) for x in (k, v))
+  return k, v
 
 
 def _start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
