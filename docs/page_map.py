@@ -3,15 +3,14 @@
 import pathlib
 
 import jax
-import matplotlib
 
 from paged_jax import demo, generation, jitted, models, viz
 
 PROMPT = demo.PROMPTS[0]
 
 
-def main():
-  matplotlib.use("agg")
+def main() -> None:
+  """Writes the picture beside this file."""
   folder = models.embedded()
   decoder, tokenizer = models.load(folder), models.tokenizer(folder)
   config = models.cache_config(
