@@ -29,8 +29,8 @@ def shardings(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Ca
   >>> mesh = jax.make_mesh((1,), ("model",))
   >>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=8)
   >>> where = paged_jax.sharding.shardings(config, mesh)
-  >>> where.pages.kv.spec
-  PartitionSpec(None, None, 'model', None, None)
+  >>> where.pages.kv.spec[2]
+  'model'
   >>> cache = jax.jit(paged_jax.init, static_argnums=0, out_shardings=where)(config)
   """
   return jax.tree.map(

@@ -83,7 +83,7 @@ def attend(
   out, lse = _by_token(out, plan.block_size), _by_token(lse[..., None], plan.block_size)
   return (
     jnp.zeros_like(q).at[blocks.tokens].set(out.astype(q.dtype), mode="drop"),
-    jnp.full(q.shape[:2], -jnp.inf).at[blocks.tokens].set(lse[..., 0], mode="drop"),
+    jnp.full_like(q[..., 0], -jnp.inf, jnp.float32).at[blocks.tokens].set(lse[..., 0], mode="drop"),
   )
 
 

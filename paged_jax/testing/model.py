@@ -245,22 +245,26 @@ class Model:
       ok.append(held or page == self.num_pages)
     return ok
 
-  def adopt(self, rows: list[int], pages: list[list[int]], lengths: list[int]) -> list[bool]:
-    """Empty rows on held pages."""
+  def adopt(
+    self, rows: list[int], pages: list[list[int]], lengths: list[int], starts: list[int]
+  ) -> list[bool]:
+    """Empty rows on held pages, the first of which holds the start."""
     before = list(self.rows)
     ok = []
-    for r, ids, length in zip(rows, pages, lengths):
+    for r, ids, length, start in zip(rows, pages, lengths, starts):
       named = r in [other for other, granted in zip(rows, ok) if granted]
       valid = r in range(len(before)) and before[r].length == 0 and not named
-      valid = valid and 0 <= length <= self.capacity
-      count = -(-length // self.size)
+      valid = valid and 0 <= start <= length <= self.capacity
+      first = start // self.size
+      count = -(-length // self.size) - first
       used = ids[:count]
       valid = valid and len(used) == count
       valid = valid and all(p in range(self.num_pages) and self.holds[p] > 0 for p in used)
       valid = valid and (self.copy_on_write or length % self.size == 0)
       if valid:
-        tokens = [self.contents[p][i] for p in used for i in range(self.size)]
-        self.rows[r] = Row(dict(enumerate(used)), 0, length, tokens[:length])
+        tokens = [None] * (first * self.size)
+        tokens += [self.contents[p][i] for p in used for i in range(self.size)]
+        self.rows[r] = Row(dict(enumerate(used, first)), start, length, tokens[:length])
       ok.append(valid or r == len(before))
     return ok
 

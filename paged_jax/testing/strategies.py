@@ -138,7 +138,8 @@ def _adopted(draw, model, images):
   width = model.capacity // model.size
   rows = draw(_list(st.integers(-1, len(model.rows)), ADOPTED))
   pages = [draw(_list(some, width)) for _ in range(ADOPTED)]
-  return rows, pages, draw(_ints(-1, min(2 * model.size, model.capacity + 1), ADOPTED))
+  lengths = draw(_ints(-1, min(2 * model.size, model.capacity + 1), ADOPTED))
+  return rows, pages, lengths, [draw(st.sampled_from([0, 0, n // 2, n, n + 1])) for n in lengths]
 
 
 def _image(draw, model, images):
