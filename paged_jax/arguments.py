@@ -2,10 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def integers(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
-  """`value` as an i32 array of `shape`, where None stands for any size."""
+  """`value` as an i32 array of `shape`, where None stands for any size but 0."""
+  if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+    strange = value[value != value.astype(np.int32)]
+    if strange.size:
+      raise ValueError(f"{name} must fit in int32, got {strange[0]}")
   return _array(name, value, shape, jnp.integer, "integer").astype(jnp.int32)
 
 
@@ -20,12 +25,20 @@ def floats(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
 
 
 def layer(value, num_layers: int) -> jax.Array:
-  """A layer index as i32[]; a Python int is checked against the number of layers."""
-  if isinstance(value, int):
+  """A layer index as i32[]: a number is checked, an array out of range becomes `num_layers`."""
+  if isinstance(value, int | np.integer):
     if not 0 <= value < num_layers:
       raise ValueError(f"layer must be in [0, {num_layers}), got {value}")
     return jnp.int32(value)
-  return integers("layer", value, ())
+  value = integers("layer", value, ())
+  return jnp.where((value >= 0) & (value < num_layers), value, num_layers)
+
+
+def size(name: str, value, limit: int) -> int:
+  """A static size in 1..limit."""
+  if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+    raise ValueError(f"{name} must be an integer in [1, {limit}], got {value!r}")
+  return value
 
 
 def _array(name, value, shape, kind, kind_name) -> jax.Array:
@@ -34,7 +47,7 @@ def _array(name, value, shape, kind, kind_name) -> jax.Array:
   if not jnp.issubdtype(value.dtype, kind):
     raise ValueError(f"{name} must have a {kind_name} dtype, got {value.dtype}")
   same = len(value.shape) == len(shape)
-  if not (same and all(want in (None, size) for want, size in zip(shape, value.shape))):
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+  if not (same and all(n == want or (want is None and n) for want, n in zip(shape, value.shape))):
+    wanted = ", ".join("any" if want is None else str(want) for want in shape)
     raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
   return jnp.asarray(value)

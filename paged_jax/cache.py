@@ -74,8 +74,9 @@ def plan(
 
   Returns:
     The plan. `plan.ok` is False for a token without a slot of its own: unmapped, beyond the
-    length, on a page that others hold, not ascending. Such a token is not written and attends
-    to nothing.
+    length, on a page that others hold; and for one that breaks the order: from where a row's
+    positions stop ascending, and in every later piece of a row that comes in several. Such a
+    token is not written and attends to nothing.
   """
   rows = arguments.integers("rows", rows, (None,))
   positions = arguments.integers("positions", positions, rows.shape)
@@ -86,11 +87,11 @@ def plan(
   lengths = tables.lengths.at[known].get(mode="fill", fill_value=0)
   starts = tables.starts.at[known].get(mode="fill", fill_value=0)
   page = tables_lib.page_at(tables.block_tables, known, positions // size, n)
-  repeated = (known[1:] == known[:-1]) & (positions[1:] <= positions[:-1])
   private = pool_lib.refcounts(pool, page) == 1
-  own = private & (positions >= starts) & (positions < lengths) & ~jnp.pad(repeated, (1, 0))
+  ordered = _ordered(known, positions, s)
+  own = private & (positions >= starts) & (positions < lengths) & ordered
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
-  blocks, block_lengths, block_size = attention.schedule(known, s)
+  blocks, block_lengths, block_size = attention.schedule(jnp.where(ordered, known, s), s)
   return Plan(
     rows=known,
     positions=positions,
@@ -146,7 +147,8 @@ def attend(
 
   Returns:
     [B,Q,D] in q's dtype, and f32[B,Q] if `return_lse`. Padding and tokens that are not ok give 0
-    and -inf. Logits and sums are float32.
+    and -inf. Logits and sums are float32. Live keys and values must be finite: one that is not
+    may reach other tokens of its row, never another row's.
   """
   out, lse = attention.attend(
     q, cache.pages, arguments.layer(layer, cache.pages.kv.shape[1]), cache.ledger.tables, plan,
@@ -166,9 +168,9 @@ def gather(
   rows = arguments.integers("rows", rows, (None,))
   layer = arguments.layer(layer, cache.pages.kv.shape[1])
   ledger = cache.ledger
-  size = ledger.capacity if num_tokens is None else num_tokens
-  if not 0 < size <= ledger.capacity:
-    raise ValueError(f"num_tokens must be in [1, {ledger.capacity}], got {num_tokens}")
+  size = ledger.capacity
+  if num_tokens is not None:
+    size = arguments.size("num_tokens", num_tokens, ledger.capacity)
   known = jnp.where((rows >= 0) & (rows < ledger.num_rows), rows, ledger.num_rows)
   columns = jnp.arange(-(-size // ledger.page_size), dtype=jnp.int32)
   tables = tables_lib.page_at(
@@ -281,12 +283,12 @@ def put_pages(cache: Cache, image: Pages, count: jax.Array) -> tuple[Cache, jax.
     The next cache, the pages i32[B] (N past `count`, or everywhere if refused), and `Info` with
     ok bool[]: all or nothing.
   """
-  wanted = (image.kv.shape[0], *cache.pages.kv.shape[1:])
-  if image.kv.shape != wanted or image.kv.dtype != cache.pages.kv.dtype:
-    raise ValueError(
-      f"image must be {cache.pages.kv.dtype}{list(wanted)}, "
-      f"got {image.kv.dtype}{list(image.kv.shape)}"
-    )
+  wanted = jax.ShapeDtypeStruct(
+    (max(1, image.kv.shape[0]), *cache.pages.kv.shape[1:]), cache.pages.kv.dtype
+  )
+  got = jax.ShapeDtypeStruct(image.kv.shape, image.kv.dtype)
+  if got != wanted or image.dtype != cache.pages.dtype:
+    raise ValueError(f"image must be {wanted} of {cache.pages.dtype}, got {got} of {image.dtype}")
   ledger, pages, info = ledger_lib.take_held(cache.ledger, count, image.kv.shape[0])
   bytes_ = pages_lib.put(cache.pages, pages, image)
   return Cache(ledger=ledger, pages=bytes_), pages, info
@@ -305,9 +307,9 @@ def swap_out(
   """
   row = arguments.integers("row", row, ())
   ledger = cache.ledger
-  bucket = ledger.pages_per_row if num_pages is None else num_pages
-  if not 0 < bucket <= ledger.pages_per_row:
-    raise ValueError(f"num_pages must be in [1, {ledger.pages_per_row}], got {num_pages}")
+  bucket = ledger.pages_per_row
+  if num_pages is not None:
+    bucket = arguments.size("num_pages", num_pages, ledger.pages_per_row)
   mask = jnp.arange(ledger.num_rows, dtype=jnp.int32) == row
   start = jnp.sum(jnp.where(mask, ledger.tables.starts, 0), dtype=jnp.int32)
   length = jnp.sum(jnp.where(mask, ledger.tables.lengths, 0), dtype=jnp.int32)
@@ -326,17 +328,17 @@ def swap_out(
 def swap_in(cache: Cache, row: jax.Array, image: Image) -> tuple[Cache, Info]:
   """Puts what `swap_out` took into fresh pages of the empty row i32[]; all or nothing."""
   row = arguments.integers("row", row, ())
+  start = arguments.integers("image.start", image.start, ())
+  length = arguments.integers("image.length", image.length, ())
   s = cache.ledger.num_rows
-  _, count = tables_lib.span(image.start, image.length, cache.ledger.page_size)
+  _, count = tables_lib.span(start, length, cache.ledger.page_size)
   vacant = cache.lengths.at[jnp.where(row >= 0, row, s)].get(mode="fill", fill_value=1) == 0
-  sane = (
-    (image.start >= 0) & (image.start <= image.length) & (image.length <= cache.ledger.capacity)
-  )
+  sane = (start >= 0) & (start <= length) & (length <= cache.ledger.capacity)
   cache, pages, info = put_pages(cache, image.pages, jnp.where(vacant & sane, count, -1))
   # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
   ledger = dataclasses.replace(cache.ledger, copy_on_write=True)
   ledger, _ = ledger_lib.adopt(
-    ledger, row[None], pages[None], jnp.where(info.ok, image.length, 0)[None], image.start[None]
+    ledger, row[None], pages[None], jnp.where(info.ok, length, 0)[None], start[None]
   )
   ledger, _ = ledger_lib.drop(ledger, pages)
   ledger = dataclasses.replace(ledger, copy_on_write=cache.ledger.copy_on_write)
@@ -344,8 +346,19 @@ def swap_in(cache: Cache, row: jax.Array, image: Image) -> tuple[Cache, Info]:
 
 
 def audit(cache: Cache) -> Audit:
-  """How often each law of the cache is broken, as numbers; all zero for a sound cache."""
+  """How often the laws of refcounts, bitmap and tables are broken; all zero for a sound cache."""
   return ledger_lib.audit(cache.ledger)
+
+
+def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:
+  """Which tokens i32[B] belong to the first piece of their row, where it still ascends: bool[B]."""
+  tokens = jnp.arange(rows.shape[0], dtype=jnp.int32)
+  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
+  begin = jax.lax.cummax(jnp.where(fresh, tokens, 0))
+  first = jnp.full(num_rows, rows.shape[0], jnp.int32).at[rows].min(tokens, mode="drop")
+  falls = ~fresh & jnp.pad(positions[1:] <= positions[:-1], (1, 0))
+  fallen = jnp.cumsum(falls, dtype=jnp.int32)
+  return (first.at[rows].get(mode="fill", fill_value=0) == begin) & (fallen == fallen[begin])
 
 
 def _with_ledger(cache: Cache, ledger: Ledger, info: Info) -> tuple[Cache, Info]:

@@ -51,10 +51,14 @@ class CacheConfig:
     object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
-    if self.num_pages * self.page_size >= 2**30:  # slots of dropped tokens come on top
-      raise ValueError(
-        f"num_pages * page_size must be below 2**30, got {self.num_pages} * {self.page_size}"
-      )
+    products = {  # they are computed in int32; slots of dropped tokens come on top
+      "num_pages * page_size": self.num_pages * self.page_size,
+      "max_length": self.pages_per_row * self.page_size,
+      "num_rows * pages_per_row": self.num_rows * self.pages_per_row,
+    }
+    for name, value in products.items():
+      if value >= 2**30:
+        raise ValueError(f"{name} must be below 2**30, got {value}")
 
   @property
   def array_dtype(self) -> np.dtype:

@@ -208,7 +208,7 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
   columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)
 
   def turn(row, state):
-    pool, block_tables, ok, waiting = state
+    pool, block_tables, ok, first_copied, num_copied, waiting = state
     table = block_tables[row]
     inside = (columns >= first[row]) & (columns < first[row] + count[row])
     shared = inside & (pool_lib.refcounts(pool, table) > 1)
@@ -228,17 +228,28 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
     )
     pool = pool_lib.release(pool, jnp.where(shared, table, n))
     table = jnp.where(shared, taken.at[ranks].get(mode="fill", fill_value=n), table)
-    return pool, block_tables.at[row].set(table), ok.at[row].set(granted), waiting | short
+    # Copied pages, and those between them: from the first one that is shared to the last.
+    begin, end = jnp.min(jnp.where(shared, columns, n)), jnp.max(jnp.where(shared, columns + 1, 0))
+    return (
+      pool,
+      block_tables.at[row].set(table),
+      ok.at[row].set(granted),
+      first_copied.at[row].set(begin),
+      num_copied.at[row].set(jnp.maximum(end - begin, 0)),
+      waiting | short,
+    )
 
-  state = (ledger.pool, tables.block_tables, valid, jnp.bool_(False))
-  pool, block_tables, ok, _ = jax.lax.fori_loop(0, s, turn, state)
-  renewed = ok & (count > 0)
+  zeros = jnp.zeros(s, jnp.int32)
+  state = (ledger.pool, tables.block_tables, valid, zeros, zeros, jnp.bool_(False))
+  pool, block_tables, ok, begin, num_copied, _ = jax.lax.fori_loop(0, s, turn, state)
+  tail = tables_lib.num_pages_for(tables.lengths, size)
+  renewed = (num_copied > 0) & (begin + num_copied == tail)
   copies = Copies(
     sources=tables_lib.page_at(
-      tables.block_tables, jnp.arange(s)[:, None], first[:, None] + columns[None, :], n
+      tables.block_tables, jnp.arange(s)[:, None], begin[:, None] + columns[None, :], n
     ),
-    first=first,
-    count=jnp.where(ok, count, 0),
+    first=begin,
+    count=num_copied,
     lengths=tables.lengths,
   )
   tables = dataclasses.replace(tables, block_tables=block_tables, stale=tables.stale & ~renewed)

@@ -73,7 +73,7 @@ def take(
     last = pages[jnp.maximum(found - 1, 0)]
     pool = dataclasses.replace(
       _flip(pool, pages, freed=False),
-      refcount=pool.refcount.at[pages].set(1, mode="drop", unique_indices=False),
+      refcount=pool.refcount.at[pages].set(1, mode="drop"),
       cursor=jnp.where(found > 0, (last + 1) % pool.num_pages, pool.cursor),
     )
     return pool, carry, taken + found, position

@@ -130,7 +130,7 @@ class Info(NamedTuple):
 
 
 class Audit(NamedTuple):
-  """How often each law is broken; all zero for a sound cache. Every field is i32[]."""
+  """How often laws 1 to 3 (see the README) are broken; all zero for a sound cache."""
 
   refcounts: jax.Array  # i32[] pages whose refcount is not table entries + holds (law 1)
   holds: jax.Array  # i32[] pages with fewer than 0, or more than refcount, holds (law 1)

@@ -31,7 +31,9 @@ def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
     ("dtype", None, "dtype.*None"),
     ("storage_dtype", "float32", "storage_dtype.*float32"),
     ("copy_on_write", 1, "copy_on_write.*1"),
-    ("num_pages", 2**27, "num_pages.*134217728"),
+    ("num_pages", 2**27, "num_pages.*2147483648"),
+    ("max_length", 2**30, "max_length.*1073741824"),
+    ("num_rows", 2**22, "num_rows.*1073741824"),
   ],
 )
 def test_a_field_out_of_range_is_named_with_its_value(field, value, message):

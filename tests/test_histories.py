@@ -57,7 +57,7 @@ def test_every_history_matches_the_plain_model_for_any_config(data):
 def test_a_history_traces_each_verb_once():
   config = CONFIGS["tight"]
   verbs = types.SimpleNamespace(init=paged_jax.init)
-  for name in {*strategies.VERBS, "plan"}:
+  for name in {*strategies.VERBS, "plan", "pages_needed"}:
     traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
     setattr(verbs, name, jax.jit(traced))
 
@@ -75,7 +75,7 @@ def test_the_comparison_with_the_model_can_fail():
     cache, info = paged_jax.extend(cache, num_tokens)
     return cache, info._replace(ok=~info.ok)
 
-  names = [*strategies.VERBS, "plan", "init"]
+  names = [*strategies.VERBS, "plan", "pages_needed", "init"]
   verbs = types.SimpleNamespace(**{name: getattr(paged_jax.jitted, name) for name in names})
   verbs.extend = greedy_extend
   config = CONFIGS["tight"]

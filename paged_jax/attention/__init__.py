@@ -19,7 +19,7 @@ def choose(implementation: str | None) -> str:
   """The backend to use: the one named, or the platform's best for None.
 
   Raises:
-    ValueError: There is no backend of that name. None other is taken in its place.
+    ValueError: There is no backend of that name. No other one is taken in its place.
   """
   if implementation is None:
     return "xla"
@@ -33,11 +33,8 @@ def choose(implementation: str | None) -> str:
 def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]:
   """Cuts a ragged batch into blocks of queries, each of one row.
 
-  Tokens that share a row are contiguous; a row that comes in several pieces may find that the
-  blocks of its last ones are missing.
-
   Args:
-    rows: i32[B] row of each token; `num_rows` is padding, anywhere between rows.
+    rows: i32[B] row of each token, each row in one piece; `num_rows` is padding, anywhere between.
     num_rows: S, a static number.
 
   Returns:
@@ -53,9 +50,10 @@ def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]
   known = (rows >= 0) & (rows < num_rows)
   leads = known & (nth % block_size == 0)
   owner = jnp.where(known, jnp.cumsum(leads, dtype=jnp.int32) - 1, num_blocks)
-  blocks = jnp.full(num_blocks, b, jnp.int32).at[jnp.where(leads, owner, num_blocks)]
+  leader = jnp.where(leads, owner, num_blocks)
+  blocks = jnp.full(num_blocks, b, jnp.int32).at[leader].set(tokens, mode="drop")
   lengths = jnp.zeros(num_blocks, jnp.int32).at[owner].add(1, mode="drop")
-  return blocks.set(tokens, mode="drop"), lengths, block_size
+  return blocks, lengths, block_size
 
 
 def attend(
@@ -114,12 +112,20 @@ def attend(
 
 
 def _positive(name: str, value, dtype) -> jax.Array:
-  if isinstance(value, int | float) and not value > 0:
-    raise ValueError(f"{name} must be positive, got {value}")
-  return _scalar(name, value, dtype)
+  """`value` as a scalar array; a static one must be positive, and represented by the dtype."""
+  scalar = _scalar(name, value, dtype)
+  if not isinstance(value, jax.Array):
+    if not value > 0:
+      raise ValueError(f"{name} must be positive, got {value}")
+    if dtype == jnp.int32 and value != int(value):
+      raise ValueError(f"{name} must be an integer, got {value}")
+  return scalar
 
 
 def _scalar(name: str, value, dtype) -> jax.Array:
   if jnp.shape(value):
     raise ValueError(f"{name} must be a scalar, got shape {list(jnp.shape(value))}")
-  return jnp.asarray(value, dtype)
+  try:
+    return jnp.asarray(value, dtype)
+  except OverflowError:
+    raise ValueError(f"{name} must fit in {jnp.dtype(dtype)}, got {value}") from None

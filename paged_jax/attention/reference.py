@@ -23,14 +23,14 @@ def attend(
   sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, _, h, t, d = pages_lib.sizes(pages)
+  n, num_layers, h, t, d = pages_lib.sizes(pages)
   ids = tables.block_tables.at[plan.rows].get(mode="fill", fill_value=n)  # [B,P]
   k, v = (x.astype(jnp.float32) for x in pages_lib.gather(pages, layer, ids))  # [B,X,H,D]
 
   j = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
   i = plan.positions[:, None]
   starts = tables.starts.at[plan.rows].get(mode="fill", fill_value=0)[:, None]
-  live = plan.ok & (plan.rows < tables.lengths.shape[0])
+  live = plan.ok & (plan.rows < tables.lengths.shape[0]) & (layer < num_layers)
   seen = (j >= jnp.maximum(starts, i - window + 1)) & (j <= i) & live[:, None]
   seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
 

@@ -51,7 +51,7 @@ def attend(
   sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, _, h, t, _ = pages_lib.sizes(pages)
+  n, num_layers, h, t, _ = pages_lib.sizes(pages)
   blocks = _blocks(q, h, tables, plan, window)
   chunk = _chunk_pages(pages, tables)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
@@ -64,7 +64,7 @@ def attend(
       columns = first_page + c * chunk + jnp.arange(chunk, dtype=jnp.int32)
       ids = _take(tables.block_tables, (block.rows, columns), n)
       j = (columns[:, None] * t + jnp.arange(t, dtype=jnp.int32)[None]).reshape(-1)
-      live = (j >= begin) & (j < end) & jnp.repeat(ids < n, t)
+      live = (j >= begin) & (j < end) & jnp.repeat(ids < n, t) & (layer < num_layers)
       k, v = _load(pages, layer, ids, live)
       logits = _dot("hmd,hxd->hmx", block.queries.astype(dtype), k.astype(dtype)) * scale
       if softcap is not None:

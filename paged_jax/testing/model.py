@@ -99,7 +99,8 @@ class Model:
     source = row.pages[column]
     row.pages[column] = self.take()
     self.contents[row.pages[column]] = list(self.contents[source])
-    self.clear_tail(row)
+    if column == row.length // self.size:
+      self.clear_tail(row)
 
   def clear_tail(self, row: Row):
     """Forgets whatever a row's last page holds beyond the row's length."""
@@ -119,8 +120,11 @@ class Model:
         if row.length % self.size > 0:
           page = row.pages[row.length // self.size]
           shared = self.refcount(page) - turns.get(page, 0) > 1
-          turns[page] = turns.get(page, 0) + 1
-          need = 0 if shared and not self.copy_on_write else need + shared
+          if shared and not self.copy_on_write:
+            need = 0
+          else:
+            need += shared
+            turns[page] = turns.get(page, 0) + 1
       needed.append(need)
     return needed
 
@@ -133,11 +137,18 @@ class Model:
     return live and self.refcount(at.pages[position // self.size]) == 1
 
   def write(self, rows: list[int], positions: list[int], tokens: list) -> list[bool]:
-    """Tokens into their slots; those without one are dropped."""
-    ok = []
-    for row, position, token in zip(rows, positions, tokens):
-      ok.append(row == len(self.rows) or self.writable(row, position))
-      if self.writable(row, position):
+    """Tokens into their slots; those without one, or out of order, are dropped."""
+    ok, seen, ordered = [], [], True
+    for i, (row, position, token) in enumerate(zip(rows, positions, tokens)):
+      known = row if 0 <= row < len(self.rows) else None
+      if not seen or known != seen[-1]:
+        ordered = known not in seen
+      elif position <= positions[i - 1]:
+        ordered = False
+      seen.append(known)
+      writable = ordered and self.writable(row, position)
+      ok.append(row == len(self.rows) or writable)
+      if writable:
         at = self.rows[row]
         self.contents[at.pages[position // self.size]][position % self.size] = token
         at.tokens[position] = token
@@ -195,7 +206,6 @@ class Model:
         continue
       for column in sorted(shared):
         self.copy(row, column)
-      self.clear_tail(row)
       ok.append(True)
     return ok
 

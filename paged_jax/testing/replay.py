@@ -28,6 +28,9 @@ def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> 
   images: list[Image] = []
   model_images: list = []
   for step in history:
+    if step.verb == "extend":
+      needed = verbs.pages_needed(cache, np.asarray(step.operands[0], np.int32))
+      np.testing.assert_array_equal(needed, model.pages_needed(*step.operands), f"needs of {step}")
     cache, ok, pages = _apply(verbs, config, cache, images, step)
     model_ok = strategies.apply(model, model_images, step)
     if step.verb == "put_pages":

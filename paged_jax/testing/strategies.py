@@ -80,7 +80,7 @@ def apply(model: Model, images: list, step: Step) -> Any:
 
 def _counts(draw, model, images):
   del images
-  most = draw(st.sampled_from([1, model.size + 1, model.capacity + 1]))
+  most = draw(st.sampled_from([1, model.size + 1, model.capacity + 1, 2**31 - 1]))
   return (draw(_ints(-1, most, len(model.rows))),)
 
 
@@ -94,6 +94,8 @@ def _tokens(draw, model, images):
     run = draw(st.integers(1, TOKENS // 2 - 1))
     rows += [row] * run + [len(model.rows)]
     positions += [*range(begin, begin + run), 0]
+  if draw(st.integers(0, 3)) == 0:  # out of order
+    rows[-2], positions[-2] = rows[0], draw(st.sampled_from(positions))
   pad = TOKENS - len(rows)
   return rows + [len(model.rows)] * pad, positions + [0] * pad, draw(_ints(1, 255, TOKENS))
 
