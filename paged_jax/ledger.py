@@ -229,7 +229,8 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
     pool = pool_lib.release(pool, jnp.where(shared, table, n))
     table = jnp.where(shared, taken.at[ranks].get(mode="fill", fill_value=n), table)
     # Copied pages, and those between them: from the first one that is shared to the last.
-    begin, end = jnp.min(jnp.where(shared, columns, n)), jnp.max(jnp.where(shared, columns + 1, 0))
+    begin = jnp.min(jnp.where(shared, columns, ledger.pages_per_row))
+    end = jnp.max(jnp.where(shared, columns + 1, 0))
     return (
       pool,
       block_tables.at[row].set(table),

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from story import config, empty, extend, ids, pages_of
+from story import config, empty, extend, ids, pages_of, read, write
 
 import paged_jax
 from paged_jax import jitted
@@ -64,6 +64,21 @@ def test_an_unshare_copies_only_what_others_hold():
   cache, info = jitted.unshare(cache, ids(10, 5, 0))
   assert info.ok.all()
   assert pages_of(cache, 0) == [0, 1, 2] and pages_of(cache, 1) == [0, 3]
+
+
+def test_an_unshare_copies_a_page_whose_place_in_its_row_is_beyond_the_number_of_pages():
+  cache = empty(num_pages=3, num_rows=2)
+  for length in (8, 16, 24):
+    cache, _ = jitted.slide(cache, ids(max(length - 9, 0), 0))
+    cache, _ = extend(cache, 8, 0)
+    cache, _ = write(cache, 0, [length] * 8, start=length - 8)
+    cache, _ = jitted.slide(cache, ids(length - 1, 0))
+  cache, _ = jitted.fork(cache, ids(0), ids(1))
+  _, _, copies = ledger_lib.unshare(cache.ledger, ids(24, 23))
+  assert copies.count.tolist() == [0, 1] and int(copies.first[1]) == 5
+  cache, info = jitted.unshare(cache, ids(24, 23))
+  assert info.ok.all() and pages_of(cache, 0) != pages_of(cache, 1)
+  assert read(cache, 1) == [0] * 23 + [24]
 
 
 def broken(ledger, part, **changes):
