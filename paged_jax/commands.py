@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from paged_jax.models.decoder import Decoder
 from paged_jax.text import Text
 from paged_jax.types import Cache
 
-(UsageError,) = typer.BadParameter.__bases__  # typer has its own click or not, by version
+# The base class, which typer takes from its own click or from another, by version.
+UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 Abort = typer.Abort
 
 _MAX_ROWS = 32  # samples at once, unless one prompt asks for more

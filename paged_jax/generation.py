@@ -420,7 +420,8 @@ def _rows(running: dict[int, _Sample], num_rows: int) -> Rows:
   idle = (0, 0, 0.0, 1, np.inf, 0)
   rows = [running[row].row() if row in running else idle for row in range(num_rows)]
   dtypes = (np.int32, np.int32, np.float32, np.int32, np.float32, np.uint32)
-  return Rows(*(np.array(column, dtype) for column, dtype in zip(zip(*rows), dtypes)))
+  columns = (np.array(column, dtype) for column, dtype in zip(zip(*rows), dtypes))
+  return Rows(*map(jnp.asarray, columns))
 
 
 def _add(summary: Summary, drawn: Drawn, seconds: float) -> Summary:

@@ -64,7 +64,7 @@ def extend(ledger: Ledger, num_tokens: jax.Array) -> tuple[Ledger, Info, Copies]
   copies = Copies(
     sources=jnp.where(renewed, growth.tail_page, pool.num_pages)[:, None],
     first=jnp.where(renewed, tail, growth.num_pages),
-    count=num_new + renewed.astype(jnp.int32),
+    num_pages=num_new + renewed.astype(jnp.int32),
     lengths=tables.lengths,
   )
   tables = Tables(
@@ -250,7 +250,7 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
       tables.block_tables, jnp.arange(s)[:, None], begin[:, None] + columns[None, :], n
     ),
     first=begin,
-    count=num_copied,
+    num_pages=num_copied,
     lengths=tables.lengths,
   )
   tables = dataclasses.replace(tables, block_tables=block_tables, stale=tables.stale & ~renewed)

@@ -64,7 +64,7 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
     page = jnp.where(offsets < kept, _page(kv, source), jnp.zeros((), kv.dtype))
     return _set_page(kv, target, page)
 
-  return Pages(kv=loops.fold(copies.count, step, pages.kv, chunk=1), dtype=pages.dtype)
+  return Pages(kv=loops.fold(copies.num_pages, step, pages.kv, chunk=1), dtype=pages.dtype)
 
 
 def read(pages: Pages, ids: jax.Array) -> Pages:

@@ -142,7 +142,7 @@ class Audit(NamedTuple):
 
 
 class Copies(NamedTuple):
-  """Pages to make: row r's `count[r]` logical pages from `first[r]` on, by its block table.
+  """Pages to make: row r's `num_pages[r]` logical pages from `first[r]` on, by its block table.
 
   The nth one keeps the tokens below `lengths[r]` from page `sources[r, nth]` (C columns, no page
   beyond them) and is zero elsewhere; it may be its own source.
@@ -150,7 +150,7 @@ class Copies(NamedTuple):
 
   sources: jax.Array  # i32[S,C]
   first: jax.Array  # i32[S]
-  count: jax.Array  # i32[S]
+  num_pages: jax.Array  # i32[S]
   lengths: jax.Array  # i32[S]
 
 

@@ -19,7 +19,7 @@ def test_a_ledger_without_bytes_makes_the_same_decisions_as_a_cache():
   ledger = ledger_lib.init(config())
   cache, _ = paged_jax.extend(cache, ids(5, 0, 9))
   ledger, _, copies = ledger_lib.extend(ledger, ids(5, 0, 9))
-  assert copies.count.tolist() == [2, 0, 3] and int(copies.sources.min()) == 8
+  assert copies.num_pages.tolist() == [2, 0, 3] and int(copies.sources.min()) == 8
   cache, _ = paged_jax.fork(cache, ids(0), ids(1), ids(5))
   ledger, _ = ledger_lib.fork(ledger, ids(0), ids(1), ids(5))
   cache, _ = paged_jax.extend(cache, ids(1, 1, 0))
@@ -75,7 +75,7 @@ def test_an_unshare_copies_a_page_whose_place_in_its_row_is_beyond_the_number_of
     cache, _ = jitted.slide(cache, ids(length - 1, 0))
   cache, _ = jitted.fork(cache, ids(0), ids(1))
   _, _, copies = ledger_lib.unshare(cache.ledger, ids(24, 23))
-  assert copies.count.tolist() == [0, 1] and int(copies.first[1]) == 5
+  assert copies.num_pages.tolist() == [0, 1] and int(copies.first[1]) == 5
   cache, info = jitted.unshare(cache, ids(24, 23))
   assert info.ok.all() and pages_of(cache, 0) != pages_of(cache, 1)
   assert read(cache, 1) == [0] * 23 + [24]
