@@ -51,7 +51,7 @@ def batches(draw):
   return rows + [3] * (60 - len(rows))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches())
 def test_every_token_is_in_one_block_of_its_row(rows):
   blocks, lengths, size = schedule(rows, 3)
