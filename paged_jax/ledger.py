@@ -371,8 +371,7 @@ def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.
     jnp.full(size, n, jnp.int32),
     chunk=min(_chunk(ledger), size),
   )
-  # A fresh page has one holder: the host.
-  pool = dataclasses.replace(pool, holds=pool.holds.at[pages].set(1, mode="drop"))
+  pool = pool_lib.claim(pool, pages)
   return dataclasses.replace(ledger, pool=pool), pages, Info(ok, pool.num_free)
 
 

@@ -107,6 +107,11 @@ def hold(pool: Pool, pages: jax.Array) -> Pool:
   return dataclasses.replace(retain(pool, pages), holds=pool.holds.at[pages].add(1, mode="drop"))
 
 
+def claim(pool: Pool, pages: jax.Array) -> Pool:
+  """The host becomes the one holder of each of `pages`, all just taken."""
+  return dataclasses.replace(pool, holds=pool.holds.at[pages].set(1, mode="drop"))
+
+
 def drop(pool: Pool, pages: jax.Array) -> Pool:
   """One host reference less for each entry of `pages`."""
   pool = dataclasses.replace(pool, holds=pool.holds.at[pages].add(-1, mode="drop"))

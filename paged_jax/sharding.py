@@ -50,7 +50,7 @@ def specs(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
     warnings.warn(
       f"{config.num_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
       "the pages are replicated",
-      stacklevel=2,
+      stacklevel=3,  # who called `shardings`
     )
     axis = None
   cache = jax.eval_shape(lambda: cache_lib.init(config))
