@@ -12,11 +12,14 @@ from paged_jax.cache import free as free
 from paged_jax.cache import gather as gather
 from paged_jax.cache import hold as hold
 from paged_jax.cache import init as init
+from paged_jax.cache import offload as offload
 from paged_jax.cache import pages_needed as pages_needed
 from paged_jax.cache import plan as plan
 from paged_jax.cache import put_pages as put_pages
 from paged_jax.cache import read_pages as read_pages
 from paged_jax.cache import reorder as reorder
+from paged_jax.cache import restore as restore
+from paged_jax.cache import scrub as scrub
 from paged_jax.cache import slide as slide
 from paged_jax.cache import swap_in as swap_in
 from paged_jax.cache import swap_out as swap_out
@@ -30,6 +33,7 @@ from paged_jax.types import Copies as Copies
 from paged_jax.types import Image as Image
 from paged_jax.types import Info as Info
 from paged_jax.types import Ledger as Ledger
+from paged_jax.types import Log as Log
 from paged_jax.types import Pages as Pages
 from paged_jax.types import Plan as Plan
 from paged_jax.types import Pool as Pool

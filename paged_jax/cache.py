@@ -10,6 +10,7 @@ while tracing; whatever the data asks is answered in `Info`, and what is refused
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -283,15 +284,64 @@ def put_pages(cache: Cache, image: Pages, count: jax.Array) -> tuple[Cache, jax.
     The next cache, the pages i32[B] (N past `count`, or everywhere if refused), and `Info` with
     ok bool[]: all or nothing.
   """
-  wanted = jax.ShapeDtypeStruct(
-    (max(1, image.kv.shape[0]), *cache.pages.kv.shape[1:]), cache.pages.kv.dtype
-  )
-  got = jax.ShapeDtypeStruct(image.kv.shape, image.kv.dtype)
-  if got != wanted or image.dtype != cache.pages.dtype:
-    raise ValueError(f"image must be {wanted} of {cache.pages.dtype}, got {got} of {image.dtype}")
+  shape = (max(1, image.kv.shape[0]), *cache.pages.kv.shape[1:])
+  _check_image("image", image, cache.pages, shape)
   ledger, pages, info = ledger_lib.take_held(cache.ledger, count, image.kv.shape[0])
   bytes_ = pages_lib.put(cache.pages, pages, image)
   return Cache(ledger=ledger, pages=bytes_), pages, info
+
+
+def offload(cache: Cache, pages: jax.Array) -> tuple[Pages, ...]:
+  """The bytes of each of `pages` i32[B], in host memory: B images, kv [L,H,T,2D].
+
+  Zero where there is no such page. One image per page, so that each can be kept, shared and
+  forgotten alone. Inside `jit` (and so in `jitted`) the host memory is pinned where the backend
+  has such; the copies do not wait for each other.
+  """
+  pages = arguments.integers("pages", pages, (None,))
+  n = cache.ledger.pool.num_pages
+  known = jnp.where(pages >= 0, pages, n)
+  images = (pages_lib.read_one(cache.pages, known[i]) for i in range(pages.shape[0]))
+  return tuple(jax.device_put(image, jax.memory.Space.Host) for image in images)
+
+
+def restore(
+  cache: Cache, images: Sequence[Pages], count: jax.Array
+) -> tuple[Cache, jax.Array, Info]:
+  """The first `count` i32[] of what `offload` took go into fresh pages that the host holds.
+
+  Returns:
+    The next cache, the pages i32[B] (N past `count`, or everywhere if refused), and `Info` with
+    ok bool[]: all or nothing.
+  """
+  if not images:
+    raise ValueError("images must have at least one page, got none")
+  for i, image in enumerate(images):
+    _check_image(f"images[{i}]", image, cache.pages, cache.pages.kv.shape[1:])
+  ledger, pages, info = ledger_lib.take_held(cache.ledger, count, len(images))
+  bytes_ = cache.pages
+  for i, image in enumerate(images):
+    image = jax.device_put(image, jax.memory.Space.Device)
+    bytes_ = pages_lib.put_one(bytes_, pages[i], image)
+  return Cache(ledger=ledger, pages=bytes_), pages, info
+
+
+def scrub(cache: Cache, pages: jax.Array) -> Cache:
+  """Clears those of `pages` i32[B] that nobody holds. Only for secrecy: no verb shows stale bytes."""
+  pages = arguments.integers("pages", pages, (None,))
+  n = cache.ledger.pool.num_pages
+  known = jnp.where((pages >= 0) & (pages < n), pages, n)
+  idle = pool_lib.refcounts(cache.ledger.pool, known) == 0
+  bytes_ = pages_lib.clear(cache.pages, jnp.where(idle, known, n))
+  return dataclasses.replace(cache, pages=bytes_)
+
+
+def _check_image(name: str, image: Pages, pages: Pages, shape: tuple[int, ...]) -> None:
+  """Raises unless `image` is as wide, and of the same dtypes, as `pages`."""
+  wanted = jax.ShapeDtypeStruct(shape, pages.kv.dtype)
+  got = jax.ShapeDtypeStruct(image.kv.shape, image.kv.dtype)
+  if got != wanted or image.dtype != pages.dtype:
+    raise ValueError(f"{name} must be {wanted} of {pages.dtype}, got {got} of {image.dtype}")
 
 
 def swap_out(

@@ -10,10 +10,12 @@
 """
 
 import functools
+import types
 
 import jax
 
 from paged_jax import cache as cache_lib
+from paged_jax import ledger as ledger_lib
 
 
 def _compiled(verb, *, donate: bool = False, static: tuple[str, ...] = ()):
@@ -49,6 +51,8 @@ hold = _compiled(cache_lib.hold, donate=True)
 drop = _compiled(cache_lib.drop, donate=True)
 adopt = _compiled(cache_lib.adopt, donate=True)
 put_pages = _compiled(cache_lib.put_pages, donate=True)
+restore = _compiled(cache_lib.restore, donate=True)
+scrub = _compiled(cache_lib.scrub, donate=True)
 swap_out = _compiled(cache_lib.swap_out, donate=True, static=("num_pages",))
 swap_in = _compiled(cache_lib.swap_in, donate=True)
 
@@ -57,4 +61,16 @@ plan = _compiled(cache_lib.plan, static=("implementation",))
 attend = _compiled(cache_lib.attend, static=("softcap", "return_lse"))
 gather = _compiled(cache_lib.gather, static=("num_tokens",))
 read_pages = _compiled(cache_lib.read_pages)
+offload = _compiled(cache_lib.offload)
 audit = _compiled(cache_lib.audit)
+
+# The same decisions on a ledger alone, which is not donated: a caller may look before it leaps.
+ledger = types.SimpleNamespace(
+  **{
+    name: jax.jit(getattr(ledger_lib, name))
+    for name in ("pages_needed", "extend", "fork", "reorder", "unshare", "trim", "slide", "free",
+                 "hold", "drop", "adopt", "replay", "audit")
+  },
+  init=jax.jit(ledger_lib.init, static_argnames="config"),
+  take_held=jax.jit(ledger_lib.take_held, static_argnames="size"),
+)  # fmt: skip

@@ -15,7 +15,7 @@ from paged_jax import arguments, loops
 from paged_jax import pool as pool_lib
 from paged_jax import tables as tables_lib
 from paged_jax.config import CacheConfig
-from paged_jax.types import Audit, Copies, Info, Ledger, Pool, Tables
+from paged_jax.types import Audit, Copies, Info, Ledger, Log, Pool, Tables
 
 
 def init(config: CacheConfig) -> Ledger:
@@ -373,6 +373,79 @@ def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.
   )
   pool = pool_lib.claim(pool, pages)
   return dataclasses.replace(ledger, pool=pool), pages, Info(ok, pool.num_free)
+
+
+def replay(ledger: Ledger, log: Log) -> Ledger:
+  """The ledger after everything in `log`: bit for bit that of the program which reported it.
+
+  Raises:
+    ValueError: The log names something that is no verb of a ledger.
+  """
+  unknown = [verb for verb in log.verbs if verb not in _LOGGED]
+  if unknown or len(log.verbs) != len(log.operands):
+    raise ValueError(f"log.verbs must be of {', '.join(_LOGGED)}, with operands, got {log.verbs}")
+  if log.verbs == ("extend",):
+    return _extend_by_steps(ledger, *log.operands[0])
+  return _replay(ledger, log)
+
+
+_LOGGED = ("extend", "fork", "reorder", "unshare", "trim", "slide", "free", "hold", "drop", "adopt")
+
+
+def _replay(ledger: Ledger, log: Log) -> Ledger:
+  def step(ledger, operands):
+    for verb, arrays in zip(log.verbs, operands):
+      ledger = globals()[verb](ledger, *arrays)[0]
+    return ledger, None
+
+  return jax.lax.scan(step, ledger, log.operands)[0]
+
+
+def _extend_by_steps(ledger: Ledger, num_tokens: jax.Array) -> Ledger:
+  """`extend` with each of `num_tokens` i32[K,S] in turn.
+
+  Where nothing can be refused and only the first step copies, one search takes the pages of all
+  other steps: they are the same ones, since nothing is released in between.
+  """
+  num_tokens = arguments.integers("num_tokens", num_tokens, (None, ledger.num_rows))
+  ledger, *_ = extend(ledger, num_tokens[0])
+  if num_tokens.shape[0] == 1:
+    return ledger
+  num_tokens = num_tokens[1:]
+  tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
+  ends = tables.lengths + jnp.cumsum(num_tokens, axis=0, dtype=jnp.int32)
+  reached = tables_lib.num_pages_for(jnp.concatenate([tables.lengths[None], ends]), size)
+  need = (reached[1:] - reached[:-1]).reshape(-1)
+  total = jnp.sum(need, dtype=jnp.int32)
+  rows = jnp.arange(ledger.num_rows, dtype=jnp.int32)
+  tail = tables_lib.page_at(tables.block_tables, rows, tables.lengths // size, pool.num_pages)
+  grown = jnp.any(num_tokens > 0, axis=0)
+  sane = jnp.all((num_tokens >= 0) & (num_tokens <= ledger.capacity))
+  sane &= jnp.all(ends <= ledger.capacity) & (total <= pool.num_free)
+  sane &= ~jnp.any(grown & (pool_lib.refcounts(pool, tail) > 1))
+
+  def together(ledger: Ledger) -> Ledger:
+    def place(block_tables, ranks, pages):
+      at, nth = loops.locate(need, ranks)
+      at_row = jnp.where(pages < pool.num_pages, at % ledger.num_rows, ledger.num_rows)
+      columns = reached[:-1].reshape(-1).at[at].get(mode="fill", fill_value=0) + nth
+      return block_tables.at[at_row, columns].set(pages, mode="drop")
+
+    pool_after, block_tables = pool_lib.take(
+      pool, total, place, tables.block_tables, chunk=_chunk(ledger)
+    )
+    after = Tables(
+      block_tables=block_tables,
+      starts=tables.starts,
+      lengths=ends[-1],
+      stale=tables.stale & ~grown,
+    )
+    return dataclasses.replace(ledger, pool=pool_after, tables=after)
+
+  def in_turn(ledger: Ledger) -> Ledger:
+    return _replay(ledger, Log(((num_tokens,),), ("extend",)))
+
+  return jax.lax.cond(sane, together, in_turn, ledger)
 
 
 def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

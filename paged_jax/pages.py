@@ -69,10 +69,24 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
 
 def read(pages: Pages, ids: jax.Array) -> Pages:
   """The bytes of pages `ids` i32[B], zero where there is no page."""
-  n = pages.kv.shape[0]
-  kv = jax.lax.map(
-    lambda i: jnp.where(i < n, _page(pages.kv, i), jnp.zeros((), pages.kv.dtype)), ids
-  )
+  return jax.lax.map(lambda page: read_one(pages, page), ids)
+
+
+def read_one(pages: Pages, page: jax.Array) -> Pages:
+  """The bytes of one page i32[], kv [L,H,T,2D], zero if there is no such one."""
+  kv = jnp.where(page < pages.kv.shape[0], _page(pages.kv, page), jnp.zeros((), pages.kv.dtype))
+  return Pages(kv=kv, dtype=pages.dtype)
+
+
+def put_one(pages: Pages, page: jax.Array, image: Pages) -> Pages:
+  """Writes the bytes of `image` [L,H,T,2D] into one page i32[], or nowhere."""
+  return Pages(kv=_set_page(pages.kv, page, image.kv), dtype=pages.dtype)
+
+
+def clear(pages: Pages, ids: jax.Array) -> Pages:
+  """Zero in pages `ids` i32[B], dropping those out of range."""
+  zero = jnp.zeros(pages.kv.shape[1:], pages.kv.dtype)
+  kv = jax.lax.fori_loop(0, ids.shape[0], lambda i, kv: _set_page(kv, ids[i], zero), pages.kv)
   return Pages(kv=kv, dtype=pages.dtype)
 
 

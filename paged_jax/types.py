@@ -174,3 +174,20 @@ class Plan:
   block_lengths: jax.Array  # i32[G] tokens in each block, 0 = no block
   block_size: int = _static()
   implementation: str = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """The ledger verbs that a program ran, in order, so that another ledger can follow it.
+
+  At each of K steps every one of `verbs` ran, with its operands of that step:
+
+      # verbs     ("extend", "trim")
+      # operands  ((i32[K,S],), (i32[K,S],))
+
+  A step that did not happen has operands that ask for nothing.
+  """
+
+  operands: tuple[tuple[jax.Array, ...], ...]
+  verbs: tuple[str, ...] = _static()

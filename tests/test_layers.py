@@ -17,7 +17,7 @@ LAYERS = {
   "ledger": 2,
   "cache": 3,
   "jitted": 4, "sharding": 4,
-  "testing": 5, "models": 5,
+  "testing": 5, "models": 5, "host": 5,
   "generation": 6, "viz": 6,
   "text": 6,
   "demo": 7,

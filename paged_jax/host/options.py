@@ -1,0 +1,78 @@
+"""What a manager is told: how to behave, and what a new sequence asks for."""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from paged_jax.host.eviction import LRU, Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class ManagerConfig:
+  """What a manager does beyond the cache itself.
+
+  Raises:
+    ValueError: A field is out of range; the message names the field and its value.
+  """
+
+  num_host_pages: int = 512
+  swapping: bool = True
+  low_watermark: float = 0.3  # fraction of the pages that are free
+  high_watermark: float = 0.1
+  prefix_cache: bool = True
+  max_prefixes: int = 100  # whole sequences in the prefix cache
+  min_prefix_length: int = 16  # tokens
+  eviction: Policy = LRU
+  spill: bool = False  # evicted prefix pages go to the host pool while it has room
+  scrub: bool = False  # pages are cleared when they become free
+  canary: bool = False  # one more layer holds a mark of who wrote each slot; reads check it
+  event_buffer: int = 4096
+
+  def __post_init__(self):
+    for name, least in dict(
+      num_host_pages=0, max_prefixes=0, min_prefix_length=1, event_buffer=1
+    ).items():
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    for name in ("low_watermark", "high_watermark"):
+      value = getattr(self, name)
+      if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    if self.high_watermark >= self.low_watermark:
+      raise ValueError(
+        f"high_watermark must be below low_watermark ({self.low_watermark}), "
+        f"got {self.high_watermark}"
+      )
+    if self.num_host_pages and not self.swapping:
+      raise ValueError(f"num_host_pages must be 0 with swapping off, got {self.num_host_pages}")
+    if self.spill and not self.swapping:
+      raise ValueError("spill must be off with swapping off, got True")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What a new sequence asks for.
+
+  With `tokens` it starts on the longest prefix of them that is cached; `initial_tokens` is then
+  all of them unless given. Fields left None are not checked against the pool.
+  """
+
+  request_id: Hashable
+  initial_tokens: int | None = None
+  tokens: Sequence[int] | np.ndarray | None = None
+  namespace: Hashable = None
+  max_length: int | None = None  # tokens, at most a row's capacity
+  num_layers: int | None = None
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  dtype: Any = None
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens that the sequence starts with."""
+    if self.initial_tokens is not None:
+      return self.initial_tokens
+    return 0 if self.tokens is None else len(self.tokens)

@@ -1,0 +1,506 @@
+"""The prefix index: stored token sequences, found by their tokens, down to a part of a page.
+
+A radix tree per namespace (Morrison 1968; for KV caches Zheng et al. 2024, "SGLang", section 3).
+Edges are runs of tokens, compared as such, so two prompts can never be taken for each other. A
+node keeps the pages whose last token is on its edge; the first of them may begin above it:
+
+    # page size 4     0 1 2 3 4 5 ┬ 6 7 8      page 1 of the upper branch is its own copy of
+    # pages           [a     ][b  │  ][c]      tokens 4 and 5, and so is page 1 of the lower one
+    #                             └ 6 9
+    #                          [d    ]
+
+Times are ticks, one for each lookup or store; a lifetime is in seconds of the clock passed in.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paged_jax.host.eviction import LRU, Policy, Queue, Use
+from paged_jax.host.holds import Held
+
+_WIDTH = 4  # bytes of a token
+
+
+def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
+  """Token ids as bytes, four each.
+
+  Raises:
+    ValueError: They are no flat sequence of numbers in [0, 2**31).
+  """
+  array = np.asarray(tokens)
+  if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    raise ValueError(f"tokens must be a flat sequence of integers, got {_short(tokens)}")
+  if array.size and not (array.min() >= 0 and array.max() < 2**31):
+    raise ValueError(f"tokens must be in [0, 2**31), got {array.min()}..{array.max()}")
+  return array.astype("<i4").tobytes()
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) < 80 else text[:77] + "..."
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Entry:
+  """A whole stored sequence."""
+
+  last_logits: Any  # whatever came with it
+  pinned: bool
+  expires: float  # seconds of the clock
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Node:
+  """The tokens `start..end` of every sequence that goes through here."""
+
+  parent: "Node | None"
+  tokens: bytes
+  end: int
+  held: list[Held]
+  use: Use
+  expires: float = math.inf
+  entry: Entry | None = None
+  children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
+
+  @property
+  def start(self) -> int:
+    """Tokens above this node."""
+    return self.end - len(self.tokens) // _WIDTH
+
+
+class Match(NamedTuple):
+  """What a lookup found."""
+
+  length: int  # tokens of the query that are stored
+  last_logits: Any  # of the last of them, if they are the whole query and came with logits
+  held: list[Held]  # ceil(length / T) pages
+
+
+class PrefixIndex:
+  """Longest stored prefix of a query, with its pages. Knows nothing of devices.
+
+  Args:
+    page_size: Tokens per page, T.
+    max_entries: Whole sequences kept; 0 stores nothing.
+    min_length: Shorter sequences are not stored, in tokens.
+    policy: What goes first.
+    clock: Seconds, for lifetimes.
+  """
+
+  def __init__(
+    self,
+    page_size: int,
+    *,
+    max_entries: int = 100,
+    min_length: int = 16,
+    policy: Policy = LRU,
+    clock: Callable[[], float],
+  ):
+    self.page_size, self.max_entries, self.min_length = page_size, max_entries, min_length
+    self._clock = clock
+    self._policy = policy
+    self._ticks = itertools.count(1)
+    self.clear()
+
+  def clear(self) -> list[Held]:
+    """Forgets everything; returns what was kept."""
+    held = [each for node in self.nodes() for each in node.held] if hasattr(self, "_roots") else []
+    for each in held:
+      each.indexed -= 1
+    self._roots: dict[Hashable, Node] = {}
+    self._leaves: Queue[Node] = Queue(self._policy, self._tick, _frontier)
+    self._entries: Queue[Node] = Queue(
+      self._policy, self._tick, lambda node: node.entry is not None
+    )
+    self._mortal: list = []  # heap of (expiry, number, node)
+    self.num_entries = self.num_pinned = 0
+    self.num_tokens = 0
+    return held
+
+  def nodes(self) -> Iterator[Node]:
+    """Every node, parents first."""
+    for root in self._roots.values():
+      yield root
+      yield from _below(root)
+
+  def _tick(self) -> int:
+    return next(self._ticks)
+
+  # Lookup
+
+  def find(self, namespace: Hashable, tokens: bytes) -> Match:
+    """The longest stored prefix of `tokens`, which counts as used."""
+    node, length = self._walk(namespace, tokens, split=True)
+    tick, at = self._tick(), node
+    while at.parent is not None:
+      at.use.last, at.use.touched = tick, True
+      at.use.hits += 1
+      at = at.parent
+    return self._match(node, length, tokens)
+
+  def peek(self, namespace: Hashable, tokens: bytes) -> Match:
+    """The same, leaving no trace."""
+    return self._match(*self._walk(namespace, tokens, split=False), tokens)
+
+  def _match(self, node: Node, length: int, tokens: bytes) -> Match:
+    entry = node.entry if length * _WIDTH == len(tokens) and node.end == length else None
+    live = entry is not None and (entry.expires == math.inf or entry.expires > self._clock())
+    logits = entry.last_logits if live and entry is not None else None
+    return Match(length, logits, self._pages(node, length))
+
+  def _walk(self, namespace: Hashable, tokens: bytes, *, split: bool) -> tuple[Node, int]:
+    """The node whose edge the match ends on (or, if `split`, at whose end) and the match's length."""
+    node, at, now = self._roots.get(namespace), 0, None
+    if node is None:
+      return Node(None, b"", 0, [], Use(0, 0)), 0
+    while at < len(tokens):
+      child = node.children.get(tokens[at : at + _WIDTH])
+      if child is None:
+        break
+      if child.expires != math.inf:
+        now = self._clock() if now is None else now
+        if child.expires <= now:
+          break
+      if tokens.startswith(child.tokens, at):
+        node, at = child, at + len(child.tokens)
+        continue
+      same = _common(child.tokens, tokens, at)
+      return (self._split(child, same) if split else child), at // _WIDTH + same
+    return node, at // _WIDTH
+
+  def _pages(self, node: Node, length: int) -> list[Held]:
+    """The pages of the first `length` tokens on the way to `node` (or part of the way along it)."""
+    size = self.page_size
+    count = -(-length // size)
+    while count > node.start // size + len(node.held):  # a page that ends below
+      node = max(node.children.values(), key=lambda child: child.use.last)
+    pages: list[Held | None] = [None] * count
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+      first = at.start // size
+      for i, each in enumerate(at.held[: max(0, count - first)], first):
+        pages[i] = pages[i] or each
+      at = at.parent
+    return [each for each in pages if each is not None]
+
+  def _split(self, node: Node, length: int) -> Node:
+    """Cuts `length` tokens off the head of a node's edge; returns the upper part."""
+    assert node.parent is not None
+    cut = node.start + length
+    whole = cut // self.page_size - node.start // self.page_size
+    upper = Node(
+      parent=node.parent,
+      tokens=node.tokens[: length * _WIDTH],
+      end=cut,
+      held=node.held[:whole],
+      use=dataclasses.replace(node.use, num_tokens=cut),
+      expires=node.expires,
+    )
+    node.parent.children[upper.tokens[:_WIDTH]] = upper
+    node.parent, node.tokens, node.held = upper, node.tokens[length * _WIDTH :], node.held[whole:]
+    upper.children[node.tokens[:_WIDTH]] = node
+    return upper
+
+  # Storing
+
+  def store(
+    self,
+    namespace: Hashable,
+    tokens: bytes,
+    held: Sequence[Held],
+    *,
+    last_logits: Any = None,
+    ttl: float | None = None,
+    pinned: bool = False,
+    busy: Callable[[Held], bool],
+  ) -> list[Held] | None:
+    """Stores a sequence on its pages; storing it again replaces its logits, lifetime and pin.
+
+    Args:
+      namespace: Part of the key: model, adapter, tenant, weights.
+      tokens: Token ids, `encoded`.
+      held: Its ceil(length / T) pages. Those of a stored beginning are not needed.
+      last_logits: Returned when a query is exactly this sequence.
+      ttl: Seconds until it is gone; None = never.
+      pinned: Whether it stays until it is unpinned.
+      busy: Whether somebody besides the host uses a page; entries in use are not evicted.
+
+    Returns:
+      What is kept no more, or None if nothing was stored: too short, or no room among entries.
+    """
+    length = len(tokens) // _WIDTH
+    if length < max(self.min_length, 1) or self.max_entries == 0:
+      return None
+    known = self._walk(namespace, tokens, split=False)[0]
+    replaced = known.entry is not None and known.end == length
+    released: list[Held] = []
+    if not replaced and self.num_entries >= self.max_entries:
+      evicted = self.evict_entry(busy)
+      if evicted is None:
+        return None
+      released += evicted
+    tick = self._tick()
+    expires = math.inf if ttl is None else self._clock() + ttl
+    root = self._roots.get(namespace)
+    if root is None:
+      root = self._roots[namespace] = Node(None, b"", 0, [], Use(tick, tick))
+    released += self._prune_expired(namespace, tokens)
+    node, at = self._walk(namespace, tokens, split=True)
+    if at == 0:
+      node = root
+    if at < length:
+      node, dropped = self._grow(node, tokens[at * _WIDTH :], held, tick)
+      released += dropped
+    if node.entry is None:
+      self.num_entries += 1
+      self._entries.push(node)
+    else:
+      self.num_pinned -= node.entry.pinned
+    self.num_pinned += pinned
+    node.entry = Entry(last_logits, pinned, expires)
+    node.use.stored = node.use.last = tick
+    self._extend_life(node, expires, replaced)
+    return released
+
+  def _grow(
+    self, node: Node, tokens: bytes, held: Sequence[Held], tick: int
+  ) -> tuple[Node, list[Held]]:
+    """A new branch under `node`, and the partial page that it makes superfluous."""
+    size = self.page_size
+    released = []
+    if node.end % size and not node.children and node.held:
+      released.append(node.held.pop())  # the branch has a page with the same tokens and more
+    end = node.end + len(tokens) // _WIDTH
+    child = Node(
+      parent=node,
+      tokens=tokens,
+      end=end,
+      held=list(held[node.end // size : -(-end // size)]),
+      use=Use(tick, tick, num_tokens=end),
+      expires=0.0,
+    )
+    node.children[tokens[:_WIDTH]] = child
+    for each in child.held:
+      each.indexed += 1
+    for each in released:
+      each.indexed -= 1
+    self.num_tokens += len(tokens) // _WIDTH
+    self._leaves.push(child)
+    return child, [each for each in released if not each.kept]
+
+  def _extend_life(self, node: Node, expires: float, replaced: bool) -> None:
+    """The whole path lives at least as long as its newest sequence."""
+    if replaced and not node.children:
+      node.expires = expires
+    if expires != math.inf:
+      heapq.heappush(self._mortal, (expires, self._tick(), node))
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+      at.expires = max(at.expires, expires)
+      at = at.parent
+
+  def pin(self, namespace: Hashable, tokens: bytes, pinned: bool) -> bool:
+    """Pins or unpins a stored sequence; False if there is no such one."""
+    node, _ = self._walk(namespace, tokens, split=False)
+    if node.entry is None or node.end * _WIDTH != len(tokens):
+      return False
+    self.num_pinned += pinned - node.entry.pinned
+    node.entry.pinned = pinned
+    return True
+
+  # Removing
+
+  def candidate(self, ready: Callable[[Held], bool]) -> Node | None:
+    """The node that gives up its last device page next, once that page is `ready`."""
+
+    def free(node: Node) -> bool:
+      page = last_page(node)
+      return page is not None and ready(page) and not self._pinned(node)
+
+    return self._leaves.pop(free)
+
+  def _pinned(self, node: Node) -> bool:
+    """Whether a sequence that ends here or below is pinned."""
+    if self.num_pinned == 0:
+      return False
+    return any(at.entry is not None and at.entry.pinned for at in [node, *_below(node)])
+
+  def forget_last(self, node: Node) -> list[Held]:
+    """Forgets a node's last device page, with all that comes after it; returns what nobody keeps.
+
+    A page that also has the last tokens of a node above passes to that one.
+    """
+    index = max(i for i, each in enumerate(node.held) if each.page is not None)
+    cut = (node.start // self.page_size + index) * self.page_size
+    released = self._drop_children(node)
+    if cut > node.start:
+      gone, node.held = node.held[index:], node.held[:index]
+      self._cut(node, cut)
+      self._leaves.push(node)
+      return released + self._release(gone)
+    return released + self._detach(node)
+
+  def requeue_all(self, held: Iterable[Held]) -> None:
+    """After these pages moved: whoever may be next is in the queue again."""
+    if any(each.indexed for each in held):
+      for node in self.nodes():
+        if _frontier(node):
+          self._leaves.push(node)
+
+  def _requeue(self, node: Node) -> None:
+    """This node, or the first one above it with a page on the device."""
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+      if last_page(at) is not None:
+        self._leaves.push(at)
+        return
+      at = at.parent
+
+  def _cut(self, node: Node, end: int) -> None:
+    self._remove_entry(node)
+    self.num_tokens -= node.end - end
+    node.tokens, node.end = node.tokens[: (end - node.start) * _WIDTH], end
+    node.use.num_tokens = end
+
+  def _detach(self, node: Node) -> list[Held]:
+    """Takes a childless node off the tree."""
+    parent = node.parent
+    assert parent is not None and not node.children
+    del parent.children[node.tokens[:_WIDTH]]
+    self._remove_entry(node)
+    self.num_tokens -= node.end - node.start
+    gone, node.held = node.held, []
+    if parent.parent is not None and not parent.children:
+      if parent.end % self.page_size and gone:
+        parent.held.append(gone[0])  # it has the last tokens of the node above, too
+        gone = gone[1:]
+      self._requeue(parent)
+    return self._release(gone)
+
+  def _drop_children(self, node: Node) -> list[Held]:
+    released: list[Held] = []
+    for child in reversed(list(_below(node))):
+      gone, child.held = child.held, []
+      released += self._release(gone) + self._detach(child)
+    return released
+
+  def _release(self, held: list[Held]) -> list[Held]:
+    for each in held:
+      each.indexed -= 1
+    return [each for each in held if not each.kept]
+
+  def _remove_entry(self, node: Node) -> None:
+    if node.entry is not None:
+      self.num_entries -= 1
+      self.num_pinned -= node.entry.pinned
+      node.entry = None
+
+  def _idle(self, busy: Callable[[Held], bool]) -> Callable[[Node], bool]:
+    def idle(node: Node) -> bool:
+      assert node.entry is not None
+      return not node.entry.pinned and not any(map(busy, self._pages(node, node.end)[-1:]))
+
+    return idle
+
+  def _retire(self, node: Node) -> list[Held]:
+    """Removes a whole sequence, and the pages that no other one goes through."""
+    self._remove_entry(node)
+    released = []
+    while node.parent is not None and not node.children and node.entry is None:
+      parent = node.parent
+      released += self._detach(node)
+      node = parent
+    return released
+
+  def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
+    """Removes the sequence that goes first; None if all are in use or pinned."""
+    victim = self._entries.pop(self._idle(busy))
+    return None if victim is None else self._retire(victim)
+
+  def expire(self) -> list[Held]:
+    """Removes what has outlived its time; returns what is kept no more."""
+    released = []
+    now = self._clock()
+    while self._mortal and self._mortal[0][0] <= now:
+      node = heapq.heappop(self._mortal)[2]
+      if _attached(node) and node.expires <= now and not self._pinned(node):
+        released += self._drop_children(node) + self._retire_dead(node)
+    self._roots = {name: root for name, root in self._roots.items() if root.children}
+    return released
+
+  def _retire_dead(self, node: Node) -> list[Held]:
+    released = []
+    now = self._clock()
+    while node.parent is not None and not node.children and node.expires <= now:
+      parent = node.parent
+      released += self._detach(node)
+      node = parent
+    return released
+
+  def _prune_expired(self, namespace: Hashable, tokens: bytes) -> list[Held]:
+    """Removes a dead branch that a new one would meet."""
+    node, at = self._walk(namespace, tokens, split=False)
+    child = node.children.get(tokens[at * _WIDTH : (at + 1) * _WIDTH]) if node.end == at else None
+    if child is None or child.expires > self._clock():
+      return []
+    return self._drop_children(child) + self._detach(child)
+
+  def reclaimable(self, ready: Callable[[Held], bool]) -> set[Held]:
+    """Every device page that could leave if asked for, given which are `ready`."""
+    found: set[Held] = set()
+    staying: set[int] = set()  # nodes that have something here or below that stays
+    for node in reversed(list(self.nodes())):  # children first
+      clear = id(node) not in staying and not (node.entry is not None and node.entry.pinned)
+      for each in reversed(node.held):
+        clear = clear and (each.page is None or ready(each))
+        if clear and each.page is not None:
+          found.add(each)
+      if not clear and node.parent is not None:
+        staying.add(id(node.parent))
+    return found
+
+
+def last_page(node: Node) -> Held | None:
+  """The last page of a node that is on the device, or None."""
+  return next((each for each in reversed(node.held) if each.page is not None), None)
+
+
+def _frontier(node: Node) -> bool:
+  """Whether a node of the tree has device pages and nothing below it has."""
+  alone = not any(_on_device(child) for child in node.children.values())
+  return alone and _attached(node) and last_page(node) is not None
+
+
+def _on_device(node: Node) -> bool:
+  """Whether this node or one below has a device page: they leave from the tail."""
+  if node.held:
+    return last_page(node) is not None
+  return any(map(_on_device, node.children.values()))
+
+
+def _attached(node: Node) -> bool:
+  return node.parent is not None and node.parent.children.get(node.tokens[:_WIDTH]) is node
+
+
+def _below(node: Node) -> Iterator[Node]:
+  """Every node under this one, parents first."""
+  stack = list(node.children.values())
+  while stack:
+    at = stack.pop()
+    yield at
+    stack += at.children.values()
+
+
+def _common(edge: bytes, tokens: bytes, at: int) -> int:
+  """Tokens that an edge shares with `tokens` from byte `at` on."""
+  size = min(len(edge), len(tokens) - at) // _WIDTH
+  left = np.frombuffer(edge, "<i4", size)
+  right = np.frombuffer(tokens, "<i4", size, at)
+  different = np.flatnonzero(left != right)
+  return int(different[0]) if different.size else size

@@ -1,0 +1,76 @@
+"""How full the pool is, in four levels, and who wants to know."""
+
+import collections
+import enum
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+_LOG = logging.getLogger(__name__)
+
+
+class Level(enum.IntEnum):
+  """By the fraction of pages that are free, against the two watermarks."""
+
+  LOW = 0  # at or above the low watermark
+  MEDIUM = 1  # below the low watermark
+  HIGH = 2  # below the high watermark
+  CRITICAL = 3  # nothing is free
+
+
+class Change(NamedTuple):
+  """The level went from `left` to `entered`, with so many pages free."""
+
+  left: Level
+  entered: Level
+  num_free: int
+
+
+Callback = Callable[[Change], None]
+
+
+def level(num_free: int, num_pages: int, low: float, high: float) -> Level:
+  """The level with `num_free` of `num_pages` pages free."""
+  if num_free == 0:
+    return Level.CRITICAL
+  if num_free < high * num_pages:
+    return Level.HIGH
+  return Level.MEDIUM if num_free < low * num_pages else Level.LOW
+
+
+class Notifier:
+  """Changes of level, in order, to everyone who subscribed. Not thread-safe but for `deliver`."""
+
+  def __init__(self, start: Level):
+    self.level = start
+    self._callbacks: list[Callback] = []
+    self._changes: collections.deque[Change] = collections.deque()
+
+  def subscribe(self, callback: Callback) -> Callable[[], None]:
+    """Calls `callback` at every change from now on, until the returned function is called."""
+    self._callbacks = [*self._callbacks, callback]
+
+    def unsubscribe():
+      self._callbacks = [each for each in self._callbacks if each is not callback]
+
+    return unsubscribe
+
+  def observe(self, entered: Level, num_free: int) -> None:
+    """Notes the level after a transition."""
+    if entered != self.level:
+      self._changes.append(Change(self.level, entered, num_free))
+      self.level = entered
+
+  def deliver(self) -> None:
+    """Calls back about what was noted. The caller holds no lock, so callbacks may do anything."""
+    while self._changes:
+      try:
+        change = self._changes.popleft()
+      except IndexError:  # another thread took it
+        return
+      for callback in self._callbacks:
+        try:
+          callback(change)
+        except Exception:
+          # A subscriber's fault is not that of the request which happened to change the level.
+          _LOG.exception("a pressure callback failed at %s", change)

@@ -1,0 +1,195 @@
+"""Where pages are that the host keeps, and how room is made for more.
+
+# free ◀── drop ── kept on the device ── offload ──▶ kept in host memory
+#                       ▲                                  │
+#                       └───────────── restore ────────────┘
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from paged_jax.host import errors
+from paged_jax.host.holds import Held, Holds
+from paged_jax.host.options import ManagerConfig
+from paged_jax.host.prefix import Node, PrefixIndex, last_page
+from paged_jax.host.state import ID_SIZES, State, batches
+
+
+class Residency:
+  """The cache with its twin, the pages that the host keeps, and their counts.
+
+  Args:
+    state: The cache and its twin.
+    options: The manager's.
+    prefixes: The prefix index.
+    event: Called with a kind and a number of pages when pages leave.
+  """
+
+  def __init__(
+    self,
+    state: State,
+    options: ManagerConfig,
+    prefixes: PrefixIndex,
+    event: Callable[[str, int], None],
+  ):
+    self.state, self.prefixes = state, prefixes
+    self.holds = Holds(options.num_host_pages)
+    self.count = dict.fromkeys(
+      ("pages_taken", "pages_released", "pages_swapped_out", "pages_swapped_in", "evicted_pages"), 0
+    )
+    self.peak = 0  # most pages in use at once
+    self._config, self._options, self._event = state.config, options, event
+
+  def apply(self, verb: str, *operands: np.ndarray) -> None:
+    """One verb, counted."""
+    self.state.apply(verb, *operands)
+    self.count_pages()
+
+  def apply_ids(self, verb: str, pages: list[int]) -> None:
+    """A verb on a list of pages, counted."""
+    if pages:
+      self.state.apply_ids(verb, pages)
+      self.count_pages()
+
+  def count_pages(self) -> None:
+    """Pages taken and released since the last time, and the peak."""
+    used = self._config.num_pages - self.state.num_free
+    change = used - (self.count["pages_taken"] - self.count["pages_released"])
+    self.count["pages_taken" if change > 0 else "pages_released"] += abs(change)
+    self.peak = max(self.peak, used)
+
+  def scrub(self, pages: list[int]) -> None:
+    """Clears those of `pages` that became free, if the manager is to do so."""
+    if self._options.scrub:
+      for _, ids in batches(pages, self._config.num_pages, ID_SIZES):
+        self.state.cache = self.state.verbs.scrub(self.state.cache, ids)
+
+  def busy(self, held: Held) -> bool:
+    """Whether a row uses a kept page."""
+    return held.page is not None and int(self.state.refcount[held.page]) > 1
+
+  def stranded(self, held: Held) -> bool:
+    """Whether only swapped sequences need a device page."""
+    return held.page is not None and not held.indexed and held.swapped > 0 and not self.busy(held)
+
+  def to_host(self, held: list[Held]) -> None:
+    """The bytes of kept device pages go to host memory, and the pages become free."""
+    if held:
+      images = self.state.offload([each.page for each in held if each.page is not None])
+      pages = self.holds.to_host(held, images)
+      self.apply_ids("drop", pages)
+      self.scrub(pages)
+      self.count["pages_swapped_out"] += len(held)
+
+  def to_device(self, held: list[Held]) -> None:
+    """The bytes of kept images go to fresh pages, for which there must be room."""
+    if held:
+      pages = self.state.restore([each.image for each in held if each.image is not None])
+      self.holds.to_device(held, pages)
+      self.count["pages_swapped_in"] += len(held)
+      self.count_pages()
+      self.prefixes.requeue_all(held)
+
+  def drop(self, held: list[Held]) -> None:
+    """Forgets kept pages that nobody needs any more."""
+    pages = self.holds.forget(held)
+    self.apply_ids("drop", pages)
+    self.scrub(pages)
+
+  def evicted(self, held: list[Held]) -> None:
+    """Lets go of what the prefix index gave up."""
+    if held:
+      self.count["evicted_pages"] += sum(each.page is not None for each in held)
+      self._event("evicted", len(held))
+      self.drop(list(dict.fromkeys(held)))
+
+  def reclaimable(self, guard: set[Held]) -> int:
+    """Device pages that could become free now, without those in `guard`."""
+    stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
+    moving = min(len([each for each in stranded if each not in guard]), self.holds.num_free)
+    ready = self._ready(guard, self.holds.num_free - moving)
+    return moving + len(self.prefixes.reclaimable(ready))
+
+  def _ready(self, guard: set[Held], room: int) -> Callable[[Held], bool]:
+    """Which pages of the prefix index could leave the device, asked one after another.
+
+    Those that swapped sequences need, too, must fit in the `room` that the host pool has.
+    """
+
+    def ready(held: Held) -> bool:
+      nonlocal room
+      if held in guard or self.busy(held):
+        return False
+      room -= held.swapped > 0
+      return held.swapped == 0 or room >= 0
+
+    return ready
+
+  def make_room(self, needed: int, guard: set[Held]) -> None:
+    """Sees to it that `needed` pages are free, or raises OutOfPages.
+
+    What clearly cannot succeed evicts nothing.
+    """
+    state = self.state
+    if needed <= state.num_free:
+      return
+    idle = np.count_nonzero((state.holds == 1) & (state.refcount == 1))
+    idle -= sum(each.page is not None and not self.busy(each) for each in guard)
+    if needed <= state.num_free + idle:
+      self.reclaim(needed, guard)
+    if needed > state.num_free:
+      raise errors.OutOfPages(needed=needed, free=state.num_free + self.reclaimable(guard))
+
+  def reclaim(self, target: int, guard: set[Held]) -> None:
+    """Frees pages that only the host keeps until `target` are free, or none is left."""
+    if self.state.num_free >= target:
+      return
+    stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
+    most = min(target - self.state.num_free, self.holds.num_free)
+    self.to_host([each for each in stranded if each not in guard][:most])
+    while self.state.num_free < target:
+      batch = self._victims(target - self.state.num_free, guard)
+      if not batch:
+        return
+      moving = [each for each in batch if each.kept]
+      self.to_host(moving)
+      self.prefixes.requeue_all(moving)
+      if moving:
+        self._event("spilled", len(moving))
+      self.evicted([each for each in batch if not each.kept])
+
+  def _victims(self, count: int, guard: set[Held]) -> list[Held]:
+    """The next pages to leave the device; those still kept must move to the host."""
+    batch: list[Held] = []
+    room = self.holds.num_free
+    leaving = set(guard)
+    while sum(each.page is not None for each in batch) < count:
+      node = self.prefixes.candidate(self._ready(leaving, room))
+      if node is None:
+        break
+      page = last_page(node)
+      assert page is not None
+      if self._options.spill and room > 0:
+        spilled = self._leaving(node, min(room, count - len(batch)), leaving)
+        room -= len(spilled)
+        batch += spilled
+        leaving.update(spilled)
+        continue
+      batch += self.prefixes.forget_last(node)
+      if page.swapped and not page.indexed:
+        room -= 1
+        batch.append(page)
+    return batch
+
+  def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:
+    """Up to `count` pages off the tail of a node, all of which may leave."""
+    on_device = [each for each in reversed(node.held) if each.page is not None]
+    ready = itertools.takewhile(self._ready(guard, self.holds.num_free), on_device)
+    return list(itertools.islice(ready, count))
+
+  def collect(self, target: int) -> None:
+    """Forgets what outlived its time, then evicts until `target` pages are free."""
+    self.evicted(self.prefixes.expire())
+    self.reclaim(target, set())

@@ -1,0 +1,109 @@
+"""The cache on the device, and its ledger's twin on the host's CPU, which move together.
+
+The twin runs the same ledger functions and gets the same page ids (law 8), so that the host knows
+every page without asking the device. A program that the user runs on the cache reports what it
+did to the ledger in a `Log`; until then the twin is behind.
+
+    # device  extend ─ program ─────────────── hold
+    # twin    extend ─ . . . . . report: replay ─ hold
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from paged_jax import jitted
+from paged_jax.config import CacheConfig
+from paged_jax.types import Cache, Log, Pages
+
+ID_SIZES = (8, 64, 512)  # batches of ids that are compiled
+BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
+
+
+class State:
+  """One cache and its twin."""
+
+  def __init__(self, config: CacheConfig, verbs=jitted):
+    self.config = config
+    self.verbs = verbs
+    self.cache: Cache = verbs.init(config)
+    self._cpu = jax.local_devices(backend="cpu")[0]
+    self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
+    self._unreported: list[Log] = []
+    self._read()
+
+  def _read(self) -> None:
+    """The twin's integers, as NumPy arrays."""
+    pool, tables = self.ledger.pool, self.ledger.tables
+    self.num_free = int(pool.num_free)
+    self.refcount, self.holds = np.asarray(pool.refcount), np.asarray(pool.holds)
+    self.block_tables = np.asarray(tables.block_tables)
+    self.starts, self.lengths = np.asarray(tables.starts), np.asarray(tables.lengths)
+
+  def apply(self, verb: str, *operands: np.ndarray) -> None:
+    """One verb on both. It must be granted: the manager asks only for what fits."""
+    ledger, info, *_ = getattr(jitted.ledger, verb)(self.ledger, *operands)
+    if not np.asarray(info.ok).all():
+      raise AssertionError(f"the ledger refused {verb} of {operands}: {np.asarray(info.ok)}")
+    self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
+    self.ledger = ledger
+    self._read()
+
+  def apply_ids(self, verb: str, pages: list[int]) -> None:
+    """A verb on a list of pages, however long."""
+    for _, ids in batches(pages, self.config.num_pages, ID_SIZES):
+      self.apply(verb, ids)
+
+  def offload(self, pages: list[int]) -> list[Pages]:
+    """The bytes of device pages as images in host memory; the copies go on in the background."""
+    images: list[Pages] = []
+    for count, ids in batches(pages, self.config.num_pages, BYTE_SIZES):
+      images += self.verbs.offload(self.cache, ids)[:count]
+    return images
+
+  def restore(self, images: list[Pages]) -> list[int]:
+    """Images in host memory into fresh pages that the host holds."""
+    taken: list[int] = []
+    for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):
+      ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=len(numbers))
+      if not bool(info.ok):
+        raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
+      part = tuple(images[i] for i in numbers)
+      self.cache, *_ = self.verbs.restore(self.cache, part, np.int32(count))
+      self.ledger = ledger
+      self._read()
+      taken += np.asarray(pages)[:count].tolist()
+    return taken
+
+  def run(self, program: Callable, *args, **kwargs):
+    """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
+    self.cache, log, out = program(self.cache, *args, **kwargs)
+    self._unreported.append(log)
+    return out
+
+  def settle(self) -> bool:
+    """Reads the reports of all programs, waiting for them; whether there were any."""
+    if not self._unreported:
+      return False
+    for log in self._unreported:
+      self.ledger = jitted.ledger.replay(self.ledger, jax.tree.map(np.asarray, log))
+    self._unreported = []
+    self._read()
+    return True
+
+
+def bucket(size: int, sizes: tuple[int, ...]) -> int:
+  """The compiled size for a batch of `size`, or the largest one."""
+  return next((each for each in sizes if each >= size), sizes[-1])
+
+
+def batches(
+  ids: list[int], padding: int, sizes: tuple[int, ...]
+) -> Iterator[tuple[int, np.ndarray]]:
+  """`ids` in padded i32 arrays of few sizes, each with how many of its ids are real."""
+  for i in range(0, len(ids), sizes[-1]):
+    part = ids[i : i + sizes[-1]]
+    array = np.full(bucket(len(part), sizes), padding, np.int32)
+    array[: len(part)] = part
+    yield len(part), array
