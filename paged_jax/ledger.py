@@ -404,48 +404,69 @@ def _replay(ledger: Ledger, log: Log) -> Ledger:
 def _extend_by_steps(ledger: Ledger, num_tokens: jax.Array) -> Ledger:
   """`extend` with each of `num_tokens` i32[K,S] in turn.
 
-  Where nothing can be refused and only the first step copies, one search takes the pages of all
-  other steps: they are the same ones, since nothing is released in between.
+  Only the first step of most logs copies a page. Where nothing is refused and nothing copied, one
+  search takes the pages of all steps: they are the same, since nothing is released in between.
   """
   num_tokens = arguments.integers("num_tokens", num_tokens, (None, ledger.num_rows))
-  ledger, *_ = extend(ledger, num_tokens[0])
-  if num_tokens.shape[0] == 1:
-    return ledger
-  num_tokens = num_tokens[1:]
-  tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
-  ends = tables.lengths + jnp.cumsum(num_tokens, axis=0, dtype=jnp.int32)
-  reached = tables_lib.num_pages_for(jnp.concatenate([tables.lengths[None], ends]), size)
-  need = (reached[1:] - reached[:-1]).reshape(-1)
-  total = jnp.sum(need, dtype=jnp.int32)
+  first = num_tokens[0]
+  ledger, num_tokens = jax.lax.cond(
+    _copies_tail(ledger, first),
+    lambda: (extend(ledger, first)[0], num_tokens.at[0].set(0)),
+    lambda: (ledger, num_tokens),
+  )
+
+  def grow(lengths, more):
+    return lengths + more, lengths
+
+  lengths, before = jax.lax.scan(grow, ledger.tables.lengths, num_tokens)
+  need = _new_pages(before, num_tokens, ledger.page_size)
+  sane = jnp.all((num_tokens >= 0) & (num_tokens <= ledger.capacity - before))
+  sane &= jnp.sum(need, dtype=jnp.int32) <= ledger.pool.num_free
+  sane &= ~_copies_tail(ledger, lengths - ledger.tables.lengths)
+  return jax.lax.cond(
+    sane,
+    lambda: _grown(ledger, lengths, before, need),
+    lambda: _replay(ledger, Log(((num_tokens,),), ("extend",))),
+  )
+
+
+def _copies_tail(ledger: Ledger, num_tokens: jax.Array) -> jax.Array:
+  """Whether any row would write into a page that others hold."""
+  tables, n = ledger.tables, ledger.pool.num_pages
   rows = jnp.arange(ledger.num_rows, dtype=jnp.int32)
-  tail = tables_lib.page_at(tables.block_tables, rows, tables.lengths // size, pool.num_pages)
-  grown = jnp.any(num_tokens > 0, axis=0)
-  sane = jnp.all((num_tokens >= 0) & (num_tokens <= ledger.capacity))
-  sane &= jnp.all(ends <= ledger.capacity) & (total <= pool.num_free)
-  sane &= ~jnp.any(grown & (pool_lib.refcounts(pool, tail) > 1))
+  columns = tables.lengths // ledger.page_size  # an unmapped one if the tail page is full
+  tail = tables_lib.page_at(tables.block_tables, rows, columns, n)
+  return jnp.any((num_tokens != 0) & (pool_lib.refcounts(ledger.pool, tail) > 1))
 
-  def together(ledger: Ledger) -> Ledger:
-    def place(block_tables, ranks, pages):
-      at, nth = loops.locate(need, ranks)
-      at_row = jnp.where(pages < pool.num_pages, at % ledger.num_rows, ledger.num_rows)
-      columns = reached[:-1].reshape(-1).at[at].get(mode="fill", fill_value=0) + nth
-      return block_tables.at[at_row, columns].set(pages, mode="drop")
 
-    pool_after, block_tables = pool_lib.take(
-      pool, total, place, tables.block_tables, chunk=_chunk(ledger)
-    )
-    after = Tables(
-      block_tables=block_tables,
-      starts=tables.starts,
-      lengths=ends[-1],
-      stale=tables.stale & ~grown,
-    )
-    return dataclasses.replace(ledger, pool=pool_after, tables=after)
+def _new_pages(lengths: jax.Array, more: jax.Array, size: int) -> jax.Array:
+  return tables_lib.num_pages_for(lengths + more, size) - tables_lib.num_pages_for(lengths, size)
 
-  def in_turn(ledger: Ledger) -> Ledger:
-    return _replay(ledger, Log(((num_tokens,),), ("extend",)))
 
-  return jax.lax.cond(sane, together, in_turn, ledger)
+def _grown(ledger: Ledger, lengths: jax.Array, before: jax.Array, need: jax.Array) -> Ledger:
+  """Rows grow to `lengths` i32[S] by way of `before`, taking `need` pages (i32[K,S]) each time."""
+  tables, n = ledger.tables, ledger.pool.num_pages
+  need = need.reshape(-1)
+  ends = jnp.cumsum(need, dtype=jnp.int32)
+
+  def place(block_tables, ranks, pages):
+    at = jnp.searchsorted(ends, ranks, side="right", method="scan_unrolled").astype(jnp.int32)
+    nth = ranks - (ends - need).at[at].get(mode="fill", fill_value=0)
+    rows = jnp.where(pages < n, at % ledger.num_rows, ledger.num_rows)
+    reached = before.reshape(-1).at[at].get(mode="fill", fill_value=0)
+    columns = tables_lib.num_pages_for(reached, ledger.page_size) + nth
+    return block_tables.at[rows, columns].set(pages, mode="drop")
+
+  pool, block_tables = pool_lib.take(
+    ledger.pool, jnp.sum(need, dtype=jnp.int32), place, tables.block_tables, chunk=_chunk(ledger)
+  )
+  tables = Tables(
+    block_tables=block_tables,
+    starts=tables.starts,
+    lengths=lengths,
+    stale=tables.stale & (lengths == tables.lengths),
+  )
+  return dataclasses.replace(ledger, pool=pool, tables=tables)
 
 
 def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -479,8 +500,8 @@ def _unmap(ledger: Ledger, first: jax.Array, count: jax.Array) -> Ledger:
 def _earlier(ids: jax.Array) -> jax.Array:
   """How many earlier entries of `ids` i32[B] name the same id."""
   order = jnp.arange(ids.shape[0], dtype=jnp.int32)
-  same = (ids[:, None] == ids[None, :]) & (order[None, :] < order[:, None])
-  return jnp.sum(same, axis=1, dtype=jnp.int32)
+  same = (ids[:, None] == ids[None, :]) & (order[:, None] < order[None, :])
+  return jnp.sum(same, axis=0, dtype=jnp.int32)  # over the outer axis, where CPUs use all lanes
 
 
 def _chunk(ledger: Ledger) -> int:

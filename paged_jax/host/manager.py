@@ -570,12 +570,13 @@ class Manager:
       num_tokens: i32[S] how many of them, from the first line on, are a row's.
     """
     with self._lock:
+      known, capacity = self._known, self._tokens.shape[1]
+      num_tokens = np.minimum(num_tokens, capacity - known)
       steps = np.arange(len(tokens))[:, None]
-      columns = self._known + steps
-      limit = np.minimum(num_tokens, self._tokens.shape[1] - self._known)
-      at = np.nonzero(steps < limit)
-      self._tokens[at[1], columns[at]] = tokens[at]
-      self._known += limit.astype(np.int32)
+      given = steps < num_tokens
+      places = steps + (np.arange(len(known)) * capacity + known)
+      self._tokens.reshape(-1)[places[given]] = tokens[given]
+      self._known = known + num_tokens.astype(np.int32)
 
   # Prefixes
 
