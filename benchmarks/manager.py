@@ -17,7 +17,7 @@ import measure  # first: it sets XLA's flags
 import numpy as np  # isort: skip
 
 import paged_jax
-from paged_jax.host import Manager, ManagerConfig, Request
+from paged_jax.host import Manager, Request
 from paged_jax.host.holds import Held
 from paged_jax.host.prefix import PrefixIndex, encoded
 

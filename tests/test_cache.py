@@ -74,6 +74,15 @@ MISUSES = {
     ),
     "image",
   ),
+  "offload list": (lambda c, p: paged_jax.offload(c, [0]), "pages.*list"),
+  "restore nothing": (lambda c, p: paged_jax.restore(c, (), jnp.int32(0)), "images.*none"),
+  "restore image": (
+    lambda c, p: paged_jax.restore(
+      c, [*paged_jax.offload(c, ids(0)), paged_jax.read_pages(c, ids(0))], jnp.int32(1)
+    ),
+    r"images\[1\]",
+  ),
+  "scrub scalar": (lambda c, p: paged_jax.scrub(c, jnp.int32(0)), "pages"),
   "gather float": (lambda c, p: paged_jax.gather(c, 0, ids(0), num_tokens=2.0), "num_tokens.*2.0"),
   "swap row": (lambda c, p: paged_jax.swap_out(c, ids(0)), "row"),
   "swap pages": (lambda c, p: paged_jax.swap_out(c, jnp.int32(0), num_pages=7), "num_pages.*7"),
@@ -168,6 +177,7 @@ def test_a_verb_that_reads_traces_once_for_all_values():
     "plan": lambda i: (cache, ids(0, i), ids(i, 1)),
     "gather": lambda i: (cache, jnp.int32(i), ids(i)),
     "read_pages": lambda i: (cache, ids(i, i + 1)),
+    "offload": lambda i: (cache, ids(i, i + 1)),
     "attend": lambda i: (K + i, cache, jnp.int32(i), plan),
     "audit": lambda i: (cache,),
   }
@@ -340,10 +350,17 @@ def put(cache, count):
   return paged_jax.put_pages(cache, image, count)
 
 
+def restored(cache, kv, count):
+  image = dataclasses.replace(cache.pages, kv=kv)
+  return paged_jax.restore(cache, (image, image), count)
+
+
 CALLS = {name: (getattr(paged_jax, name), args) for name, args in OPERANDS.items()}
 CALLS["write"] = (written, (jnp.zeros((3, 2, 16)), jnp.int32(1)))
 CALLS["swap"] = (swapped, (jnp.int32(0),))
 CALLS["put_pages"] = (put, (jnp.int32(2),))
+CALLS["restore"] = (restored, (jnp.zeros((4, 2, 4, 32)), jnp.int32(2)))
+CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
@@ -397,3 +414,40 @@ def test_poisoned_free_pages_never_show():
   cache = replay.poison(empty())
   cache, _ = extend(cache, 5, 0, 0)
   assert read(cache, 0) == [0] * 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_offloaded_pages_come_back_bit_for_bit_whatever_they_hold(dtype):
+  cache, _ = extend(jitted.init(config(dtype=dtype).stored_for("cpu")), 9, 0, 4)
+  bits = np.random.default_rng(0).integers(0, 256, cache.pages.kv.nbytes, np.uint8)  # NaN, too
+  kv = bits.view(cache.pages.kv.dtype).reshape(cache.pages.kv.shape)
+  cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, kv=jnp.asarray(kv)))
+  images = jitted.offload(cache, ids(2, 0, 99, 3))
+  assert {image.kv.sharding.memory_kind for image in images} == {"pinned_host"}
+  assert not np.asarray(images[2].kv).any()
+  cache, pages, info = jitted.restore(cache, images, jnp.int32(3))
+  assert bool(info.ok) and pages.tolist() == [4, 5, 6, 8]
+  assert cache.ledger.pool.holds.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+  for taken, source in ((4, 2), (5, 0)):
+    assert np.asarray(cache.pages.kv[taken]).tobytes() == kv[source].tobytes()
+  invariants.check(cache)
+
+
+def test_a_restore_that_does_not_fit_changes_nothing():
+  cache, _ = extend(empty(), 24, 0, 4)
+  images = jitted.offload(cache, ids(0, 1))
+  before = jax.tree.map(np.asarray, cache)
+  for count in (2, -1, 3):
+    cache, pages, info = jitted.restore(cache, images, jnp.int32(count))
+    assert not bool(info.ok) and pages.tolist() == [8, 8]
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, cache), before)
+
+
+def test_scrub_clears_free_pages_and_no_others():
+  cache, _ = extend(empty(), 4, 4, 0)
+  cache, _ = write(cache, 0, [1, 2, 3, 4])
+  cache, _ = write(cache, 1, [5, 6, 7, 8])
+  cache, _ = jitted.free(cache, jnp.array([True, False, False]))
+  cache = jitted.scrub(cache, ids(0, 1, 8, -1))
+  assert not np.asarray(cache.pages.kv[0]).any()
+  assert read(cache, 1) == [5, 6, 7, 8]

@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from story import config, empty, extend, ids, pages_of, read, write
 
@@ -113,3 +114,36 @@ def test_bits_beyond_the_last_page_are_audited_too():
   cache, _ = extend(empty(), 5, 0, 0)
   fault = broken(cache.ledger, "pool", free=cache.ledger.pool.free | jnp.uint32(1 << 31))
   assert int(ledger_lib.audit(fault).bitmap) == 1
+
+
+@pytest.mark.parametrize("num_pages", [9, 40])
+@pytest.mark.parametrize("seed", range(6))
+def test_replaying_a_log_of_extends_equals_extending_step_by_step(seed, num_pages):
+  rng = np.random.default_rng(seed)
+  ledger = ledger_lib.init(config(num_rows=5, num_pages=num_pages))
+  ledger, *_ = ledger_lib.extend(ledger, jnp.asarray(rng.integers(0, 9, 5), jnp.int32))
+  if seed % 2:  # tail pages are shared
+    ledger, _ = ledger_lib.reorder(ledger, jnp.asarray(rng.integers(0, 5, 5), jnp.int32))
+  steps = rng.integers(-1 if seed == 4 else 0, 3, (6, 5)).astype(np.int32)
+  expected = ledger
+  for step in steps:
+    expected, *_ = ledger_lib.extend(expected, jnp.asarray(step))
+  replayed = jitted.ledger.replay(ledger, paged_jax.Log(((steps,),), ("extend",)))
+  chex.assert_trees_all_equal(replayed, expected)
+
+
+def test_replaying_a_log_of_several_verbs_runs_them_in_order_at_each_step():
+  ledger = ledger_lib.init(config())
+  grown, lengths = np.array([[5, 1, 0], [2, 0, 4]]), np.array([[3, 0, 0], [5, 0, 2]])
+  expected = ledger
+  for more, kept in zip(grown, lengths):
+    expected, *_ = ledger_lib.extend(expected, ids(*more))
+    expected, _ = ledger_lib.trim(expected, ids(*kept))
+  log = paged_jax.Log(((grown,), (lengths,)), ("extend", "trim"))
+  chex.assert_trees_all_equal(ledger_lib.replay(ledger, log), expected)
+  assert expected.tables.lengths.tolist() == [5, 0, 2]
+
+
+def test_a_log_of_what_is_no_verb_is_refused():
+  with pytest.raises(ValueError, match=r"log.verbs must be of .*got \('grow',\)"):
+    ledger_lib.replay(ledger_lib.init(config()), paged_jax.Log(((ids(1),),), ("grow",)))

@@ -63,7 +63,7 @@ def test_state_classes_cover_the_module():
     name for name, value in vars(types_lib).items()
     if inspect.isclass(value) and value.__module__ == types_lib.__name__
   }  # fmt: skip
-  assert state == {*examples(), "Ledger", "Cache"}
+  assert state == {*examples(), "Ledger", "Cache", "Log"}
 
 
 def test_a_cache_has_few_leaves_because_each_costs_dispatch_time():

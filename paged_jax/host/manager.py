@@ -32,7 +32,7 @@ from paged_jax.host.prefix import Match, PrefixIndex, encoded
 from paged_jax.host.residency import Residency
 from paged_jax.host.state import ID_SIZES, State, bucket
 from paged_jax.host.stats import AuditReport, Collected, PrefixStats, SequenceStats, Stats
-from paged_jax.types import Audit
+from paged_jax.types import Audit, Cache
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -62,6 +62,7 @@ class Manager:
     config: The cache.
     options: What the manager does beyond it.
     clock: Seconds, for lifetimes and access times.
+    shardings: Where the cache lives, as `paged_jax.sharding.shardings` says; one device by default.
     verbs: Compiled verbs to use, `paged_jax.jitted` by default.
   """
 
@@ -71,6 +72,7 @@ class Manager:
     options: ManagerConfig | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
+    shardings: Cache | None = None,
     verbs=jitted,
   ):
     self.config = config
@@ -90,7 +92,7 @@ class Manager:
       clock=clock,
     )
     layers = config.num_layers + self.options.canary
-    self._state = State(dataclasses.replace(config, num_layers=layers), verbs)
+    self._state = State(dataclasses.replace(config, num_layers=layers), verbs, shardings)
     self._kept = Residency(self._state, self.options, prefixes, self._left)
     self._notifier = pressure.Notifier(self._level())
     self._events = events.Stream(self.options.event_buffer, self._snapshot)

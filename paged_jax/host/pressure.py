@@ -3,6 +3,7 @@
 import collections
 import enum
 import logging
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class Notifier:
     self.level = start
     self._callbacks: list[Callback] = []
     self._changes: collections.deque[Change] = collections.deque()
+    self._delivering = threading.Lock()
 
   def subscribe(self, callback: Callback) -> Callable[[], None]:
     """Calls `callback` at every change from now on, until the returned function is called."""
@@ -62,15 +64,21 @@ class Notifier:
       self.level = entered
 
   def deliver(self) -> None:
-    """Calls back about what was noted. The caller holds no lock, so callbacks may do anything."""
-    while self._changes:
+    """Calls back about what was noted, in order. The caller holds no lock of its own.
+
+    One thread delivers at a time; whoever comes meanwhile, also from a callback, leaves it to it.
+    """
+    while self._changes and self._delivering.acquire(blocking=False):
       try:
-        change = self._changes.popleft()
-      except IndexError:  # another thread took it
-        return
-      for callback in self._callbacks:
-        try:
-          callback(change)
-        except Exception:
-          # A subscriber's fault is not that of the request which happened to change the level.
-          _LOG.exception("a pressure callback failed at %s", change)
+        while self._changes:
+          self._call(self._changes.popleft())
+      finally:
+        self._delivering.release()
+
+  def _call(self, change: Change) -> None:
+    for callback in self._callbacks:
+      try:
+        callback(change)
+      except Exception:
+        # A subscriber's fault is not that of the request which happened to change the level.
+        _LOG.exception("a pressure callback failed at %s", change)

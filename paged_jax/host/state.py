@@ -24,10 +24,13 @@ BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is
 class State:
   """One cache and its twin."""
 
-  def __init__(self, config: CacheConfig, verbs=jitted):
+  def __init__(self, config: CacheConfig, verbs=jitted, shardings=None):
     self.config = config
     self.verbs = verbs
-    self.cache: Cache = verbs.init(config)
+    cache = verbs.init(config)
+    # Placed for good from the start: a cache that is placed later compiles everything again.
+    where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
+    self.cache: Cache = jax.device_put(cache, where)
     self._cpu = jax.local_devices(backend="cpu")[0]
     self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
     self._unreported: list[Log] = []

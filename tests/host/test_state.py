@@ -1,0 +1,192 @@
+"""The twin: equal to the device's ledger bit for bit, through verbs and programs, never by reading."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from managed import Story, check_bytes, fill, manager
+
+import paged_jax
+from paged_jax import jitted
+from paged_jax.host import Request
+from paged_jax.host.state import batches, bucket
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="num_steps")
+def decode(cache, active, *, num_steps):
+  """Steps of a serving loop: rows grow by a token each; the log says what was asked for."""
+
+  def step(cache, _):
+    asked = active.astype(jnp.int32)
+    cache, info = paged_jax.extend(cache, asked)
+    return cache, (asked, info.ok)
+
+  cache, (asked, ok) = jax.lax.scan(step, cache, None, length=num_steps)
+  return cache, paged_jax.Log(((asked,),), ("extend",)), ok
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def verify(cache, drafts, kept):
+  """Speculation: rows grow by drafts, and all but the kept ones are trimmed."""
+  cache, _ = paged_jax.extend(cache, drafts)
+  lengths = cache.lengths - drafts + jnp.minimum(drafts, kept)
+  cache, _ = paged_jax.trim(cache, lengths)
+  return cache, paged_jax.Log(((drafts[None],), (lengths[None],)), ("extend", "trim")), None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def beam(cache, sources, more):
+  cache, _ = paged_jax.reorder(cache, sources)
+  cache, _ = paged_jax.extend(cache, more)
+  return cache, paged_jax.Log(((sources[None],), (more[None],)), ("reorder", "extend")), None
+
+
+def test_after_programs_the_twin_is_the_devices_ledger_bit_for_bit():
+  rng = np.random.default_rng(0)
+  m = manager(num_pages=40, num_rows=5)
+  handles = [m.allocate(Request(i, int(n))) for i, n in enumerate((3, 4, 5, 0, 1))]
+  for turn in range(12):
+    active = rng.random(5) < 0.7
+    m.run(decode, active, num_steps=3)
+    drafts = rng.integers(0, 4, 5).astype(np.int32)
+    m.run(verify, drafts, rng.integers(0, 4, 5).astype(np.int32))
+    if turn % 3 == 2:
+      m.run(beam, np.array([0, 0, 2, 1, 4], np.int32), np.full(5, 1, np.int32))
+    assert m.audit().clean
+    m.store_prefix(handles[0], list(range(handles[0].num_tokens)))
+    if handles[turn % 5].num_tokens > 12:
+      m.trim(handles[turn % 5], 2)
+    assert m.audit().clean
+  assert m.stats().copies > 0 or m.stats().pages_taken > 10
+
+
+def test_programs_queue_up_and_settle_in_order():
+  m = manager(num_pages=40, num_rows=5)
+  handle = m.allocate(Request("a", 3))
+  for _ in range(4):
+    m.run(decode, np.array([True] + [False] * 4), num_steps=2)
+  m.settle()
+  assert handle.num_tokens == 11 and len(handle.pages) == 3
+  assert m.audit().clean
+
+
+def test_a_program_that_meets_a_full_pool_is_replayed_with_its_refusals():
+  m = manager(num_pages=4, num_rows=5)
+  handles = m.allocate_many([Request(i, 3) for i in range(4)])
+  ok = m.run(decode, np.ones(5, bool), num_steps=3)
+  m.settle()
+  assert m.audit().clean
+  assert [handle.num_tokens for handle in handles] == [4, 4, 4, 4]  # full pages, and no more
+  assert np.asarray(ok)[0].tolist() == [True, True, True, True, False]
+
+
+def test_bytes_that_a_program_did_not_touch_stay():
+  m = manager(num_pages=40, num_rows=5)
+  tokens = [1, 2, 0, 1, 2, 2]
+  handle = m.allocate(Request("a", 6))
+  fill(m, handle, tokens, 0)
+  copy = handle.clone("b")
+  m.run(decode, np.array([True, False, False, False, False]), num_steps=5)
+  m.trim(handle, 6)
+  check_bytes(m, handle, tokens)
+  check_bytes(m, copy, tokens)
+
+
+# No device read: the cache on the device is only a shape, so a read of it raises.
+
+
+class Abstract(Exception):
+  """Raised by whoever wants to look at the device."""
+
+
+def abstract_verbs():
+  """The compiled verbs, on shapes alone."""
+
+  def shapes_only(verb, static):
+    def call(*args, **kwargs):
+      kept = {name: kwargs.pop(name) for name in static if name in kwargs}
+      return jax.eval_shape(functools.partial(verb, **kept), *args, **kwargs)
+
+    return call
+
+  names = ("extend", "fork", "unshare", "trim", "slide", "free", "hold", "drop", "adopt", "plan",
+           "write", "offload", "restore", "gather", "scrub", "audit")  # fmt: skip
+  static = {"plan": ("implementation",), "gather": ("num_tokens",)}
+  return types.SimpleNamespace(
+    **{name: shapes_only(getattr(paged_jax, name), static.get(name, ())) for name in names}
+  )
+
+
+def unreadable(options=None):
+  """A manager whose device results are abstract."""
+  m = manager(options, num_pages=9, num_rows=5)
+  m._state.verbs = abstract_verbs()
+  m._state.cache = jax.eval_shape(lambda: jitted.init(m._state.config))
+  return m
+
+
+class Blind(Story):
+  """The same operations, without looking at bytes."""
+
+  def step(self):
+    try:
+      super().step()
+    except TypeError as error:
+      raise Abstract from error
+
+
+@pytest.mark.parametrize("options", [{}, dict(spill=True, num_host_pages=5), dict(scrub=True)])
+def test_no_operation_reads_the_device(options, monkeypatch):
+  monkeypatch.setattr("managed.check_bytes", lambda *_: None)
+  story = Blind(np.random.default_rng(1), unreadable(options))
+  for _ in range(250):
+    story.step()
+  assert story.count > 40 and story.manager.stats().pages_swapped_in > 0
+
+
+@pytest.mark.parametrize(
+  "read",
+  [
+    lambda m, handle: m.read_kv(handle, 0, 0, 1),
+    lambda m, handle: m.audit(),
+    lambda m, handle: np.asarray(m.cache.lengths) + 1,
+    lambda m, handle: int(m.cache.num_free),
+  ],
+)
+def test_a_deliberate_read_of_the_device_fails_there(read):
+  m = unreadable()
+  handle = m.allocate(Request("a", 3))
+  with pytest.raises((TypeError, IndexError, AttributeError)):
+    read(m, handle)
+
+
+def test_batches_pad_to_few_sizes():
+  assert [bucket(n, (8, 64)) for n in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 64]
+  found = list(batches(list(range(10)), 99, (2, 8)))
+  assert [(count, ids.tolist()) for count, ids in found] == [
+    (8, list(range(8))),
+    (2, [8, 9]),
+  ]
+
+
+def test_nothing_compiles_once_every_size_was_seen():
+  m = manager(dict(spill=True), num_pages=9, num_rows=5)
+  story = Story(np.random.default_rng(2), m)
+  for _ in range(400):
+    story.step()
+  compiled = []
+
+  def listener(event, seconds, **_):
+    if "backend_compile" in event:
+      compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    for _ in range(200):
+      story.step()
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  assert not compiled
