@@ -57,11 +57,9 @@ class Holds:
       raise OutOfHostPages(needed=len(held), free=self.num_free)
     self.num_used += len(held)
     self.peak_used = max(self.peak_used, self.num_used)
-    pages = []
-    for each, image in zip(held, images):
-      assert each.page is not None
-      pages.append(each.page)
-      del self.by_page[each.page]
+    pages = pages_of(held)
+    for page, each, image in zip(pages, held, images):
+      del self.by_page[page]
       each.page, each.image = None, image
     return pages
 
@@ -85,3 +83,8 @@ class Holds:
         self.num_used -= 1
       each.page = each.image = None
     return pages
+
+
+def pages_of(held: Iterable[Held]) -> list[int]:
+  """The device pages of those that are on the device."""
+  return [each.page for each in held if each.page is not None]

@@ -26,9 +26,9 @@ from paged_jax import jitted
 from paged_jax.config import CacheConfig
 from paged_jax.host import canary, errors, events, pressure
 from paged_jax.host.handle import Handle
-from paged_jax.host.holds import Held
+from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.options import ManagerConfig, Request
-from paged_jax.host.prefix import Match, PrefixIndex, encoded
+from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
 from paged_jax.host.residency import Residency
 from paged_jax.host.state import ID_SIZES, State, bucket
 from paged_jax.host.stats import AuditReport, Collected, PrefixStats, SequenceStats, Stats
@@ -45,7 +45,7 @@ class _Sequence:
   max_length: int
   namespace: Hashable
   last_access: float
-  tokens: np.ndarray | None = None  # i32 while swapped out, those recorded
+  tokens: Sequence[int] | np.ndarray = ()  # while swapped out: those recorded
   writers: list = dataclasses.field(default_factory=list)  # canary marks
   start: int = 0  # these three while swapped out
   length: int = 0
@@ -108,6 +108,8 @@ class Manager:
       with self._lock:
         if self._state.settle():
           self._kept.count_pages()
+          for sequence in self._sequences.values():
+            sequence.writers.clear()  # programs leave no marks
         try:
           yield
         except (errors.OutOfPages, errors.OutOfHostPages, errors.OutOfRows):
@@ -142,19 +144,20 @@ class Manager:
     """
     with self._transition():
       self._check_requests(requests)
+      prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
       if self._level() == pressure.Level.CRITICAL:
         self._kept.collect(int(self.options.high_watermark * self.config.num_pages))
       if len(requests) > len(self._rows):
         raise errors.OutOfRows(needed=len(requests), free=len(self._rows))
-      matches = [self._match(request, touch=True) for request in requests]
+      matches = [self._match(*each, touch=True) for each in zip(requests, prompts)]
       guard = {each for match in matches for each in match.held}
       self._kept.make_room(self._needed(requests, matches), guard)
       self._kept.to_device([each for each in dict.fromkeys(guard) if each.page is None])
       handles = [self._begin(request, match) for request, match in zip(requests, matches)]
-      rows = [self._sequence(handle).row for handle in handles]
+      rows = [self._running(handle)[1] for handle in handles]
       self._adopt([(row, match.held, 0, match.length) for row, match in zip(rows, matches)])
       growth = [request.num_tokens - match.length for request, match in zip(requests, matches)]
-      self._extend({row: count for row, count in zip(rows, growth) if row is not None and count})
+      self._extend({row: count for row, count in zip(rows, growth) if count})
       self._count["allocations"] += len(handles)
       return handles
 
@@ -175,8 +178,9 @@ class Manager:
       limit = capacity if request.max_length is None else request.max_length
       if limit > capacity:
         raise errors.TooLong(request.request_id, limit, capacity)
-      if request.num_tokens > limit:
-        raise errors.TooLong(request.request_id, request.num_tokens, limit)
+      known = 0 if request.tokens is None else len(request.tokens)
+      if max(request.num_tokens, known) > limit:
+        raise errors.TooLong(request.request_id, max(request.num_tokens, known), limit)
 
   def _needed(self, requests: Sequence[Request], matches: Sequence[Match]) -> int:
     """Pages that these requests take: restored, copied and new ones."""
@@ -188,44 +192,40 @@ class Manager:
       needed += bool(length % size and initial > length)
     return needed + len(restored)
 
-  def _match(self, request: Request, *, touch: bool) -> Match:
+  def _match(self, request: Request, prompt: bytes, *, touch: bool) -> Match:
     """The cached beginning of a request, cut to what it can use."""
-    if request.tokens is None or not self.options.prefix_cache:
-      return Match(0, None, [])
-    tokens = encoded(request.tokens)
-    if touch:
-      match = self._look_up(request.namespace, tokens)
-    else:
-      match = self._kept.prefixes.peek(request.namespace, tokens)
+    if not (prompt and self.options.prefix_cache):
+      return _NOTHING
+    look_up = self._look_up if touch else self._kept.prefixes.peek
+    match, size = look_up(request.namespace, prompt), len(prompt) // TOKEN_BYTES
     length = min(match.length, request.num_tokens)
     if match.last_logits is None:
-      length = min(length, len(request.tokens) - 1)
+      length = min(length, size - 1)
     if not self.config.copy_on_write:
       length -= length % self.config.page_size
-    full = length == len(request.tokens)
     held = match.held[: -(-length // self.config.page_size)]
-    return Match(length, match.last_logits if full else None, held)
+    return Match(length, match.last_logits if length == size else None, held)
 
   def _begin(self, request: Request, match: Match) -> Handle:
     capacity = self.config.pages_per_row * self.config.page_size
+    row = heapq.heappop(self._rows)
     sequence = _Sequence(
       request_id=request.request_id,
       cache_id=next(self._cache_ids),
-      row=heapq.heappop(self._rows),
+      row=row,
       max_length=capacity if request.max_length is None else request.max_length,
       namespace=request.namespace,
       last_access=self._clock(),
       writers=[None] * match.length if self.options.canary else [],
     )
     self._sequences[request.request_id] = sequence
-    self._know(sequence, () if request.tokens is None else request.tokens)
+    self._know(row, () if request.tokens is None else request.tokens)
     handle = Handle(self, request.request_id, sequence.cache_id)
     handle.num_cached, handle.last_logits = match.length, match.last_logits
     return handle
 
-  def _know(self, sequence: _Sequence, tokens: Sequence[int] | np.ndarray) -> None:
+  def _know(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
     """The recorded tokens of a sequence that just got its row."""
-    row = sequence.row
     self._known[row] = len(tokens)
     self._tokens[row, : len(tokens)] = tokens
 
@@ -233,7 +233,7 @@ class Manager:
     known = int(self._known[row])
     return self._tokens[row, : known if num_tokens is None else min(known, num_tokens)]
 
-  def _adopt(self, starts: Sequence[tuple[int | None, list[Held], int, int]]) -> None:
+  def _adopt(self, starts: Sequence[tuple[int, list[Held], int, int]]) -> None:
     """Empty rows begin on kept pages: (row, pages, start, length) each."""
     config = self.config
     starts = [each for each in starts if each[3]]
@@ -246,7 +246,7 @@ class Manager:
       begins, lengths = np.zeros((2, b), np.int32)
       for n, (row, held, begin, length) in enumerate(starts[i : i + b]):
         rows[n], begins[n], lengths[n] = row, begin, length
-        pages[n, : len(held)] = [each.page for each in held]
+        pages[n, : len(held)] = pages_of(held)
       whole = (
         lengths if config.copy_on_write else -(-lengths // config.page_size) * config.page_size
       )
@@ -383,7 +383,8 @@ class Manager:
         self._check_requests([request])
       except errors.CacheError:
         return False
-      match = self._match(request, touch=False)
+      prompt = encoded(() if request.tokens is None else request.tokens)
+      match = self._match(request, prompt, touch=False)
       room = self._state.num_free + self._kept.reclaimable(set(match.held))
       return bool(self._rows) and self._needed([request], [match]) <= room
 
@@ -414,7 +415,7 @@ class Manager:
       raise errors.Disabled("copy-on-write")
     self._kept.apply("fork", *(np.array([x, y], np.int32) for x, y in (
       (src, self.config.num_rows), (dst, self.config.num_rows), (num_tokens, 0))))  # fmt: skip
-    self._know(taker, self._recorded(src, num_tokens))
+    self._know(dst, self._recorded(src, num_tokens))
     taker.writers = giver.writers[:num_tokens]
     self._event("forked", taker.request_id, -(-num_tokens // size), num_tokens)
 
@@ -592,7 +593,7 @@ class Manager:
     count = self._lookups
     count["queries"] += 1
     count["hits" if match.length else "misses"] += 1
-    count["tokens_queried"] += len(tokens) // 4
+    count["tokens_queried"] += len(tokens) // TOKEN_BYTES
     count["tokens_hit"] += match.length
     return match
 
@@ -653,12 +654,14 @@ class Manager:
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored sequences that nobody uses; returns how many."""
     with self._transition():
-      for done in range(count):
+      done = 0
+      while done < count:
         released = self._kept.prefixes.evict_entry(self._kept.busy)
         if released is None:
-          return done
+          break
         self._kept.evicted(released)
-      return count
+        done += 1
+      return done
 
   def clear_prefixes(self, *, reset_counters: bool = False) -> None:
     """Forgets every prefix, pinned ones too; sequences keep what they use."""
@@ -753,11 +756,13 @@ class Manager:
       away = [each for each in held if each.page is None]
       self._kept.make_room(len(away), set(held))
       self._kept.to_device(away)
+      starts = []
       for sequence in sequences:
-        sequence.row = heapq.heappop(self._rows)
+        sequence.row = row = heapq.heappop(self._rows)
         sequence.last_access = self._clock()
-        self._know(sequence, sequence.tokens if sequence.tokens is not None else ())
-      self._adopt([(each.row, each.held, each.start, each.length) for each in sequences])
+        self._know(row, sequence.tokens)
+        starts.append((row, sequence.held, sequence.start, sequence.length))
+      self._adopt(starts)
       for sequence in sequences:
         for each in sequence.held:
           each.swapped -= 1
@@ -766,8 +771,8 @@ class Manager:
         sequence.held = []
       if not self.config.copy_on_write:  # adopted by whole pages
         lengths = self._state.lengths.copy()
-        for sequence in sequences:
-          lengths[sequence.row] = sequence.length
+        for row, _, _, length in starts:
+          lengths[row] = length
         self._kept.apply("trim", lengths)
 
   # Room

@@ -58,6 +58,9 @@ class Request:
 
   With `tokens` it starts on the longest prefix of them that is cached; `initial_tokens` is then
   all of them unless given. Fields left None are not checked against the pool.
+
+  Raises:
+    ValueError: A number is negative or none; the message names the field and its value.
   """
 
   request_id: Hashable
@@ -69,6 +72,15 @@ class Request:
   num_kv_heads: int | None = None
   head_dim: int | None = None
   dtype: Any = None
+
+  def __post_init__(self):
+    for name in ("initial_tokens", "max_length", "num_layers", "num_kv_heads", "head_dim"):
+      value = getattr(self, name)
+      if value is None:
+        continue
+      if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name} must be None or a number of at least 0, got {value!r}")
+      object.__setattr__(self, name, int(value))
 
   @property
   def num_tokens(self) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from paged_jax.host.eviction import LRU, Policy, Queue, Use
 from paged_jax.host.holds import Held
 
-_WIDTH = 4  # bytes of a token
+TOKEN_BYTES = 4
 
 
 def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
@@ -78,7 +78,7 @@ class Node:
   @property
   def start(self) -> int:
     """Tokens above this node."""
-    return self.end - len(self.tokens) // _WIDTH
+    return self.end - len(self.tokens) // TOKEN_BYTES
 
 
 class Match(NamedTuple):
@@ -156,7 +156,7 @@ class PrefixIndex:
     return self._match(*self._walk(namespace, tokens, split=False), tokens)
 
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
-    entry = node.entry if length * _WIDTH == len(tokens) and node.end == length else None
+    entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None
     live = entry is not None and (entry.expires == math.inf or entry.expires > self._clock())
     logits = entry.last_logits if live and entry is not None else None
     return Match(length, logits, self._pages(node, length))
@@ -167,7 +167,7 @@ class PrefixIndex:
     if node is None:
       return Node(None, b"", 0, [], Use(0, 0)), 0
     while at < len(tokens):
-      child = node.children.get(tokens[at : at + _WIDTH])
+      child = node.children.get(tokens[at : at + TOKEN_BYTES])
       if child is None:
         break
       if child.expires != math.inf:
@@ -178,8 +178,8 @@ class PrefixIndex:
         node, at = child, at + len(child.tokens)
         continue
       same = _common(child.tokens, tokens, at)
-      return (self._split(child, same) if split else child), at // _WIDTH + same
-    return node, at // _WIDTH
+      return (self._split(child, same) if split else child), at // TOKEN_BYTES + same
+    return node, at // TOKEN_BYTES
 
   def _pages(self, node: Node, length: int) -> list[Held]:
     """The pages of the first `length` tokens on the way to `node` (or part of the way along it)."""
@@ -203,15 +203,19 @@ class PrefixIndex:
     whole = cut // self.page_size - node.start // self.page_size
     upper = Node(
       parent=node.parent,
-      tokens=node.tokens[: length * _WIDTH],
+      tokens=node.tokens[: length * TOKEN_BYTES],
       end=cut,
       held=node.held[:whole],
       use=dataclasses.replace(node.use, num_tokens=cut),
       expires=node.expires,
     )
-    node.parent.children[upper.tokens[:_WIDTH]] = upper
-    node.parent, node.tokens, node.held = upper, node.tokens[length * _WIDTH :], node.held[whole:]
-    upper.children[node.tokens[:_WIDTH]] = node
+    node.parent.children[upper.tokens[:TOKEN_BYTES]] = upper
+    node.parent, node.tokens, node.held = (
+      upper,
+      node.tokens[length * TOKEN_BYTES :],
+      node.held[whole:],
+    )
+    upper.children[node.tokens[:TOKEN_BYTES]] = node
     return upper
 
   # Storing
@@ -241,7 +245,7 @@ class PrefixIndex:
     Returns:
       What is kept no more, or None if nothing was stored: too short, or no room among entries.
     """
-    length = len(tokens) // _WIDTH
+    length = len(tokens) // TOKEN_BYTES
     if length < max(self.min_length, 1) or self.max_entries == 0:
       return None
     known = self._walk(namespace, tokens, split=False)[0]
@@ -262,16 +266,17 @@ class PrefixIndex:
     if at == 0:
       node = root
     if at < length:
-      node, dropped = self._grow(node, tokens[at * _WIDTH :], held, tick)
+      node, dropped = self._grow(node, tokens[at * TOKEN_BYTES :], held, tick)
       released += dropped
     if node.entry is None:
       self.num_entries += 1
+      node.use.stored = tick
       self._entries.push(node)
     else:
       self.num_pinned -= node.entry.pinned
     self.num_pinned += pinned
     node.entry = Entry(last_logits, pinned, expires)
-    node.use.stored = node.use.last = tick
+    node.use.last = tick
     self._extend_life(node, expires, replaced)
     return released
 
@@ -283,7 +288,7 @@ class PrefixIndex:
     released = []
     if node.end % size and not node.children and node.held:
       released.append(node.held.pop())  # the branch has a page with the same tokens and more
-    end = node.end + len(tokens) // _WIDTH
+    end = node.end + len(tokens) // TOKEN_BYTES
     child = Node(
       parent=node,
       tokens=tokens,
@@ -292,12 +297,12 @@ class PrefixIndex:
       use=Use(tick, tick, num_tokens=end),
       expires=0.0,
     )
-    node.children[tokens[:_WIDTH]] = child
+    node.children[tokens[:TOKEN_BYTES]] = child
     for each in child.held:
       each.indexed += 1
     for each in released:
       each.indexed -= 1
-    self.num_tokens += len(tokens) // _WIDTH
+    self.num_tokens += len(tokens) // TOKEN_BYTES
     self._leaves.push(child)
     return child, [each for each in released if not each.kept]
 
@@ -315,7 +320,7 @@ class PrefixIndex:
   def pin(self, namespace: Hashable, tokens: bytes, pinned: bool) -> bool:
     """Pins or unpins a stored sequence; False if there is no such one."""
     node, _ = self._walk(namespace, tokens, split=False)
-    if node.entry is None or node.end * _WIDTH != len(tokens):
+    if node.entry is None or node.end * TOKEN_BYTES != len(tokens):
       return False
     self.num_pinned += pinned - node.entry.pinned
     node.entry.pinned = pinned
@@ -372,14 +377,14 @@ class PrefixIndex:
   def _cut(self, node: Node, end: int) -> None:
     self._remove_entry(node)
     self.num_tokens -= node.end - end
-    node.tokens, node.end = node.tokens[: (end - node.start) * _WIDTH], end
+    node.tokens, node.end = node.tokens[: (end - node.start) * TOKEN_BYTES], end
     node.use.num_tokens = end
 
   def _detach(self, node: Node) -> list[Held]:
     """Takes a childless node off the tree."""
     parent = node.parent
     assert parent is not None and not node.children
-    del parent.children[node.tokens[:_WIDTH]]
+    del parent.children[node.tokens[:TOKEN_BYTES]]
     self._remove_entry(node)
     self.num_tokens -= node.end - node.start
     gone, node.held = node.held, []
@@ -453,7 +458,11 @@ class PrefixIndex:
   def _prune_expired(self, namespace: Hashable, tokens: bytes) -> list[Held]:
     """Removes a dead branch that a new one would meet."""
     node, at = self._walk(namespace, tokens, split=False)
-    child = node.children.get(tokens[at * _WIDTH : (at + 1) * _WIDTH]) if node.end == at else None
+    child = (
+      node.children.get(tokens[at * TOKEN_BYTES : (at + 1) * TOKEN_BYTES])
+      if node.end == at
+      else None
+    )
     if child is None or child.expires > self._clock():
       return []
     return self._drop_children(child) + self._detach(child)
@@ -492,7 +501,7 @@ def _on_device(node: Node) -> bool:
 
 
 def _attached(node: Node) -> bool:
-  return node.parent is not None and node.parent.children.get(node.tokens[:_WIDTH]) is node
+  return node.parent is not None and node.parent.children.get(node.tokens[:TOKEN_BYTES]) is node
 
 
 def _below(node: Node) -> Iterator[Node]:
@@ -506,7 +515,7 @@ def _below(node: Node) -> Iterator[Node]:
 
 def _common(edge: bytes, tokens: bytes, at: int) -> int:
   """Tokens that an edge shares with `tokens` from byte `at` on."""
-  size = min(len(edge), len(tokens) - at) // _WIDTH
+  size = min(len(edge), len(tokens) - at) // TOKEN_BYTES
   left = np.frombuffer(edge, "<i4", size)
   right = np.frombuffer(tokens, "<i4", size, at)
   different = np.flatnonzero(left != right)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from paged_jax.host import errors
-from paged_jax.host.holds import Held, Holds
+from paged_jax.host.holds import Held, Holds, pages_of
 from paged_jax.host.options import ManagerConfig
 from paged_jax.host.prefix import Node, PrefixIndex, last_page
 from paged_jax.host.state import ID_SIZES, State, batches
@@ -77,7 +77,7 @@ class Residency:
   def to_host(self, held: list[Held]) -> None:
     """The bytes of kept device pages go to host memory, and the pages become free."""
     if held:
-      images = self.state.offload([each.page for each in held if each.page is not None])
+      images = self.state.offload(pages_of(held))
       pages = self.holds.to_host(held, images)
       self.apply_ids("drop", pages)
       self.scrub(pages)

@@ -1,5 +1,7 @@
 """Random histories of the manager: bytes, counts and laws after every step."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -39,3 +41,18 @@ def test_a_history_keeps_every_byte_and_every_count(name, seed, num_pages):
 def test_many_histories(name):
   for seed in range(100):
     run(seed, OPTIONS[name], 150, num_pages=(1, 5, 9, 14)[seed % 4])
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(900)
+def test_a_day_of_random_operations():
+  """As many as fit in ten minutes: `-m sweep -s` prints how many."""
+  story = Story(np.random.default_rng(0), manager(OPTIONS["spill"], num_rows=5, num_pages=13))
+  ends, steps = time.monotonic() + 600, 0
+  while time.monotonic() < ends:
+    for _ in range(50):
+      story.step()
+    story.check()
+    steps += 50
+  story.end()
+  print(f"{steps} operations, {story.refused} refused for want of room, audit clean")
