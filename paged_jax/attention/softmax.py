@@ -13,8 +13,8 @@ import jax.numpy as jnp
 class Sums(NamedTuple):
   """What has been seen so far."""
 
-  top: jax.Array  # f32[...] largest logit
-  total: jax.Array  # f32[...] sum of exp(logit - top)
+  top: jax.Array  # f32[...,1] largest logit
+  total: jax.Array  # f32[...,1] sum of exp(logit - top)
   acc: jax.Array  # f32[...,D] sum of exp(logit - top) * value
 
 
@@ -23,20 +23,20 @@ def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array])
 
   A piece that is masked everywhere changes nothing.
   """
-  top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
+  top = jnp.maximum(sums.top, jnp.max(logits, axis=-1, keepdims=True))
   base = _finite(top)
-  weights = jnp.exp(logits - base[..., None])
+  weights = jnp.exp(logits - base)
   decay = jnp.exp(sums.top - base)
   return Sums(
     top=top,
-    total=sums.total * decay + jnp.sum(weights, axis=-1),
-    acc=sums.acc * decay[..., None] + weigh(weights),
+    total=sums.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
+    acc=sums.acc * decay + weigh(weights),
   )
 
 
 def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
-  """The attention output f32[...,D] and LSE f32[...]; 0 and -inf if nothing was seen."""
-  out = sums.acc / jnp.where(sums.total > 0, sums.total, 1)[..., None]
+  """The attention output f32[...,D] and LSE f32[...,1]; 0 and -inf if nothing was seen."""
+  out = sums.acc / jnp.where(sums.total > 0, sums.total, 1)
   return out, sums.top + jnp.log(sums.total)
 
 

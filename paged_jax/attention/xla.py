@@ -10,12 +10,12 @@ X = C*T positions of a chunk.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from paged_jax import pages as pages_lib
+from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
@@ -24,18 +24,6 @@ from paged_jax.types import Pages, Plan, Tables
 # slower; on two, from half to twice makes 0.9-1.2x, in no one direction.
 CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
-
-_NEVER = jnp.iinfo(jnp.int32).max
-
-
-class Blocks(NamedTuple):
-  """The blocks of queries, and the positions first..last that each query sees."""
-
-  queries: jax.Array  # [G,H,M,D]
-  rows: jax.Array  # i32[G] S where there is no block
-  first: jax.Array  # i32[G,M]
-  last: jax.Array  # i32[G,M] -1 where the query sees nothing
-  tokens: jax.Array  # i32[G,Qb] token of each query, B where there is none
 
 
 def attend(
@@ -52,17 +40,17 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   n, num_layers, h, t, _ = pages_lib.sizes(pages)
-  blocks = _blocks(q, h, tables, plan, window)
+  blocks = blocks_lib.make(q, h, tables, plan, window)
   chunk = _chunk_pages(pages, tables)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
 
-  def attend_block(block: Blocks):
+  def attend_block(block: blocks_lib.Blocks):
     begin, end = jnp.min(block.first), jnp.max(block.last) + 1
     first_page = begin // t
 
     def add_chunk(c, sums):
       columns = first_page + c * chunk + jnp.arange(chunk, dtype=jnp.int32)
-      ids = _take(tables.block_tables, (block.rows, columns), n)
+      ids = tables.block_tables.at[block.rows, columns].get(mode="fill", fill_value=n)
       j = (columns[:, None] * t + jnp.arange(t, dtype=jnp.int32)[None]).reshape(-1)
       live = (j >= begin) & (j < end) & jnp.repeat(ids < n, t) & (layer < num_layers)
       k, v = _load(pages, layer, ids, live)
@@ -76,36 +64,10 @@ def attend(
       )
 
     num_chunks = -(-(end - first_page * t) // (chunk * t))
-    sums = jax.lax.fori_loop(0, num_chunks, add_chunk, _start(block.queries, sinks))
+    sums = jax.lax.fori_loop(0, num_chunks, add_chunk, blocks_lib.start(block.queries, sinks))
     return softmax.finish(sums)
 
-  out, lse = jax.lax.map(attend_block, blocks)
-  out, lse = _by_token(out, plan.block_size), _by_token(lse[..., None], plan.block_size)
-  return (
-    jnp.zeros_like(q).at[blocks.tokens].set(out.astype(q.dtype), mode="drop"),
-    jnp.full_like(q[..., 0], -jnp.inf, jnp.float32).at[blocks.tokens].set(lse[..., 0], mode="drop"),
-  )
-
-
-def _blocks(q: jax.Array, h: int, tables: Tables, plan: Plan, window: jax.Array) -> Blocks:
-  """The plan's blocks with their queries, heads that share a KV head together."""
-  b, num_heads, d = q.shape
-  nth = jnp.arange(plan.block_size, dtype=jnp.int32)[None]
-  tokens = plan.blocks[:, None] + nth
-  live = (nth < plan.block_lengths[:, None]) & _take(plan.ok, tokens, False)
-  tokens = jnp.where(live, tokens, b)
-  rows = _take(plan.rows, plan.blocks, tables.lengths.shape[0])
-  last = _take(plan.positions, tokens, -1)
-  first = jnp.maximum(_take(tables.starts, rows, 0)[:, None], last - window + 1)
-  queries = _take(q, tokens, 0).reshape(*tokens.shape, h, -1, d).swapaxes(1, 2)
-  repeats = num_heads // h
-  return Blocks(
-    queries=queries.reshape(tokens.shape[0], h, -1, d),
-    rows=rows,
-    first=jnp.repeat(jnp.where(live, first, _NEVER), repeats, axis=1),
-    last=jnp.repeat(last, repeats, axis=1),
-    tokens=tokens,
-  )
+  return blocks_lib.by_token(q, blocks, *jax.lax.map(attend_block, blocks))
 
 
 def _chunk_pages(pages: Pages, tables: Tables) -> int:
@@ -126,27 +88,6 @@ def _load(
   v = jnp.where(live.reshape(-1, 1, t, 1), v, jnp.zeros((), v.dtype))
   k, v = (pages_lib.values(x.swapaxes(0, 1).reshape(h, -1, d), pages) for x in (k, v))
   return k, v
-
-
-def _start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
-  """Sums over nothing, or over the sinks alone, for queries [H,M,D]."""
-  h, m, _ = queries.shape
-  acc = jnp.zeros_like(queries, jnp.float32)
-  zero = acc[..., 0]
-  if sinks is None:
-    return softmax.Sums(zero - jnp.inf, zero, acc)
-  by_head = sinks.reshape(h, -1)
-  return softmax.Sums(zero + jnp.tile(by_head, (1, m // by_head.shape[1])), zero + 1, acc)
-
-
-def _by_token(x: jax.Array, block_size: int) -> jax.Array:
-  """[G,H,M,D] as [G,Qb,Q,D]."""
-  g, h, _, d = x.shape
-  return x.reshape(g, h, block_size, -1, d).swapaxes(1, 2).reshape(g, block_size, -1, d)
-
-
-def _take(x: jax.Array, ids, missing) -> jax.Array:
-  return x.at[ids].get(mode="fill", fill_value=missing)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

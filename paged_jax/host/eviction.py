@@ -4,7 +4,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,7 +34,7 @@ class Policy(NamedTuple):
   """
 
   name: str
-  rank: Callable[[Use], object]
+  rank: Callable[[Use], Any]
   second_chance: bool = False  # what was used since it came up goes to the end instead
 
 

@@ -709,7 +709,7 @@ class Manager:
       for row in rows:
         heapq.heappush(self._rows, row)
       moved = dict.fromkeys(each for sequence, _ in running for each in sequence.held)
-      self._kept.to_host([each for each in moved if self._kept.stranded(each)])
+      self._kept.to_host([each for each in moved if self._kept.stranded(each)], set())
       for sequence, _ in running:
         self._event("swapped_out", sequence.request_id, len(sequence.held), sequence.length)
 
@@ -728,8 +728,9 @@ class Manager:
       held = self._kept.holds.by_page.get(page)
       others = int(state.refcount[page]) - count - (held is not None)
       moving += others == 0 and (held is None or not held.indexed)
-    if moving > self._kept.holds.num_free:
-      raise errors.OutOfHostPages(needed=moving, free=self._kept.holds.num_free)
+    room = self._kept.host_room(set())
+    if moving > room:
+      raise errors.OutOfHostPages(needed=moving, free=room)
 
   def swap_in(self, handle: Handle) -> None:
     """Brings a sequence back into a row; see `swap_in_many`."""

@@ -349,14 +349,44 @@ class PrefixIndex:
     A page that also has the last tokens of a node above passes to that one.
     """
     index = max(i for i, each in enumerate(node.held) if each.page is not None)
+    return self._drop_children(node) + self._forget(node, index)
+
+  def spilled(self, guard: set[Held]) -> list[Held]:
+    """What takes room in host memory for the index alone, without what is in `guard`."""
+    held = (each for node in self.nodes() for each in node.held)
+    return [each for each in held if each.image is not None and not each.swapped
+            and each not in guard]  # fmt: skip
+
+  def forget_spilled(self, count: int, guard: set[Held]) -> list[Held]:
+    """Forgets `count` pages in host memory, least wanted first; returns what nobody keeps."""
+    released: list[Held] = []
+    leaves = [node for node in self.nodes() if not node.children]
+    leaves.sort(key=lambda node: self._policy.rank(node.use))
+    while leaves and len(released) < count:
+      node = leaves.pop(0)
+      if node.held and node.held[-1].page is None and not guard & set(node.held):
+        if self._pinned(node):
+          continue
+        parent = node.parent
+        released += self._forget(node, len(node.held) - 1)
+        if _attached(node):
+          leaves.insert(0, node)
+        elif parent is not None and not parent.children:
+          leaves.insert(0, parent)
+    return released
+
+  def _forget(self, node: Node, index: int) -> list[Held]:
+    """Forgets the pages of a childless node from number `index` on."""
     cut = (node.start // self.page_size + index) * self.page_size
-    released = self._drop_children(node)
-    if cut > node.start:
-      gone, node.held = node.held[index:], node.held[:index]
-      self._cut(node, cut)
-      self._leaves.push(node)
-      return released + self._release(gone)
-    return released + self._detach(node)
+    if cut <= node.start:
+      return self._detach(node)
+    gone, node.held = node.held[index:], node.held[:index]
+    self._remove_entry(node)
+    self.num_tokens -= node.end - cut
+    node.tokens, node.end = node.tokens[: (cut - node.start) * TOKEN_BYTES], cut
+    node.use.num_tokens = cut
+    self._leaves.push(node)
+    return self._release(gone)
 
   def requeue_all(self, held: Iterable[Held]) -> None:
     """After these pages moved: whoever may be next is in the queue again."""
@@ -373,12 +403,6 @@ class PrefixIndex:
         self._leaves.push(at)
         return
       at = at.parent
-
-  def _cut(self, node: Node, end: int) -> None:
-    self._remove_entry(node)
-    self.num_tokens -= node.end - end
-    node.tokens, node.end = node.tokens[: (end - node.start) * TOKEN_BYTES], end
-    node.use.num_tokens = end
 
   def _detach(self, node: Node) -> list[Held]:
     """Takes a childless node off the tree."""

@@ -74,9 +74,19 @@ class Residency:
     """Whether only swapped sequences need a device page."""
     return held.page is not None and not held.indexed and held.swapped > 0 and not self.busy(held)
 
-  def to_host(self, held: list[Held]) -> None:
-    """The bytes of kept device pages go to host memory, and the pages become free."""
+  def host_room(self, guard: set[Held]) -> int:
+    """Host pages that are free, or taken by prefixes that may go."""
+    return self.holds.num_free + len(self.prefixes.spilled(guard))
+
+  def to_host(self, held: list[Held], guard: set[Held]) -> None:
+    """The bytes of kept device pages go to host memory, and the pages become free.
+
+    Spilled prefixes outside `guard` make room there.
+    """
     if held:
+      short = len(held) - self.holds.num_free
+      if short > 0:
+        self.drop(self.prefixes.forget_spilled(short, guard))
       images = self.state.offload(pages_of(held))
       pages = self.holds.to_host(held, images)
       self.apply_ids("drop", pages)
@@ -108,8 +118,9 @@ class Residency:
   def reclaimable(self, guard: set[Held]) -> int:
     """Device pages that could become free now, without those in `guard`."""
     stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
-    moving = min(len([each for each in stranded if each not in guard]), self.holds.num_free)
-    ready = self._ready(guard, self.holds.num_free - moving)
+    room = self.host_room(guard)
+    moving = min(len([each for each in stranded if each not in guard]), room)
+    ready = self._ready(guard, room - moving)
     return moving + len(self.prefixes.reclaimable(ready))
 
   def _ready(self, guard: set[Held], room: int) -> Callable[[Held], bool]:
@@ -147,14 +158,14 @@ class Residency:
     if self.state.num_free >= target:
       return
     stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
-    most = min(target - self.state.num_free, self.holds.num_free)
-    self.to_host([each for each in stranded if each not in guard][:most])
+    most = min(target - self.state.num_free, self.host_room(guard))
+    self.to_host([each for each in stranded if each not in guard][:most], guard)
     while self.state.num_free < target:
       batch = self._victims(target - self.state.num_free, guard)
       if not batch:
         return
       moving = [each for each in batch if each.kept]
-      self.to_host(moving)
+      self.to_host(moving, guard | set(moving))
       self.prefixes.requeue_all(moving)
       if moving:
         self._event("spilled", len(moving))
@@ -163,7 +174,7 @@ class Residency:
   def _victims(self, count: int, guard: set[Held]) -> list[Held]:
     """The next pages to leave the device; those still kept must move to the host."""
     batch: list[Held] = []
-    room = self.holds.num_free
+    room = self.host_room(guard)
     leaving = set(guard)
     while sum(each.page is not None for each in batch) < count:
       node = self.prefixes.candidate(self._ready(leaving, room))
@@ -186,7 +197,7 @@ class Residency:
   def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:
     """Up to `count` pages off the tail of a node, all of which may leave."""
     on_device = [each for each in reversed(node.held) if each.page is not None]
-    ready = itertools.takewhile(self._ready(guard, self.holds.num_free), on_device)
+    ready = itertools.takewhile(self._ready(guard, count), on_device)
     return list(itertools.islice(ready, count))
 
   def collect(self, target: int) -> None:

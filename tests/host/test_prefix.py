@@ -118,15 +118,14 @@ class History:
     self.known: set[tuple] = set()  # (namespace, tokens) of every stored beginning
     self.sequences: dict[tuple, Sequence] = {}
     self.tick = 0
-    self.operations = sorted(name for name in dir(self) if name.startswith("do_"))
-    if mortal:
-      self.operations = [x for x in self.operations if x not in ("do_evict", "do_reclaim")]
-    else:
-      self.operations = [x for x in self.operations if x not in ("do_wait", "do_expire")]
+    often = [self.do_start] * 3 + [self.do_store] * 5 + [self.do_write] * 2
+    moves = [self.do_move_out, self.do_move_in, self.do_end, self.do_pin, self.do_clear]
+    ends = [self.do_wait, self.do_expire] if mortal else [self.do_evict, self.do_reclaim]
+    self.operations = often + moves + ends
 
   def step(self):
     before = {each: each.indexed for each in self.written}
-    released = getattr(self, self.rng.choice(self.operations))()
+    released = self.rng.choice(self.operations)()
     self.forget_the_dead()
     gone = {each for each, indexed in before.items() if indexed and not each.indexed}
     assert set(released or ()) == gone
@@ -236,8 +235,9 @@ class History:
       self.retire(victim)
       self.known |= {(key[0], tokens[: n + 1]) for n in range(len(tokens))}
       expires = math.inf if fields["ttl"] is None else self.clock.now + fields["ttl"]
+      first = self.sequences[key].stored if key in self.sequences else self.tick
       self.sequences[key] = Sequence(
-        fields["last_logits"], fields["pinned"], expires, self.tick, self.tick
+        fields["last_logits"], fields["pinned"], expires, first, self.tick
       )
     return released
 
@@ -373,13 +373,14 @@ class History:
     assert self.index.num_entries == self.index.num_tokens == self.index.num_pinned == 0
 
   def drain(self):
-    """Exactly as many pages leave as were said to be reclaimable."""
+    """As many pages leave as were said to be reclaimable; if two branches share some, or more."""
+    exact = all(each.indexed < 2 for each in self.written)
     promised = len(self.index.reclaimable(always))
     gone = set()
     while (node := self.index.candidate(always)) is not None:
       gone |= {x for x in self.forget_last(node, self.frontier(always)) if x.page is not None}
     assert not self.frontier(always)
-    assert len(gone) == promised
+    assert len(gone) == promised if exact else len(gone) >= promised
 
 
 SETTINGS = settings(
