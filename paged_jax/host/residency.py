@@ -164,12 +164,12 @@ class Residency:
       batch = self._victims(target - self.state.num_free, guard)
       if not batch:
         return
+      self.evicted([each for each in batch if not each.kept])  # first: it may make room below
       moving = [each for each in batch if each.kept]
       self.to_host(moving, guard | set(moving))
       self.prefixes.requeue_all(moving)
       if moving:
         self._event("spilled", len(moving))
-      self.evicted([each for each in batch if not each.kept])
 
   def _victims(self, count: int, guard: set[Held]) -> list[Held]:
     """The next pages to leave the device; those still kept must move to the host."""
