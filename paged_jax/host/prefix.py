@@ -216,6 +216,7 @@ class PrefixIndex:
       node.held[whole:],
     )
     upper.children[node.tokens[:TOKEN_BYTES]] = node
+    self._leaves.push(upper)  # it is next already if all of the lower part is in host memory
     return upper
 
   # Storing
@@ -352,10 +353,18 @@ class PrefixIndex:
     return self._drop_children(node) + self._forget(node, index)
 
   def spilled(self, guard: set[Held]) -> list[Held]:
-    """What takes room in host memory for the index alone, without what is in `guard`."""
-    held = (each for node in self.nodes() for each in node.held)
-    return [each for each in held if each.image is not None and not each.swapped
-            and each not in guard]  # fmt: skip
+    """What takes room in host memory for the index alone, and may go: not what is in `guard`."""
+    staying: set[int] = set()
+    found: dict[Held, None] = {}
+    for node in reversed(list(self.nodes())):  # children first
+      clear = id(node) not in staying and not (node.entry is not None and node.entry.pinned)
+      for each in reversed(node.held):
+        clear = clear and each.page is None and each not in guard
+        if clear and not each.swapped:
+          found[each] = None
+      if not clear and node.parent is not None:
+        staying.add(id(node.parent))
+    return list(found)
 
   def forget_spilled(self, count: int, guard: set[Held]) -> list[Held]:
     """Forgets `count` pages in host memory, least wanted first; returns what nobody keeps."""
@@ -364,15 +373,15 @@ class PrefixIndex:
     leaves.sort(key=lambda node: self._policy.rank(node.use))
     while leaves and len(released) < count:
       node = leaves.pop(0)
-      if node.held and node.held[-1].page is None and not guard & set(node.held):
-        if self._pinned(node):
-          continue
-        parent = node.parent
-        released += self._forget(node, len(node.held) - 1)
-        if _attached(node):
-          leaves.insert(0, node)
-        elif parent is not None and not parent.children:
-          leaves.insert(0, parent)
+      last = node.held[-1] if node.held else None
+      if last is None or last.page is not None or last in guard or self._pinned(node):
+        continue
+      parent = node.parent
+      released += self._forget(node, len(node.held) - 1)
+      if _attached(node):
+        leaves.insert(0, node)
+      elif parent is not None and not parent.children:
+        leaves.insert(0, parent)
     return released
 
   def _forget(self, node: Node, index: int) -> list[Held]:

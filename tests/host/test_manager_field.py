@@ -12,7 +12,7 @@ from managed import SHAPE, Story, check_bytes, fill, fingerprints, manager
 
 import paged_jax
 from paged_jax import jitted
-from paged_jax.host import Manager, Request, errors
+from paged_jax.host import Manager, Request, errors, eviction
 from paged_jax.testing import replay
 
 FIVE = [1, 2, 3, 4, 5]
@@ -179,8 +179,8 @@ def test_a_page_is_never_given_back_twice():
 
 
 def test_hits_are_kept_before_pages_are_taken():
-  m = manager()
-  store(m, [1] * 8)  # the least recent one, which would go first
+  m = manager(dict(eviction=eviction.FIFO))  # a hit does not make it younger
+  store(m, [1] * 8)  # would go first
   store(m, [2] * 24, "b")
   assert m.stats().free_pages == 0
   tokens = [1] * 8 + [3] * 16
@@ -191,7 +191,7 @@ def test_hits_are_kept_before_pages_are_taken():
 
 
 def test_the_hits_of_a_whole_batch_are_kept_before_pages_are_taken():
-  m = manager()
+  m = manager(dict(eviction=eviction.FIFO))  # a hit does not make it younger
   store(m, [1] * 8), store(m, [2] * 8, "b"), store(m, [3] * 16, "c")
   prompts = [[1] * 8 + [4] * 8, [2] * 8 + [4] * 8]
   handles = m.allocate_many([Request(i, tokens=tokens) for i, tokens in enumerate(prompts)])

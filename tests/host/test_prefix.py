@@ -821,7 +821,8 @@ def test_a_branch_on_the_device_keeps_what_it_hangs_on_even_below_one_in_host_me
   pages = store(shelf, range(12))
   find(shelf, range(4))
   find(shelf, range(8))
-  moved(shelf, pages[1:2])  # as another namespace's tail may do
+  moved(shelf, pages[1:2])  # another namespace, where it comes last, may have moved it
+  assert shelf.candidate(lambda held: held is pages[0]) is None
   assert last_page(shelf.candidate(always)) is pages[2]
 
 
@@ -964,6 +965,10 @@ class Counted(dict):
     Counted.looks += 1
     return super().__getitem__(key)
 
+  def __delitem__(self, key):
+    Counted.looks += 1
+    super().__delitem__(key)
+
   def __iter__(self):
     for key in super().__iter__():
       Counted.looks += 1
@@ -1019,7 +1024,7 @@ def test_a_chain_of_two_thousand_pages_is_neither_slow_nor_too_deep():
     assert shelf.forget_last(shelf.candidate(always)) == [pages[-1 - count]]
   assert shelf.evict_entry(nobody) is not None
   assert len(shelf.clear()) == 1_000
-  assert time.process_time() - start < 2
+  assert time.process_time() - start < 5  # 1.9 where this was written
 
 
 def test_a_chain_inside_a_page_may_be_deep():
@@ -1028,4 +1033,6 @@ def test_a_chain_inside_a_page_may_be_deep():
   for count in range(1, 1_501):
     store(shelf, tokens[:count])
   assert length(shelf, tokens) == 1_500
+  moved(shelf, find(shelf, tokens).held)
+  moved(shelf, find(shelf, tokens).held, to_host=False)
   assert len(shelf.forget_last(shelf.candidate(always))) <= 1

@@ -1,0 +1,102 @@
+"""The real TPU compiler, without a TPU: whole programs for v5e, v6e and others, ahead of time.
+
+Needs the `libtpu` wheel. Import it before jax: it sets the environment that keeps libtpu from
+looking for a device, and, with `dump_to`, makes it write down its final instruction bundles.
+"""
+
+import collections
+import os
+import pathlib
+import re
+import tempfile
+import time
+
+DUMPS = pathlib.Path(tempfile.mkdtemp(prefix="bundles-"))
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true",
+}
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_ONE_CHIP = {"v5e": "1x1", "v6e": "1x1"}  # the others have three dimensions
+
+
+def chips(generation: str, topology: str | None = None) -> Mesh:
+  """A mesh of one axis, "model", of chips that are not there: one of them, or a `topology`."""
+  options = {} if topology else {"chips_per_host_bounds": (1, 1, 1)}
+  name = f"{generation}:{topology or _ONE_CHIP.get(generation, '1x1x1')}"
+  found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+  return Mesh(np.array(found.devices), ("model",), axis_types=(AxisType.Auto,))
+
+
+def shapes(mesh: Mesh, tree, specs=None):
+  """The same arrays as shapes on the mesh, replicated or by `specs`."""
+  if specs is None:
+    specs = jax.tree.map(lambda _: PartitionSpec(), tree)
+  return jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+    tree,
+    specs,
+    is_leaf=lambda x: x is None,
+  )
+
+
+class Compiled:
+  """What the compiler made of a program."""
+
+  def __init__(self, mesh: Mesh, function, *args, donate: tuple[int, ...] = ()):
+    for path in DUMPS.glob("*"):
+      path.unlink()
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+      traced = jax.jit(function, donate_argnums=donate).trace(*args)
+      self.compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    self.seconds = time.perf_counter() - began
+    self.text = self.compiled.as_text()
+    memory = self.compiled.memory_analysis()
+    self.temp_bytes = memory.temp_size_in_bytes
+    self.alias_bytes = memory.alias_size_in_bytes
+
+  @property
+  def collectives(self) -> dict[str, int]:
+    """How many of each collective there are."""
+    names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return dict(collections.Counter(re.findall(rf" ({names})(?:-start)?\(", self.text)))
+
+  def loops(self, kernel: str) -> list[dict[str, int]]:
+    """Bundles of each loop of the kernel whose name contains `kernel`, without inner loops."""
+    paths = [path for path in DUMPS.glob("*final_bundles.txt") if kernel in path.name and "analysis" not in path.name]
+    return [loop for path in paths for loop in _loops(path)]
+
+
+def _loops(path: pathlib.Path) -> list[dict[str, int]]:
+  top = {"depth": 0, "bundles": 0, "dma": 0}
+  stack, found = [top], [top]
+  for line in path.read_text().splitlines():
+    match = re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2}):)?\s*:?\s*((?:> ?)*)\{", line)
+    if not match:
+      continue
+    tag, depth = match[1], match[2].count(">")
+    if "{}" in line and not depth:  # an empty bundle has no depth of its own
+      stack[-1]["bundles"] += 1
+      continue
+    while len(stack) > 1 and stack[-1]["depth"] >= depth + (tag != "LB"):
+      stack.pop()
+    if tag == "LB":
+      stack.append({"depth": depth, "bundles": 0, "dma": 0})
+      found.append(stack[-1])
+    stack[-1]["bundles"] += 1
+    stack[-1]["dma"] += len(re.findall(r"= dma\.", line))
+  return found

@@ -1,0 +1,243 @@
+"""Paged attention for TPU (Pallas, Mosaic).
+
+A program handles one block of queries, of one row. It walks the pages that the block sees in
+chunks of C pages; while one chunk is computed the next one is fetched, also when it is the first
+one of the next block. The row of the block table is fetched, too, one block ahead, so that no
+table has to fit in SMEM whole.
+
+    # block    g                                   g+1
+    # fetch    chunk 1   chunk 2   chunk 0 of g+1  ...      ids of g+2
+    # compute  chunk 0   chunk 1   chunk 2         chunk 0  ...
+
+Letters as in types.py; G blocks, M queries of a block x query heads per KV head, C pages per chunk,
+X = C*T positions of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paged_jax import pages as pages_lib
+from paged_jax.attention import blocks as blocks_lib
+from paged_jax.attention import softmax
+from paged_jax.types import Pages, Plan, Tables
+
+CHUNK_TOKENS = 512
+VMEM_BYTES = 64 * 2**20
+
+
+def attend(
+  q: jax.Array,
+  pages: Pages,
+  layer: jax.Array,
+  tables: Tables,
+  plan: Plan,
+  *,
+  scale: jax.Array,
+  window: jax.Array,
+  softcap: jax.Array | None,
+  sinks: jax.Array | None,
+  interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
+  _, num_layers, h, t, d = pages_lib.sizes(pages)
+  blocks = blocks_lib.make(q, h, tables, plan, window)
+  g, _, m, _ = blocks.queries.shape
+  begin, end = jnp.min(blocks.first, axis=1), jnp.max(blocks.last, axis=1) + 1
+  end = jnp.where(layer < num_layers, end, 0)
+  queries, width = blocks.queries, d
+  if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
+    queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
+  c = max(1, min(CHUNK_TOKENS // t, tables.block_tables.shape[1]))
+  sums = blocks_lib.start(queries[0, ..., :1], sinks)
+  scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
+  block = lambda *shape: pl.BlockSpec((1, *shape), lambda i, *_: (i, *[0] * len(shape)))
+  whole = lambda *shape: pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
+  any_memory = pl.BlockSpec(memory_space=pl.ANY)
+  out, lse = pl.pallas_call(
+    functools.partial(_kernel, size=d, softcapped=softcap is not None),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(g,),
+      in_specs=[
+        pl.BlockSpec(memory_space=pltpu.SMEM),
+        block(h, m, width),
+        block(m, 1),
+        block(m, 1),
+        whole(h, m, 1),
+        whole(h, m, 1),
+        any_memory,
+        any_memory,
+      ],
+      out_specs=[block(h, m, d), block(h, m, 1)],
+      scratch_shapes=[
+        pltpu.SMEM((2, tables.block_tables.shape[1]), jnp.int32),
+        pltpu.VMEM((2, c, h, t, 2 * d), pages.kv.dtype),
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct((g, h, m, d), q.dtype),
+      jax.ShapeDtypeStruct((g, h, m, 1), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("arbitrary",),
+      vmem_limit_bytes=VMEM_BYTES,
+      disable_bounds_checks=True,
+    ),
+    interpret=interpret,
+    name="paged_attention",
+  )(
+    blocks.rows, begin, end, layer[None], scalars, queries, blocks.first[..., None],
+    blocks.last[..., None], sums.top, sums.total, tables.block_tables, pages.kv,
+  )  # fmt: skip
+  return blocks_lib.by_token(q, blocks, out, lse)
+
+
+def _kernel(
+  # scalar prefetch
+  rows_ref,  # i32[G]
+  begin_ref,  # i32[G] first position that the block sees
+  end_ref,  # i32[G] behind the last one
+  layer_ref,  # i32[1]
+  # inputs
+  scalars_ref,  # f32[2] scale, softcap
+  q_ref,  # [1,H,M,D]
+  first_ref,  # i32[1,M,1]
+  last_ref,  # i32[1,M,1]
+  top_ref,  # f32[H,M,1]
+  total_ref,  # f32[H,M,1]
+  tables_hbm,  # i32[S,P]
+  kv_hbm,  # [N,L,H,T,2D]
+  # outputs
+  out_ref,  # [1,H,M,D]
+  lse_ref,  # f32[1,H,M,1]
+  # scratch
+  ids_ref,  # i32[2,P] in SMEM
+  kv_ref,  # [2,C,H,T,2D]
+  turn_ref,  # i32[1] in SMEM: chunks so far
+  ids_sems,
+  kv_sems,
+  *,
+  size: int,
+  softcapped: bool,
+):
+  g, num_blocks = pl.program_id(0), pl.num_programs(0)
+  num_pages = kv_hbm.shape[0]
+  _, c, h, t, _ = kv_ref.shape
+  chunk = c * t
+
+  def span(block):
+    """First logical page, and number of pages, that a block sees."""
+    first = begin_ref[block] // t
+    return first, jnp.maximum(pl.cdiv(end_ref[block], t) - first, 0)
+
+  def fetch_ids(block):
+    row = jnp.minimum(rows_ref[block], tables_hbm.shape[0] - 1)
+    return pltpu.make_async_copy(tables_hbm.at[row], ids_ref.at[block % 2], ids_sems.at[block % 2])
+
+  def fetch(block, number, slot):
+    """Starts the copies of a chunk's pages."""
+    first, count = span(block)
+
+    @pl.loop(0, jnp.minimum(count - number * c, c))
+    def _(i):
+      page = jnp.minimum(ids_ref[block % 2, first + number * c + i], num_pages - 1)
+      pltpu.make_async_copy(
+        kv_hbm.at[page, layer_ref[0]], kv_ref.at[slot, i], kv_sems.at[slot]
+      ).start()
+
+  def arrive(number, slot):
+    """Waits for them."""
+
+    @pl.loop(0, jnp.minimum(span(g)[1] - number * c, c))
+    def _(i):
+      there = kv_ref.at[slot, i]
+      pltpu.make_async_copy(there, there, kv_sems.at[slot]).wait()
+
+  def lead(slot):
+    """Begins the next block: its ids are there, its first chunk is on the way."""
+
+    @pl.when(g + 1 < num_blocks)
+    def _():
+      fetch_ids(g + 1).wait()
+      fetch(g + 1, 0, slot)
+
+  @pl.when(g == 0)
+  def _():
+    turn_ref[0] = 0
+    fetch_ids(0).start()
+    fetch_ids(0).wait()
+    fetch(0, 0, 0)
+
+  @pl.when(g + 1 < num_blocks)
+  def _():
+    fetch_ids(g + 1).start()
+
+  first_page, count = span(g)
+  num_chunks = pl.cdiv(count, c)
+  begin, end = begin_ref[g], end_ref[g]
+  turn = turn_ref[0]
+
+  @pl.when(num_chunks == 0)
+  def _():
+    lead(turn % 2)
+
+  def add_chunk(number, sums):
+    slot = (turn + number) % 2
+
+    @pl.when(number + 1 < num_chunks)
+    def _():
+      fetch(g, number + 1, 1 - slot)
+
+    @pl.when(number + 1 == num_chunks)
+    def _():
+      lead(1 - slot)
+
+    arrive(number, slot)
+    base = first_page * t + number * chunk
+
+    @pl.when((base < begin) | (base + chunk > end))
+    def _():  # 0 * NaN is NaN: nothing stale may be multiplied
+      for i in range(c):
+        at = base + i * t + jax.lax.broadcasted_iota(jnp.int32, (h, t, 2 * size), 1)
+        page = kv_ref[slot, i]
+        kv_ref[slot, i] = jnp.where((at >= begin) & (at < end), page, jnp.zeros_like(page))
+
+    at = base + jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], chunk), 1)
+    seen = (at >= first_ref[0]) & (at <= last_ref[0])
+    return tuple(add_head(i, slot, seen, sums[i]) for i in range(h))
+
+  def add_head(head, slot, seen, sums):
+    kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
+    k, v = (kv, kv) if size % 128 else (kv[:, :size], kv[:, size:])
+    q = q_ref[0, head]
+    if q.dtype != k.dtype:
+      q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    logits = _dot(q, k, 1) * scalars_ref[0]
+    if softcapped:
+      logits = scalars_ref[1] * jnp.tanh(logits / scalars_ref[1])
+    logits = jnp.where(seen, logits, -jnp.inf)
+    return softmax.step(sums, logits, lambda p: _dot(p.astype(v.dtype), v, 0))
+
+  zeros = jnp.zeros((q_ref.shape[2], q_ref.shape[3]), jnp.float32)
+  start = tuple(softmax.Sums(top_ref[i], total_ref[i], zeros) for i in range(h))
+  sums = jax.lax.fori_loop(0, num_chunks, add_chunk, start)
+  turn_ref[0] = turn + num_chunks
+  for i in range(h):
+    out, lse = softmax.finish(sums[i])
+    out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
+    lse_ref[0, i] = lse
+
+
+def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """[M,K] times b, over its `axis`, in float32."""
+  precision = "highest" if b.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+  )
