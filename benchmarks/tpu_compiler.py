@@ -77,7 +77,11 @@ class Compiled:
 
   def loops(self, kernel: str) -> list[dict[str, int]]:
     """Bundles of each loop of the kernel whose name contains `kernel`, without inner loops."""
-    paths = [path for path in DUMPS.glob("*final_bundles.txt") if kernel in path.name and "analysis" not in path.name]
+    paths = [
+      path
+      for path in DUMPS.glob("*final_bundles.txt")
+      if kernel in path.name and "analysis" not in path.name
+    ]
     return [loop for path in paths for loop in _loops(path)]
 
 

@@ -54,8 +54,13 @@ def attend(
   c = max(1, min(CHUNK_TOKENS // t, tables.block_tables.shape[1]))
   sums = blocks_lib.start(queries[0, ..., :1], sinks)
   scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
-  block = lambda *shape: pl.BlockSpec((1, *shape), lambda i, *_: (i, *[0] * len(shape)))
-  whole = lambda *shape: pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
+
+  def block(*shape):
+    return pl.BlockSpec((1, *shape), lambda i, *_: (i, *[0] * len(shape)))
+
+  def whole(*shape):
+    return pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
+
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   out, lse = pl.pallas_call(
     functools.partial(_kernel, size=d, softcapped=softcap is not None),

@@ -3,6 +3,8 @@
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from paged_jax.host.stats import SequenceStats
 
 if TYPE_CHECKING:
@@ -60,9 +62,39 @@ class Handle:
     """
     return self.manager.page_at(self, logical_page)
 
+  @property
+  def block_table(self) -> np.ndarray:
+    """i32[P] its row of the block tables; the number of pages where it has none."""
+    return self.manager.block_table(self)
+
+  @property
+  def device(self):
+    """Where its pages are; the first device of several."""
+    return self.manager.device(self)
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+    return self.manager.config_of(self).page_size
+
+  @property
+  def num_layers(self) -> int:
+    """Layers of a page."""
+    return self.manager.config_of(self).num_layers
+
+  @property
+  def num_kv_heads(self) -> int:
+    """KV heads of a layer."""
+    return self.manager.config_of(self).num_kv_heads
+
+  @property
+  def head_dim(self) -> int:
+    """Width of a key, and of a value."""
+    return self.manager.config_of(self).head_dim
+
   def required_pages(self, num_tokens: int) -> int:
     """Pages that so many tokens fill."""
-    return -(-num_tokens // self.manager.config.page_size)
+    return -(-num_tokens // self.page_size)
 
   def stats(self) -> SequenceStats:
     """This sequence's numbers."""

@@ -27,7 +27,7 @@ from paged_jax.config import CacheConfig
 from paged_jax.host import canary, errors, events, pressure
 from paged_jax.host.handle import Handle
 from paged_jax.host.holds import Held, pages_of
-from paged_jax.host.options import ManagerConfig, Request
+from paged_jax.host.options import ManagerConfig, Request, whole
 from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
 from paged_jax.host.residency import Residency
 from paged_jax.host.state import ID_SIZES, State, bucket
@@ -39,8 +39,7 @@ from paged_jax.types import Audit, Cache
 class _Sequence:
   """A live sequence."""
 
-  request_id: Hashable
-  cache_id: int
+  handle: Handle
   row: int | None
   max_length: int
   namespace: Hashable
@@ -50,6 +49,16 @@ class _Sequence:
   start: int = 0  # these three while swapped out
   length: int = 0
   held: list[Held] = dataclasses.field(default_factory=list)
+
+  @property
+  def request_id(self) -> Hashable:
+    """Its request."""
+    return self.handle.request_id
+
+  @property
+  def cache_id(self) -> int:
+    """Unique to this sequence."""
+    return self.handle.cache_id
 
 
 class Manager:
@@ -97,6 +106,7 @@ class Manager:
     self._notifier = pressure.Notifier(self._level())
     self._events = events.Stream(self.options.event_buffer, self._snapshot)
     self._count = dict.fromkeys(("allocations", "deallocations", "refusals", "copies"), 0)
+    self._forgotten = 0  # evictions before the prefix counters were reset
     self._lookups = dict.fromkeys(("queries", "hits", "misses", "tokens_queried", "tokens_hit"), 0)
 
   # One transition
@@ -133,7 +143,7 @@ class Manager:
   def allocate_many(self, requests: Sequence[Request]) -> list[Handle]:
     """New sequences, all or none: one call of each verb for all of them.
 
-    Cached prefixes are kept before any page is taken. On a full hit with stored logits nothing is
+    Cached prefixes are kept before any page is taken, unless there is only room without. On a full hit with stored logits nothing is
     left to compute, and `handle.last_logits` has them; otherwise at least the last token is.
 
     Raises:
@@ -145,11 +155,13 @@ class Manager:
     with self._transition():
       self._check_requests(requests)
       prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
-      if self._level() == pressure.Level.CRITICAL:
-        self._kept.collect(int(self.options.high_watermark * self.config.num_pages))
       if len(requests) > len(self._rows):
         raise errors.OutOfRows(needed=len(requests), free=len(self._rows))
-      matches = [self._match(*each, touch=True) for each in zip(requests, prompts)]
+      found = [self._match(*each, touch=True) for each in zip(requests, prompts)]
+      guard = {each for match in found for each in match.held}
+      if self._level() == pressure.Level.CRITICAL:
+        self._kept.collect(int(self.options.high_watermark * self.config.num_pages), guard)
+      matches = found if self._fits(requests, found) else [_NOTHING] * len(requests)
       guard = {each for match in matches for each in match.held}
       self._kept.make_room(self._needed(requests, matches), guard)
       self._kept.to_device([each for each in dict.fromkeys(guard) if each.page is None])
@@ -159,7 +171,15 @@ class Manager:
       growth = [request.num_tokens - match.length for request, match in zip(requests, matches)]
       self._extend({row: count for row, count in zip(rows, growth) if count})
       self._count["allocations"] += len(handles)
+      for prompt, match in zip(prompts, matches):
+        if prompt and self.options.prefix_cache:
+          self._count_lookup(prompt, match)
       return handles
+
+  def _fits(self, requests: Sequence[Request], matches: Sequence[Match]) -> bool:
+    """Whether there is room for these requests while their matches stay."""
+    room = self._state.num_free + self._kept.reclaimable({x for m in matches for x in m.held})
+    return self._needed(requests, matches) <= room
 
   def _check_requests(self, requests: Sequence[Request]) -> None:
     config = self.config
@@ -196,7 +216,7 @@ class Manager:
     """The cached beginning of a request, cut to what it can use."""
     if not (prompt and self.options.prefix_cache):
       return _NOTHING
-    look_up = self._look_up if touch else self._kept.prefixes.peek
+    look_up = self._kept.prefixes.find if touch else self._kept.prefixes.peek
     match, size = look_up(request.namespace, prompt), len(prompt) // TOKEN_BYTES
     length = min(match.length, request.num_tokens)
     if match.last_logits is None:
@@ -209,19 +229,17 @@ class Manager:
   def _begin(self, request: Request, match: Match) -> Handle:
     capacity = self.config.pages_per_row * self.config.page_size
     row = heapq.heappop(self._rows)
-    sequence = _Sequence(
-      request_id=request.request_id,
-      cache_id=next(self._cache_ids),
+    handle = Handle(self, request.request_id, next(self._cache_ids))
+    handle.num_cached, handle.last_logits = match.length, match.last_logits
+    self._sequences[request.request_id] = _Sequence(
+      handle=handle,
       row=row,
       max_length=capacity if request.max_length is None else request.max_length,
       namespace=request.namespace,
       last_access=self._clock(),
       writers=[None] * match.length if self.options.canary else [],
     )
-    self._sequences[request.request_id] = sequence
     self._know(row, () if request.tokens is None else request.tokens)
-    handle = Handle(self, request.request_id, sequence.cache_id)
-    handle.num_cached, handle.last_logits = match.length, match.last_logits
     return handle
 
   def _know(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
@@ -290,12 +308,11 @@ class Manager:
       growth: dict[int, int] = {}
       for handle, count in num_tokens.items():
         sequence, row = self._running(handle)
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-          raise ValueError(f"num_tokens must be a number of tokens, got {count!r}")
-        wanted = int(self._state.lengths[row]) + int(count)
+        count = whole("num_tokens", count, 0)
+        wanted = int(self._state.lengths[row]) + count
         if wanted > sequence.max_length:
           raise errors.TooLong(sequence.request_id, wanted, sequence.max_length)
-        growth[row] = int(count)
+        growth[row] = count
       counts = np.zeros(self.config.num_rows, np.int32)
       counts[list(growth)] = list(growth.values())
       size, lengths = self.config.page_size, self._state.lengths
@@ -325,6 +342,7 @@ class Manager:
       self._cut("slide", handle, start)
 
   def _cut(self, verb: str, handle: Handle, at: int) -> None:
+    at = whole("num_tokens" if verb == "trim" else "start", at)
     sequence, row = self._running(handle)
     state = self._state
     begin, end = int(state.starts[row]), int(state.lengths[row])
@@ -385,8 +403,8 @@ class Manager:
         return False
       prompt = encoded(() if request.tokens is None else request.tokens)
       match = self._match(request, prompt, touch=False)
-      room = self._state.num_free + self._kept.reclaimable(set(match.held))
-      return bool(self._rows) and self._needed([request], [match]) <= room
+      fits = self._fits([request], [match]) or self._fits([request], [_NOTHING])
+      return bool(self._rows) and fits
 
   # Sharing
 
@@ -402,7 +420,7 @@ class Manager:
       self._share(source, target, num_tokens)
 
   def _share(self, source: Handle, target: Handle, num_tokens: int) -> None:
-    state, size = self._state, self.config.page_size
+    state, size, num_tokens = self._state, self.config.page_size, whole("num_tokens", num_tokens)
     (giver, src), (taker, dst) = self._running(source), self._running(target)
     if num_tokens > taker.max_length:
       raise errors.TooLong(taker.request_id, num_tokens, taker.max_length)
@@ -448,7 +466,7 @@ class Manager:
       _, row = self._running(handle)
       if not self.config.copy_on_write:
         raise errors.Disabled("copy-on-write")
-      self._own(handle, row, first_page * self.config.page_size)
+      self._own(handle, row, whole("first_page", first_page, 0) * self.config.page_size)
       return self._mapped(row)
 
   def _own(self, handle: Handle, row: int, start: int) -> None:
@@ -474,7 +492,8 @@ class Manager:
   def write_kv(self, handle: Handle, layer: int, position: int, k, v) -> None:
     """Writes keys and values [B,H,D] (or [H,D] for one token) of tokens from `position` on.
 
-    A page that others hold is copied first, so that only this sequence sees the write.
+    A page that others hold, and those behind it, are copied first, so that only this sequence sees
+    the write.
 
     Raises:
       UnmappedToken: The sequence does not hold all of these tokens.
@@ -486,8 +505,9 @@ class Manager:
     for name, x in (("k", k), ("v", v)):
       if x.ndim != 3 or x.shape[1:] != shape or x.shape[0] != k.shape[0] or not x.shape[0]:
         raise errors.ShapeMismatch(name, ("B", *shape), x.shape)
-    if not 0 <= layer < config.num_layers:
-      raise ValueError(f"layer must be in [0, {config.num_layers}), got {layer}")
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise errors.ShapeMismatch(name, "floating-point", x.dtype)
+    layer, position = self._layer(layer), whole("position", position)
     count = k.shape[0]
     with self._transition():
       sequence, row = self._running(handle)
@@ -519,8 +539,8 @@ class Manager:
       CanaryMismatch: In canary mode, a slot is not what this sequence wrote.
     """
     config = self.config
-    if not 0 <= layer < config.num_layers:
-      raise ValueError(f"layer must be in [0, {config.num_layers}), got {layer}")
+    layer, start = self._layer(layer), whole("start", start)
+    num_tokens = whole("num_tokens", num_tokens)
     with self._transition():
       sequence, row = self._running(handle)
       self._check_range(sequence, row, start, num_tokens)
@@ -538,6 +558,11 @@ class Manager:
           sequence.request_id, wrong, int(pages[wrong // config.page_size])
         )
     return np.asarray(k[0, part]), np.asarray(v[0, part])
+
+  def _layer(self, layer: int) -> int:
+    if not 0 <= whole("layer", layer) < self.config.num_layers:
+      raise ValueError(f"layer must be in [0, {self.config.num_layers}), got {layer}")
+    return int(layer)
 
   def _check_range(self, sequence: _Sequence, row: int, start: int, count: int) -> None:
     begin, end = int(self._state.starts[row]), int(self._state.lengths[row])
@@ -586,16 +611,17 @@ class Manager:
   def find_prefix(self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None) -> Match:
     """The longest stored prefix of `tokens`; counts as a use. `allocate` looks for itself."""
     with self._lock:
-      return self._look_up(namespace, encoded(tokens))
+      key = encoded(tokens)
+      match = self._kept.prefixes.find(namespace, key)
+      self._count_lookup(key, match)
+      return match
 
-  def _look_up(self, namespace: Hashable, tokens: bytes) -> Match:
-    match = self._kept.prefixes.find(namespace, tokens)
+  def _count_lookup(self, prompt: bytes, match: Match) -> None:
     count = self._lookups
     count["queries"] += 1
     count["hits" if match.length else "misses"] += 1
-    count["tokens_queried"] += len(tokens) // TOKEN_BYTES
+    count["tokens_queried"] += len(prompt) // TOKEN_BYTES
     count["tokens_hit"] += match.length
-    return match
 
   def store_prefix(
     self,
@@ -629,6 +655,13 @@ class Manager:
       key, count = encoded(tokens), len(tokens)
       if count > length or state.starts[row]:
         raise errors.UnmappedToken(sequence.request_id, count // size, count)
+      if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
+        raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
+      if self._kept.prefixes.full(sequence.namespace, key):
+        evicted = self._kept.prefixes.evict_entry(self._kept.busy)
+        if evicted is None:
+          return False
+        self._kept.evicted(evicted)
       pages = state.block_tables[row, : -(-count // size)].tolist()
       held, fresh = self._kept.holds.at(pages)
       released = self._kept.prefixes.store(
@@ -653,6 +686,7 @@ class Manager:
 
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored sequences that nobody uses; returns how many."""
+    count = whole("count", count)
     with self._transition():
       done = 0
       while done < count:
@@ -671,6 +705,7 @@ class Manager:
       )
       if reset_counters:
         self._lookups = dict.fromkeys(self._lookups, 0)
+        self._forgotten = self._kept.count["evicted_pages"]
       self._event("removed", None, 0, 0)
 
   # Swap
@@ -792,7 +827,7 @@ class Manager:
       )
       if target is None:
         target = int(np.ceil(self.options.low_watermark * self.config.num_pages))
-      self._kept.collect(target)
+      self._kept.collect(target, set())
       freed = self._state.num_free - free
       return Collected(
         num_pages=freed,
@@ -819,7 +854,7 @@ class Manager:
 
   def _sequence(self, handle: Handle) -> _Sequence:
     sequence = self._sequences.get(handle.request_id)
-    if sequence is None or sequence.cache_id != handle.cache_id:
+    if sequence is None or sequence.handle is not handle:
       raise errors.StaleHandle(handle.request_id, handle.cache_id)
     return sequence
 
@@ -838,7 +873,7 @@ class Manager:
     """Whether a handle's sequence is live."""
     with self._lock:
       sequence = self._sequences.get(handle.request_id)
-      return sequence is not None and sequence.cache_id == handle.cache_id
+      return sequence is not None and sequence.handle is handle
 
   def is_swapped(self, handle: Handle) -> bool:
     """Whether a sequence is in host memory."""
@@ -861,6 +896,23 @@ class Manager:
     with self._transition():
       return self._mapped(self._running(handle)[1])
 
+  def block_table(self, handle: Handle) -> np.ndarray:
+    """i32[P] a sequence's row of the block tables, N where there is no page."""
+    with self._transition():
+      return self._state.block_tables[self._running(handle)[1]].copy()
+
+  def device(self, handle: Handle):
+    """Where a sequence's pages are; the first device of several."""
+    with self._lock:
+      self._sequence(handle)
+      return min(self._state.cache.pages.kv.devices(), key=lambda device: device.id)
+
+  def config_of(self, handle: Handle) -> CacheConfig:
+    """The cache that a live sequence is in."""
+    with self._lock:
+      self._sequence(handle)
+      return self.config
+
   def page_at(self, handle: Handle, logical_page: int) -> int:
     """Physical page of a logical one."""
     with self._transition():
@@ -880,12 +932,12 @@ class Manager:
     with self._lock:
       if request_id not in self._sequences:
         raise errors.UnknownRequest(request_id)
-      return Handle(self, request_id, self._sequences[request_id].cache_id)
+      return self._sequences[request_id].handle
 
   def list_handles(self) -> list[Handle]:
     """Handles of all live requests, oldest first."""
     with self._lock:
-      return [Handle(self, each.request_id, each.cache_id) for each in self._sequences.values()]
+      return [each.handle for each in self._sequences.values()]
 
   def sequence_stats(self, handle: Handle) -> SequenceStats:
     """One sequence's numbers."""
@@ -944,7 +996,7 @@ class Manager:
     with self._lock:
       return PrefixStats(
         **self._lookups,
-        evictions=self._kept.count["evicted_pages"],
+        evictions=self._kept.count["evicted_pages"] - self._forgotten,
         entries=self._kept.prefixes.num_entries,
         cached_tokens=self._kept.prefixes.num_tokens,
       )

@@ -9,6 +9,19 @@ import numpy as np
 from paged_jax.host.eviction import LRU, Policy
 
 
+def whole(name: str, value, least: int | None = None) -> int:
+  """`value` as an int, of at least `least` if given.
+
+  Raises:
+    ValueError: It is none; the message has the name and the value.
+  """
+  whole_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  if not whole_number or (least is not None and value < least):
+    limit = "" if least is None else f" of at least {least}"
+    raise ValueError(f"{name} must be an integer{limit}, got {value!r}")
+  return int(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class ManagerConfig:
   """What a manager does beyond the cache itself.
@@ -34,13 +47,16 @@ class ManagerConfig:
     for name, least in dict(
       num_host_pages=0, max_prefixes=0, min_prefix_length=1, event_buffer=1
     ).items():
-      value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+      object.__setattr__(self, name, whole(name, getattr(self, name), least))
     for name in ("low_watermark", "high_watermark"):
       value = getattr(self, name)
-      if not isinstance(value, int | float) or not 0 <= value <= 1:
+      if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    for name in ("swapping", "prefix_cache", "spill", "scrub", "canary"):
+      if not isinstance(getattr(self, name), bool):
+        raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+    if not isinstance(self.eviction, Policy):
+      raise ValueError(f"eviction must be a Policy, got {self.eviction!r}")
     if self.high_watermark >= self.low_watermark:
       raise ValueError(
         f"high_watermark must be below low_watermark ({self.low_watermark}), "
@@ -57,10 +73,11 @@ class Request:
   """What a new sequence asks for.
 
   With `tokens` it starts on the longest prefix of them that is cached; `initial_tokens` is then
-  all of them unless given. Fields left None are not checked against the pool.
+  all of them unless given. Fields left None are not checked against the pool. Namespaces that are
+  equal in Python (1 and True) are one.
 
   Raises:
-    ValueError: A number is negative or none; the message names the field and its value.
+    ValueError: A number is negative or none, or an id cannot be hashed; the message names the field and its value.
   """
 
   request_id: Hashable
@@ -76,11 +93,14 @@ class Request:
   def __post_init__(self):
     for name in ("initial_tokens", "max_length", "num_layers", "num_kv_heads", "head_dim"):
       value = getattr(self, name)
-      if value is None:
-        continue
-      if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name} must be None or a number of at least 0, got {value!r}")
-      object.__setattr__(self, name, int(value))
+      if value is not None:
+        object.__setattr__(self, name, whole(name, value, 0))
+    try:
+      hash(self.request_id), hash(self.namespace)
+    except TypeError:
+      raise ValueError(
+        f"request_id and namespace must be hashable, got {self.request_id!r}, {self.namespace!r}"
+      ) from None
 
   @property
   def num_tokens(self) -> int:

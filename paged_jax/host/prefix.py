@@ -463,6 +463,12 @@ class PrefixIndex:
       node = parent
     return released
 
+  def full(self, namespace: Hashable, tokens: bytes) -> bool:
+    """Whether a sequence must go before this one can be stored."""
+    node, _ = self._walk(namespace, tokens, split=False)
+    known = node.entry is not None and node.end * TOKEN_BYTES == len(tokens)
+    return not known and self.num_entries >= self.max_entries
+
   def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
     """Removes the sequence that goes first; None if all are in use or pinned."""
     victim = self._entries.pop(self._idle(busy))
@@ -512,7 +518,19 @@ class PrefixIndex:
           found.add(each)
       if not clear and node.parent is not None:
         staying.add(id(node.parent))
+    for node in self.nodes() if self.num_pinned else ():
+      last = self._tail(node) if node.entry is not None and node.entry.pinned else []
+      if last and found.issuperset(last):
+        found.discard(last[0])  # it would pass to the pinned one
     return found
+
+  def _tail(self, node: Node) -> list[Held]:
+    """The pages below a node that also have its last tokens."""
+    if node.end % self.page_size == 0:
+      return []
+    tails = ([child.held[0]] if child.held else self._tail(child)
+             for child in node.children.values())  # fmt: skip
+    return [each for tail in tails for each in tail]
 
 
 def last_page(node: Node) -> Held | None:

@@ -44,16 +44,17 @@ class Notifier:
 
   def __init__(self, start: Level):
     self.level = start
-    self._callbacks: list[Callback] = []
+    self._subscriptions: list[list[Callback]] = []  # one each, to tell equal ones apart
     self._changes: collections.deque[Change] = collections.deque()
     self._delivering = threading.Lock()
 
   def subscribe(self, callback: Callback) -> Callable[[], None]:
     """Calls `callback` at every change from now on, until the returned function is called."""
-    self._callbacks = [*self._callbacks, callback]
+    subscription = [callback]
+    self._subscriptions = [*self._subscriptions, subscription]
 
     def unsubscribe():
-      self._callbacks = [each for each in self._callbacks if each is not callback]
+      self._subscriptions = [each for each in self._subscriptions if each is not subscription]
 
     return unsubscribe
 
@@ -76,7 +77,7 @@ class Notifier:
         self._delivering.release()
 
   def _call(self, change: Change) -> None:
-    for callback in self._callbacks:
+    for (callback,) in self._subscriptions:
       try:
         callback(change)
       except Exception:

@@ -200,7 +200,7 @@ class Residency:
     ready = itertools.takewhile(self._ready(guard, count), on_device)
     return list(itertools.islice(ready, count))
 
-  def collect(self, target: int) -> None:
+  def collect(self, target: int, guard: set[Held]) -> None:
     """Forgets what outlived its time, then evicts until `target` pages are free."""
     self.evicted(self.prefixes.expire())
-    self.reclaim(target, set())
+    self.reclaim(target, guard)
