@@ -25,10 +25,10 @@ os.environ |= {
   "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true",
 }
 
-import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 _ONE_CHIP = {"v5e": "1x1", "v6e": "1x1"}  # the others have three dimensions
 

@@ -157,6 +157,7 @@ class Manager:
       prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
       if len(requests) > len(self._rows):
         raise errors.OutOfRows(needed=len(requests), free=len(self._rows))
+      self._kept.expire()
       found = [self._match(*each, touch=True) for each in zip(requests, prompts)]
       guard = {each for match in found for each in match.held}
       if self._level() == pressure.Level.CRITICAL:
@@ -402,6 +403,7 @@ class Manager:
       except errors.CacheError:
         return False
       prompt = encoded(() if request.tokens is None else request.tokens)
+      self._kept.expire()
       match = self._match(request, prompt, touch=False)
       fits = self._fits([request], [match]) or self._fits([request], [_NOTHING])
       return bool(self._rows) and fits
@@ -700,9 +702,7 @@ class Manager:
   def clear_prefixes(self, *, reset_counters: bool = False) -> None:
     """Forgets every prefix, pinned ones too; sequences keep what they use."""
     with self._transition():
-      self._kept.drop(
-        list(dict.fromkeys(each for each in self._kept.prefixes.clear() if not each.kept))
-      )
+      self._kept.drop(self._kept.prefixes.clear())
       if reset_counters:
         self._lookups = dict.fromkeys(self._lookups, 0)
         self._forgotten = self._kept.count["evicted_pages"]

@@ -38,7 +38,9 @@ def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
     if isinstance(tokens, np.ndarray):
       values = tokens.astype("<i4", casting="same_kind" if tokens.size else "unsafe")
       same = tokens.ndim == 1 and bool((values == tokens).all())
-      data = values.tobytes() if same else None
+      data = values.tobytes() if same and tokens.dtype != bool else None
+    elif isinstance(tokens, bytes | bytearray) or bool in set(map(type, tokens)):
+      data = None
     else:
       data = array.array("I", tokens).tobytes()  # twice as fast as NumPy for a list
   except (TypeError, OverflowError):
@@ -71,7 +73,6 @@ class Node:
   end: int
   held: list[Held]
   use: Use
-  expires: float = math.inf
   entry: Entry | None = None
   children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
 
@@ -113,22 +114,24 @@ class PrefixIndex:
     self._clock = clock
     self._policy = policy
     self._ticks = itertools.count(1)
-    self.clear()
+    self._empty()
 
   def clear(self) -> list[Held]:
     """Forgets everything; returns what was kept."""
-    held = [each for node in self.nodes() for each in node.held] if hasattr(self, "_roots") else []
-    for each in held:
-      each.indexed -= 1
+    held = self._buried + self._release([x for node in self.nodes() for x in node.held])
+    self._empty()
+    return list(dict.fromkeys(each for each in held if not each.kept))
+
+  def _empty(self) -> None:
     self._roots: dict[Hashable, Node] = {}
     self._leaves: Queue[Node] = Queue(self._policy, self._tick, _frontier)
     self._entries: Queue[Node] = Queue(
       self._policy, self._tick, lambda node: node.entry is not None
     )
     self._mortal: list = []  # heap of (expiry, number, node)
+    self._buried: list[Held] = []  # pages of the dead, until `expire` returns them
     self.num_entries = self.num_pinned = 0
     self.num_tokens = 0
-    return held
 
   def nodes(self) -> Iterator[Node]:
     """Every node, parents first."""
@@ -157,23 +160,19 @@ class PrefixIndex:
 
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
     entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None
-    live = entry is not None and (entry.expires == math.inf or entry.expires > self._clock())
-    logits = entry.last_logits if live and entry is not None else None
+    logits = None if entry is None else entry.last_logits
     return Match(length, logits, self._pages(node, length))
 
   def _walk(self, namespace: Hashable, tokens: bytes, *, split: bool) -> tuple[Node, int]:
     """The node whose edge the match ends on (or, if `split`, at whose end) and the match's length."""
-    node, at, now = self._roots.get(namespace), 0, None
+    self._bury()
+    node, at = self._roots.get(namespace), 0
     if node is None:
       return Node(None, b"", 0, [], Use(0, 0)), 0
     while at < len(tokens):
       child = node.children.get(tokens[at : at + TOKEN_BYTES])
       if child is None:
         break
-      if child.expires != math.inf:
-        now = self._clock() if now is None else now
-        if child.expires <= now:
-          break
       if tokens.startswith(child.tokens, at):
         node, at = child, at + len(child.tokens)
         continue
@@ -186,13 +185,13 @@ class PrefixIndex:
     size = self.page_size
     count = -(-length // size)
     while count > node.start // size + len(node.held):  # a page that ends below
-      node = max(node.children.values(), key=lambda child: child.use.last)
+      node = next(iter(node.children.values()))  # any one: all have these tokens
     pages: list[Held | None] = [None] * count
     at: Node | None = node
     while at is not None and at.parent is not None:
       first = at.start // size
       for i, each in enumerate(at.held[: max(0, count - first)], first):
-        pages[i] = pages[i] or each
+        pages[i] = each
       at = at.parent
     return [each for each in pages if each is not None]
 
@@ -207,7 +206,6 @@ class PrefixIndex:
       end=cut,
       held=node.held[:whole],
       use=dataclasses.replace(node.use, num_tokens=cut),
-      expires=node.expires,
     )
     node.parent.children[upper.tokens[:TOKEN_BYTES]] = upper
     node.parent, node.tokens, node.held = (
@@ -249,23 +247,17 @@ class PrefixIndex:
     length = len(tokens) // TOKEN_BYTES
     if length < max(self.min_length, 1) or self.max_entries == 0:
       return None
-    known = self._walk(namespace, tokens, split=False)[0]
-    replaced = known.entry is not None and known.end == length
     released: list[Held] = []
-    if not replaced and self.num_entries >= self.max_entries:
+    if self.full(namespace, tokens):
       evicted = self.evict_entry(busy)
       if evicted is None:
         return None
       released += evicted
     tick = self._tick()
     expires = math.inf if ttl is None else self._clock() + ttl
-    root = self._roots.get(namespace)
-    if root is None:
-      root = self._roots[namespace] = Node(None, b"", 0, [], Use(tick, tick))
-    released += self._prune_expired(namespace, tokens)
+    if namespace not in self._roots:
+      self._roots[namespace] = Node(None, b"", 0, [], Use(tick, tick))
     node, at = self._walk(namespace, tokens, split=True)
-    if at == 0:
-      node = root
     if at < length:
       node, dropped = self._grow(node, tokens[at * TOKEN_BYTES :], held, tick)
       released += dropped
@@ -278,8 +270,12 @@ class PrefixIndex:
     self.num_pinned += pinned
     node.entry = Entry(last_logits, pinned, expires)
     node.use.last = tick
-    self._extend_life(node, expires, replaced)
-    return released
+    self._mark_mortal(node)
+    return [each for each in released if not each.kept]
+
+  def _mark_mortal(self, node: Node) -> None:
+    if node.entry is not None and node.entry.expires != math.inf:
+      heapq.heappush(self._mortal, (node.entry.expires, self._tick(), node))
 
   def _grow(
     self, node: Node, tokens: bytes, held: Sequence[Held], tick: int
@@ -296,7 +292,6 @@ class PrefixIndex:
       end=end,
       held=list(held[node.end // size : -(-end // size)]),
       use=Use(tick, tick, num_tokens=end),
-      expires=0.0,
     )
     node.children[tokens[:TOKEN_BYTES]] = child
     for each in child.held:
@@ -307,25 +302,21 @@ class PrefixIndex:
     self._leaves.push(child)
     return child, [each for each in released if not each.kept]
 
-  def _extend_life(self, node: Node, expires: float, replaced: bool) -> None:
-    """The whole path lives at least as long as its newest sequence."""
-    if replaced and not node.children:
-      node.expires = expires
-    if expires != math.inf:
-      heapq.heappush(self._mortal, (expires, self._tick(), node))
-    at: Node | None = node
-    while at is not None and at.parent is not None:
-      at.expires = max(at.expires, expires)
-      at = at.parent
-
   def pin(self, namespace: Hashable, tokens: bytes, pinned: bool) -> bool:
     """Pins or unpins a stored sequence; False if there is no such one."""
-    node, _ = self._walk(namespace, tokens, split=False)
-    if node.entry is None or node.end * TOKEN_BYTES != len(tokens):
+    node = self._stored(namespace, tokens)
+    if node is None or node.entry is None:
       return False
     self.num_pinned += pinned - node.entry.pinned
     node.entry.pinned = pinned
+    self._mark_mortal(node)
     return True
+
+  def _stored(self, namespace: Hashable, tokens: bytes) -> Node | None:
+    """The node of exactly this stored sequence."""
+    node, at = self._walk(namespace, tokens, split=False)
+    exact = node.end == at == len(tokens) // TOKEN_BYTES
+    return node if exact and node.entry is not None else None
 
   # Removing
 
@@ -350,7 +341,8 @@ class PrefixIndex:
     A page that also has the last tokens of a node above passes to that one.
     """
     index = max(i for i, each in enumerate(node.held) if each.page is not None)
-    return self._drop_children(node) + self._forget(node, index)
+    released = self._drop_below(node)
+    return released + self._forget(node, index)
 
   def spilled(self, guard: set[Held]) -> list[Held]:
     """What takes room in host memory for the index alone, and may go: not what is in `guard`."""
@@ -394,7 +386,7 @@ class PrefixIndex:
     self.num_tokens -= node.end - cut
     node.tokens, node.end = node.tokens[: (cut - node.start) * TOKEN_BYTES], cut
     node.use.num_tokens = cut
-    self._leaves.push(node)
+    self._requeue(node)
     return self._release(gone)
 
   def requeue_all(self, held: Iterable[Held]) -> None:
@@ -421,18 +413,17 @@ class PrefixIndex:
     self._remove_entry(node)
     self.num_tokens -= node.end - node.start
     gone, node.held = node.held, []
-    if parent.parent is not None and not parent.children:
-      if parent.end % self.page_size and gone:
-        parent.held.append(gone[0])  # it has the last tokens of the node above, too
-        gone = gone[1:]
-      self._requeue(parent)
+    if not parent.children and parent.end % self.page_size:
+      parent.held.append(gone[0])  # it has the last tokens of the node above, too
+      gone = gone[1:]
+    self._requeue(parent)
     return self._release(gone)
 
-  def _drop_children(self, node: Node) -> list[Held]:
+  def _drop_below(self, node: Node) -> list[Held]:
+    """Takes everything under a node off the tree."""
     released: list[Held] = []
-    for child in reversed(list(_below(node))):
-      gone, child.held = child.held, []
-      released += self._release(gone) + self._detach(child)
+    for each in reversed(list(_below(node))):
+      released += self._detach(each)
     return released
 
   def _release(self, held: list[Held]) -> list[Held]:
@@ -465,9 +456,7 @@ class PrefixIndex:
 
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
     """Whether a sequence must go before this one can be stored."""
-    node, _ = self._walk(namespace, tokens, split=False)
-    known = node.entry is not None and node.end * TOKEN_BYTES == len(tokens)
-    return not known and self.num_entries >= self.max_entries
+    return self._stored(namespace, tokens) is None and self.num_entries >= self.max_entries
 
   def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
     """Removes the sequence that goes first; None if all are in use or pinned."""
@@ -475,62 +464,36 @@ class PrefixIndex:
     return None if victim is None else self._retire(victim)
 
   def expire(self) -> list[Held]:
-    """Removes what has outlived its time; returns what is kept no more."""
-    released = []
-    now = self._clock()
-    while self._mortal and self._mortal[0][0] <= now:
-      node = heapq.heappop(self._mortal)[2]
-      if _attached(node) and node.expires <= now and not self._pinned(node):
-        released += self._drop_children(node) + self._retire_dead(node)
+    """Removes what has outlived its time; returns what is kept no more since the last call."""
+    self._bury()
     self._roots = {name: root for name, root in self._roots.items() if root.children}
-    return released
+    buried, self._buried = self._buried, []
+    return [each for each in buried if not each.kept]
 
-  def _retire_dead(self, node: Node) -> list[Held]:
-    released = []
-    now = self._clock()
-    while node.parent is not None and not node.children and node.expires <= now:
-      parent = node.parent
-      released += self._detach(node)
-      node = parent
-    return released
-
-  def _prune_expired(self, namespace: Hashable, tokens: bytes) -> list[Held]:
-    """Removes a dead branch that a new one would meet."""
-    node, at = self._walk(namespace, tokens, split=False)
-    child = (
-      node.children.get(tokens[at * TOKEN_BYTES : (at + 1) * TOKEN_BYTES])
-      if node.end == at
-      else None
-    )
-    if child is None or child.expires > self._clock():
-      return []
-    return self._drop_children(child) + self._detach(child)
+  def _bury(self) -> None:
+    """Removes the sequences that have outlived their time, but for pinned ones."""
+    while self._mortal and self._mortal[0][0] <= self._clock():
+      node = heapq.heappop(self._mortal)[2]
+      entry = node.entry
+      if entry is not None and entry.expires <= self._clock() and not entry.pinned:
+        self._buried += self._retire(node)
 
   def reclaimable(self, ready: Callable[[Held], bool]) -> set[Held]:
     """Every device page that could leave if asked for, given which are `ready`."""
-    found: set[Held] = set()
+    found: dict[Held, int] = {}
     staying: set[int] = set()  # nodes that have something here or below that stays
     for node in reversed(list(self.nodes())):  # children first
-      clear = id(node) not in staying and not (node.entry is not None and node.entry.pinned)
+      clear = id(node) not in staying
+      if clear and node.entry is not None and node.entry.pinned:
+        found.pop(self._pages(node, node.end)[-1], None)  # it would pass to the pinned one
+        clear = False
       for each in reversed(node.held):
         clear = clear and (each.page is None or ready(each))
         if clear and each.page is not None:
-          found.add(each)
+          found[each] = found.get(each, 0) + 1
       if not clear and node.parent is not None:
         staying.add(id(node.parent))
-    for node in self.nodes() if self.num_pinned else ():
-      last = self._tail(node) if node.entry is not None and node.entry.pinned else []
-      if last and found.issuperset(last):
-        found.discard(last[0])  # it would pass to the pinned one
-    return found
-
-  def _tail(self, node: Node) -> list[Held]:
-    """The pages below a node that also have its last tokens."""
-    if node.end % self.page_size == 0:
-      return []
-    tails = ([child.held[0]] if child.held else self._tail(child)
-             for child in node.children.values())  # fmt: skip
-    return [each for tail in tails for each in tail]
+    return {each for each, count in found.items() if count == each.indexed}
 
 
 def last_page(node: Node) -> Held | None:
@@ -545,10 +508,8 @@ def _frontier(node: Node) -> bool:
 
 
 def _on_device(node: Node) -> bool:
-  """Whether this node or one below has a device page: they leave from the tail."""
-  if node.held:
-    return last_page(node) is not None
-  return any(map(_on_device, node.children.values()))
+  """Whether this node or one below has a device page."""
+  return any(last_page(each) is not None for each in [node, *_below(node)])
 
 
 def _attached(node: Node) -> bool:

@@ -34,9 +34,9 @@ def level(num_free: int, num_pages: int, low: float, high: float) -> Level:
   """The level with `num_free` of `num_pages` pages free."""
   if num_free == 0:
     return Level.CRITICAL
-  if num_free < high * num_pages:
+  if num_free / num_pages < high:
     return Level.HIGH
-  return Level.MEDIUM if num_free < low * num_pages else Level.LOW
+  return Level.MEDIUM if num_free / num_pages < low else Level.LOW
 
 
 class Notifier:

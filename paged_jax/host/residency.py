@@ -200,7 +200,11 @@ class Residency:
     ready = itertools.takewhile(self._ready(guard, count), on_device)
     return list(itertools.islice(ready, count))
 
+  def expire(self) -> None:
+    """Forgets the prefixes that have outlived their time."""
+    self.evicted(self.prefixes.expire())
+
   def collect(self, target: int, guard: set[Held]) -> None:
     """Forgets what outlived its time, then evicts until `target` pages are free."""
-    self.evicted(self.prefixes.expire())
+    self.expire()
     self.reclaim(target, guard)
