@@ -143,8 +143,9 @@ class Manager:
   def allocate_many(self, requests: Sequence[Request]) -> list[Handle]:
     """New sequences, all or none: one call of each verb for all of them.
 
-    Cached prefixes are kept before any page is taken, unless there is only room without. On a full hit with stored logits nothing is
-    left to compute, and `handle.last_logits` has them; otherwise at least the last token is.
+    Cached prefixes are kept before any page is taken, unless there is only room without. On a full
+    hit with stored logits nothing is left to compute, and `handle.last_logits` has them; otherwise
+    at least the last token is.
 
     Raises:
       DuplicateRequest: An id is live already, or given twice.
@@ -179,8 +180,9 @@ class Manager:
 
   def _fits(self, requests: Sequence[Request], matches: Sequence[Match]) -> bool:
     """Whether there is room for these requests while their matches stay."""
-    room = self._state.num_free + self._kept.reclaimable({x for m in matches for x in m.held})
-    return self._needed(requests, matches) <= room
+    short = self._needed(requests, matches) - self._state.num_free
+    guard = {each for match in matches for each in match.held}
+    return short <= 0 or short <= self._kept.reclaimable(guard)  # which visits the whole index
 
   def _check_requests(self, requests: Sequence[Request]) -> None:
     config = self.config

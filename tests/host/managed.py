@@ -1,6 +1,9 @@
 """A manager, what it should hold in plain Python, and random operations on both."""
 
+import contextlib
+
 import numpy as np
+import pytest
 from story import config
 
 from paged_jax.host import Manager, ManagerConfig, Request, errors
@@ -54,6 +57,40 @@ def check_bytes(manager, handle, tokens, start=0):
       k, v = manager.read_kv(handle, layer, start, len(values))
       np.testing.assert_array_equal(k, replay.values(values, layer, SHAPE))
       np.testing.assert_array_equal(v, replay.values(values, ~layer, SHAPE))
+
+
+FIVE = [1, 2, 3, 4, 5]
+SIX = [1, 2, 3, 4, 5, 6]
+
+
+def begin(m, tokens, name="a", **fields):
+  """A live sequence, written."""
+  handle = m.allocate(Request(name, tokens=tokens, **fields))
+  fill(m, handle, tokens, handle.num_cached)
+  return handle
+
+
+def store(m, tokens, name="a", **fields):
+  """A prefix that nobody uses."""
+  stored = m.store_prefix(begin(m, tokens, name), **fields)
+  m.deallocate(name)
+  return stored
+
+
+def grow(m, handle, tokens):
+  """The sequence holds all of `tokens`, those that it lacked newly written."""
+  start = handle.num_tokens
+  m.extend(handle, len(tokens) - start)
+  fill(m, handle, tokens, start)
+
+
+@contextlib.contextmanager
+def refused(m, error, message=None):
+  before = m.stats()._replace(refusals=0)
+  with pytest.raises(error, match=message):
+    yield
+  assert m.stats()._replace(refusals=0) == before
+  assert m.audit().clean
 
 
 class Story:

@@ -1,53 +1,18 @@
 """The faults of the seed that live in the manager, each by its name."""
 
-import contextlib
 import threading
 import time
 import types
 
 import numpy as np
 import pytest
-from managed import check_bytes, fill, manager
+from managed import FIVE, SIX, begin, check_bytes, fill, grow, manager, refused, store
 
 from paged_jax import jitted
 from paged_jax.host import Level, Request, errors
 from paged_jax.host.holds import Held
 from paged_jax.host.prefix import PrefixIndex, encoded
 from paged_jax.testing import replay
-
-FIVE = [1, 2, 3, 4, 5]
-SIX = [1, 2, 3, 4, 5, 6]
-
-
-def begin(m, tokens, name="a", **fields):
-  """A live sequence, written."""
-  handle = m.allocate(Request(name, tokens=tokens, **fields))
-  fill(m, handle, tokens, handle.num_cached)
-  return handle
-
-
-def store(m, tokens, name="a", **fields):
-  """A prefix that nobody uses."""
-  stored = m.store_prefix(begin(m, tokens, name), **fields)
-  m.deallocate(name)
-  return stored
-
-
-def grow(m, handle, tokens):
-  """The sequence holds all of `tokens`, those that it lacked newly written."""
-  start = handle.num_tokens
-  m.extend(handle, len(tokens) - start)
-  fill(m, handle, tokens, start)
-
-
-@contextlib.contextmanager
-def refused(m, error, message=None):
-  before = m.stats()._replace(refusals=0)
-  with pytest.raises(error, match=message):
-    yield
-  assert m.stats()._replace(refusals=0) == before
-  assert m.audit().clean
-
 
 # Data
 

@@ -1,6 +1,5 @@
 """What broke for users of other caches, a class at a time, held against the manager."""
 
-import contextlib
 import functools
 import types
 
@@ -8,49 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from managed import SHAPE, Story, check_bytes, fill, fingerprints, manager
+from managed import (
+  FIVE,
+  SHAPE,
+  SIX,
+  Story,
+  begin,
+  check_bytes,
+  fill,
+  fingerprints,
+  grow,
+  manager,
+  refused,
+  store,
+)
 
 import paged_jax
 from paged_jax import jitted
 from paged_jax.host import Manager, Request, errors, eviction
 from paged_jax.testing import replay
 
-FIVE = [1, 2, 3, 4, 5]
-SIX = [1, 2, 3, 4, 5, 6]
-
-
-def begin(m, tokens, name="a", **fields):
-  """A live sequence, written."""
-  handle = m.allocate(Request(name, tokens=tokens, **fields))
-  fill(m, handle, tokens, handle.num_cached)
-  return handle
-
-
-def store(m, tokens, name="a", **fields):
-  """A prefix that nobody uses."""
-  stored = m.store_prefix(begin(m, tokens, name), **fields)
-  m.deallocate(name)
-  return stored
-
-
-def grow(m, handle, tokens):
-  """The sequence holds all of `tokens`, those that it lacked newly written."""
-  start = handle.num_tokens
-  m.extend(handle, len(tokens) - start)
-  fill(m, handle, tokens, start)
-
 
 def poison(m):
   m._state.cache = replay.poison(m.cache)
-
-
-@contextlib.contextmanager
-def refused(m, error, message=None):
-  before = m.stats()._replace(refusals=0)
-  with pytest.raises(error, match=message):
-    yield
-  assert m.stats()._replace(refusals=0) == before
-  assert m.audit().clean
 
 
 # 1 Stale page content
