@@ -116,27 +116,21 @@ class Residency:
       self.drop(list(dict.fromkeys(held)))
 
   def reclaimable(self, guard: set[Held]) -> int:
-    """Device pages that could become free now, without those in `guard`."""
-    stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
-    room = self.host_room(guard)
-    moving = min(len([each for each in stranded if each not in guard]), room)
-    ready = self._ready(guard, room - moving)
-    return moving + len(self.prefixes.reclaimable(ready))
+    """Device pages that could become free now, without those in `guard`.
 
-  def _ready(self, guard: set[Held], room: int) -> Callable[[Held], bool]:
-    """Which pages of the prefix index could leave the device, asked one after another.
-
-    Those that swapped sequences need, too, must fit in the `room` that the host pool has.
+    Those that swapped sequences need, too, must fit in the host pool; no other page waits for them.
     """
+    indexed = self.prefixes.reclaimable(self._ready(guard))
+    plain = sum(not each.swapped for each in indexed)
+    moving = len(indexed) - plain + len(self._stranded(guard))
+    return plain + min(moving, self.host_room(guard))
 
-    def ready(held: Held) -> bool:
-      nonlocal room
-      if held in guard or self.busy(held):
-        return False
-      room -= held.swapped > 0
-      return held.swapped == 0 or room >= 0
+  def _stranded(self, guard: set[Held]) -> list[Held]:
+    return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
 
-    return ready
+  def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
+    """Which pages the prefix index could give up."""
+    return lambda held: held not in guard and not self.busy(held)
 
   def make_room(self, needed: int, guard: set[Held]) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
@@ -155,13 +149,9 @@ class Residency:
 
   def reclaim(self, target: int, guard: set[Held]) -> None:
     """Frees pages that only the host keeps until `target` are free, or none is left."""
-    if self.state.num_free >= target:
-      return
-    stranded = [each for each in self.holds.by_page.values() if self.stranded(each)]
-    most = min(target - self.state.num_free, self.host_room(guard))
-    self.to_host([each for each in stranded if each not in guard][:most], guard)
-    while self.state.num_free < target:
-      batch = self._victims(target - self.state.num_free, guard)
+    while (short := target - self.state.num_free) > 0:
+      moving = self._stranded(guard)[: min(short, self.host_room(guard))]
+      batch = moving or self._victims(short, guard)
       if not batch:
         return
       self.evicted([each for each in batch if not each.kept])  # first: it may make room below
@@ -177,7 +167,7 @@ class Residency:
     room = self.host_room(guard)
     leaving = set(guard)
     while sum(each.page is not None for each in batch) < count:
-      node = self.prefixes.candidate(self._ready(leaving, room))
+      node = self.prefixes.candidate(self._ready(leaving))
       if node is None:
         break
       page = last_page(node)
@@ -189,7 +179,7 @@ class Residency:
         leaving.update(spilled)
         continue
       batch += self.prefixes.forget_last(node)
-      if page.swapped and not page.indexed:
+      if page.swapped and not page.indexed and room > 0:  # without room it stays, for them alone
         room -= 1
         batch.append(page)
     return batch
@@ -197,7 +187,7 @@ class Residency:
   def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:
     """Up to `count` pages off the tail of a node, all of which may leave."""
     on_device = [each for each in reversed(node.held) if each.page is not None]
-    ready = itertools.takewhile(self._ready(guard, count), on_device)
+    ready = itertools.takewhile(self._ready(guard), on_device)
     return list(itertools.islice(ready, count))
 
   def expire(self) -> None:
