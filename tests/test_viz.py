@@ -1,4 +1,5 @@
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
@@ -61,7 +62,7 @@ def test_draw_marks_shared_pages_and_names_busy_rows():
 
 
 def test_draw_of_an_empty_cache_has_no_legend():
-  _, given = matplotlib.pyplot.subplots()
+  _, given = plt.subplots()
   cache, _ = jitted.free(story(), np.array([True, True, True, False]))
   axes = viz.draw(cache, given)
   assert axes is given

@@ -96,7 +96,7 @@ class Request:
       if value is not None:
         object.__setattr__(self, name, whole(name, value, 0))
     try:
-      hash(self.request_id), hash(self.namespace)
+      hash((self.request_id, self.namespace))
     except TypeError:
       raise ValueError(
         f"request_id and namespace must be hashable, got {self.request_id!r}, {self.namespace!r}"

@@ -344,15 +344,18 @@ class PrefixIndex:
     released = self._drop_below(node)
     return released + self._forget(node, index)
 
-  def spilled(self, guard: set[Held]) -> list[Held]:
-    """What takes room in host memory for the index alone, and may go: not what is in `guard`."""
+  def spilled(self, guard: set[Held], ready: Callable[[Held], bool]) -> list[Held]:
+    """What takes room in host memory for the index alone, and may go: not what is in `guard`.
+
+    What comes after it on the device must be `ready` to go first.
+    """
     staying: set[int] = set()
     found: dict[Held, None] = {}
     for node in reversed(list(self.nodes())):  # children first
       clear = id(node) not in staying and not (node.entry is not None and node.entry.pinned)
       for each in reversed(node.held):
-        clear = clear and each.page is None and each not in guard
-        if clear and not each.swapped:
+        clear = clear and each not in guard and (each.page is None or ready(each))
+        if clear and each.page is None and not each.swapped:
           found[each] = None
       if not clear and node.parent is not None:
         staying.add(id(node.parent))

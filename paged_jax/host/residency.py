@@ -76,7 +76,7 @@ class Residency:
 
   def host_room(self, guard: set[Held]) -> int:
     """Host pages that are free, or taken by prefixes that may go."""
-    return self.holds.num_free + len(self.prefixes.spilled(guard))
+    return self.holds.num_free + len(self.prefixes.spilled(guard, lambda held: False))
 
   def to_host(self, held: list[Held], guard: set[Held]) -> None:
     """The bytes of kept device pages go to host memory, and the pages become free.
@@ -120,10 +120,12 @@ class Residency:
 
     Those that swapped sequences need, too, must fit in the host pool; no other page waits for them.
     """
-    indexed = self.prefixes.reclaimable(self._ready(guard))
+    ready = self._ready(guard)
+    indexed = self.prefixes.reclaimable(ready)
+    room = self.holds.num_free + len(self.prefixes.spilled(guard, ready))
     plain = sum(not each.swapped for each in indexed)
     moving = len(indexed) - plain + len(self._stranded(guard))
-    return plain + min(moving, self.host_room(guard))
+    return plain + min(moving, room)
 
   def _stranded(self, guard: set[Held]) -> list[Held]:
     return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
@@ -152,8 +154,8 @@ class Residency:
     while (short := target - self.state.num_free) > 0:
       moving = self._stranded(guard)[: min(short, self.host_room(guard))]
       batch = moving or self._victims(short, guard)
-      if not batch:
-        return
+      if not batch and not (self._stranded(guard) and self.host_room(guard)):
+        return  # otherwise the index gave up what others need, and made room for it to move
       self.evicted([each for each in batch if not each.kept])  # first: it may make room below
       moving = [each for each in batch if each.kept]
       self.to_host(moving, guard | set(moving))
