@@ -40,7 +40,7 @@ def prefill(decoder, cache, tokens, rows, positions):
   return decoder(tokens, cache, paged_jax.plan(cache, rows, positions))[1]
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("width", "beams"))
+@functools.partial(jax.jit, static_argnames=("width", "beams"))
 def generate(decoder, cache, tokens, left, *, width: int, beams: bool):
   """All rows to their end: `left` i32[S] tokens each; returns pages used and saved, over time."""
   s, n = left.shape[0], cache.ledger.pool.num_pages

@@ -6,6 +6,7 @@ in `paged_jax.cache`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -404,16 +405,21 @@ def _replay(ledger: Ledger, log: Log) -> Ledger:
 def _extend_by_steps(ledger: Ledger, num_tokens: jax.Array) -> Ledger:
   """`extend` with each of `num_tokens` i32[K,S] in turn.
 
-  Only the first step of most logs copies a page. Where nothing is refused and nothing copied, one
-  search takes the pages of all steps: they are the same, since nothing is released in between.
+  Where nothing is refused and nothing copied, one search takes the pages of all steps: they are
+  the same, since nothing is released in between. Most logs that copy do so in their first step.
   """
   num_tokens = arguments.integers("num_tokens", num_tokens, (None, ledger.num_rows))
-  first = num_tokens[0]
-  ledger, num_tokens = jax.lax.cond(
-    _copies_tail(ledger, first),
-    lambda: (extend(ledger, first)[0], num_tokens.at[0].set(0)),
-    lambda: (ledger, num_tokens),
-  )
+
+  def after_the_first() -> Ledger:
+    first, _, _ = extend(ledger, num_tokens[0])
+    rest = num_tokens.at[0].set(0)
+    return _at_once(first, rest, lambda: _replay(first, Log(((rest,),), ("extend",))))
+
+  return _at_once(ledger, num_tokens, after_the_first)
+
+
+def _at_once(ledger: Ledger, num_tokens: jax.Array, otherwise: Callable[[], Ledger]) -> Ledger:
+  """All steps in one go, or `otherwise` if a page would be copied or a row refused."""
 
   def grow(lengths, more):
     return lengths + more, lengths
@@ -423,11 +429,7 @@ def _extend_by_steps(ledger: Ledger, num_tokens: jax.Array) -> Ledger:
   sane = jnp.all((num_tokens >= 0) & (num_tokens <= ledger.capacity - before))
   sane &= jnp.sum(need, dtype=jnp.int32) <= ledger.pool.num_free
   sane &= ~_copies_tail(ledger, lengths - ledger.tables.lengths)
-  return jax.lax.cond(
-    sane,
-    lambda: _grown(ledger, lengths, before, need),
-    lambda: _replay(ledger, Log(((num_tokens,),), ("extend",))),
-  )
+  return jax.lax.cond(sane, lambda: _grown(ledger, lengths, before, need), otherwise)
 
 
 def _copies_tail(ledger: Ledger, num_tokens: jax.Array) -> jax.Array:

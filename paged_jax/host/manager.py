@@ -91,7 +91,8 @@ class Manager:
     self._sequences: dict[Hashable, _Sequence] = {}
     self._rows = list(range(config.num_rows))  # a heap of the free ones
     self._cache_ids = itertools.count(1)
-    self._tokens = np.zeros((config.num_rows, config.pages_per_row * config.page_size), np.int32)
+    width = config.pages_per_row * config.page_size + 1  # the last column is for what is too much
+    self._tokens = np.zeros((config.num_rows, width), np.int32)
     self._known = np.zeros(config.num_rows, np.int32)  # recorded tokens of each row
     prefixes = PrefixIndex(
       config.page_size,
@@ -112,14 +113,15 @@ class Manager:
   # One transition
 
   @contextlib.contextmanager
-  def _transition(self) -> Iterator[None]:
+  def _transition(self, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
     """The lock, a settled twin, exact counts; callbacks afterwards, outside the lock."""
     try:
       with self._lock:
-        if self._state.settle():
+        if self._state.settle(meanwhile):
           self._kept.count_pages()
-          for sequence in self._sequences.values():
-            sequence.writers.clear()  # programs leave no marks
+          if self.options.canary:  # programs leave no marks
+            for sequence in self._sequences.values():
+              sequence.writers.clear()
         try:
           yield
         except (errors.OutOfPages, errors.OutOfHostPages, errors.OutOfRows):
@@ -589,9 +591,19 @@ class Manager:
     with self._lock:
       return self._state.run(program, *args, **kwargs)
 
-  def settle(self) -> None:
-    """Waits for the reports of all programs, and takes them over."""
-    with self._transition():
+  def settle(self, tokens: np.ndarray | None = None, num_tokens: np.ndarray | None = None) -> None:
+    """Waits for the reports of all programs, and takes them over.
+
+    Tokens that came with them are recorded while the twin catches up; see `record`.
+    """
+    if (tokens is None) != (num_tokens is None):
+      raise ValueError("tokens and num_tokens must be given together")
+
+    def record():
+      if tokens is not None and num_tokens is not None:
+        self._record(tokens, num_tokens)
+
+    with self._transition(record):
       pass
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -602,13 +614,15 @@ class Manager:
       num_tokens: i32[S] how many of them, from the first line on, are a row's.
     """
     with self._lock:
-      known, capacity = self._known, self._tokens.shape[1]
-      num_tokens = np.minimum(num_tokens, capacity - known)
-      steps = np.arange(len(tokens))[:, None]
-      given = steps < num_tokens
-      places = steps + (np.arange(len(known)) * capacity + known)
-      self._tokens.reshape(-1)[places[given]] = tokens[given]
-      self._known = known + num_tokens.astype(np.int32)
+      self._record(tokens, num_tokens)
+
+  def _record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
+    known, capacity = self._known, self._tokens.shape[1] - 1
+    num_tokens = np.minimum(num_tokens, capacity - known).astype(np.int32)
+    rows = np.flatnonzero(num_tokens)
+    columns = np.minimum(known[rows, None] + np.arange(len(tokens)), capacity)
+    self._tokens[rows[:, None], columns] = tokens[:, rows].T  # what is too much is not known
+    self._known = known + num_tokens
 
   # Prefixes
 

@@ -85,15 +85,18 @@ class State:
     self._unreported.append(log)
     return out
 
-  def settle(self) -> bool:
-    """Reads the reports of all programs, waiting for them; whether there were any."""
-    if not self._unreported:
-      return False
-    for log in self._unreported:
+  def settle(self, meanwhile: Callable[[], None]) -> bool:
+    """Reads the reports of all programs, waiting for them; whether there were any.
+
+    `meanwhile` is done while the twin computes.
+    """
+    logs, self._unreported = self._unreported, []
+    for log in logs:
       self.ledger = jitted.ledger.replay(self.ledger, jax.tree.map(np.asarray, log))
-    self._unreported = []
-    self._read()
-    return True
+    meanwhile()
+    if logs:
+      self._read()
+    return bool(logs)
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:

@@ -73,6 +73,18 @@ def test_programs_queue_up_and_settle_in_order():
   assert m.audit().clean
 
 
+def test_tokens_that_come_with_a_report_are_recorded_and_may_be_stored():
+  m = manager(num_pages=40, num_rows=5)
+  handle = m.allocate(Request("a", tokens=[7, 8, 9]))
+  m.run(decode, np.array([True] + [False] * 4), num_steps=3)
+  tokens = np.arange(15, dtype=np.int32).reshape(3, 5)
+  m.settle(tokens, np.array([3, 0, 0, 0, 0]))
+  assert m.store_prefix(handle)
+  assert m.find_prefix([7, 8, 9, 0, 5, 10, 1]).length == 6
+  with pytest.raises(ValueError, match="tokens and num_tokens"):
+    m.settle(tokens)
+
+
 def test_a_program_that_meets_a_full_pool_is_replayed_with_its_refusals():
   m = manager(num_pages=4, num_rows=5)
   handles = m.allocate_many([Request(i, 3) for i in range(4)])
