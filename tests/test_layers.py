@@ -13,7 +13,7 @@ import paged_jax
 ROOT = pathlib.Path(paged_jax.__file__).parent
 LAYERS = {
   "types": 0, "config": 0, "arguments": 0, "loops": 0,
-  "pool": 1, "tables": 1, "pages": 1, "attention": 1,
+  "pool": 1, "tables": 1, "pages": 1, "pages_tpu": 1, "attention": 1,
   "ledger": 2,
   "cache": 3,
   "jitted": 4, "sharding": 4,
@@ -24,7 +24,7 @@ LAYERS = {
   "commands": 8,
   "cli": 9,
 }  # fmt: skip
-SIBLINGS_ALLOWED = {("attention", "pages")}
+SIBLINGS_ALLOWED = {("attention", "pages"), ("pages_tpu", "pages")}
 
 
 def layer_of(path):

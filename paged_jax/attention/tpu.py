@@ -29,6 +29,19 @@ CHUNK_TOKENS = 512
 VMEM_BYTES = 64 * 2**20
 
 
+def refusal(pages: Pages) -> str | None:
+  """Why the kernel cannot serve `pages`, None if it can."""
+  _, _, _, t, d = pages_lib.sizes(pages)
+  if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
+    return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
+  rows = 32 // pages.kv.dtype.itemsize  # of a tile
+  if t % rows:
+    return f"page_size must be a multiple of {rows} for {pages.kv.dtype}, not {t}"
+  if d % 64:
+    return f"head_dim must be a multiple of 64, not {d}"
+  return None
+
+
 def attend(
   q: jax.Array,
   pages: Pages,
