@@ -60,7 +60,7 @@ print(*({name.split('.')[0] for name in sys.modules} - before - {'paged_jax'}))
 """
   run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   extra = set(run.stdout.split()) - set(sys.stdlib_module_names)
-  assert extra <= {"jaxlib", "ml_dtypes", "opt_einsum", "scipy", "etils"}, extra
+  assert extra <= {"absl", "jaxlib", "ml_dtypes", "opt_einsum", "scipy", "etils"}, extra
 
 
 def test_only_the_pool_writes_its_leaves():
