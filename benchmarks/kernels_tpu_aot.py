@@ -4,9 +4,9 @@ Static VLIW bundles are issue cycles if nothing waits: good for ranking, not for
 `bundles_vs_jax_rpa` is ours over jax's `ragged_paged_attention`, for the decode of 2,048 tokens of
 a row with the heads of Llama-3-8B on v6e in bfloat16 (the worse of pages of 64 and 128; jax's with
 the best of some block sizes). `bundles_2048_v6e_bf16_p16` and `_p64` are ours; the best published
-kernel, RPA v3, needs 5,424 and 4,016. `temp_share_of_pool` is the most temporary memory of any of
-the compiled programs over the bytes of its page array, `collectives` how many there are in
-attention and write with KV heads split over four cores.
+kernel, RPA v3, needs 5,424 and 4,016. `temp_share_of_pool` is the most temporary memory of any
+decode program over the bytes of its page array (a prefill's depends on its tokens, not on the
+pool), `collectives` how many there are in attention and write, KV heads split over four cores too.
 
 Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 """
@@ -26,7 +26,7 @@ from paged_jax.attention import tpu
 from paged_jax.models import decoder as decoder_lib
 
 CONTEXT = 2048
-BLOCKS = [(tokens, queries) for tokens in (512, 1024) for queries in (4, 8, 32)]  # jax's
+BLOCKS = ((512, 4), (512, 8), (1024, 4))  # tokens and queries of jax's; others are worse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,11 @@ def rpa(mesh, model: Model, page_size: int) -> int:
 
 
 def main():
-  args = measure.arguments(__doc__.splitlines()[0], generations=(str, "v5e,v6e,tpu7x", "TPUs"))
+  args = measure.arguments(
+    __doc__.splitlines()[0],
+    generations=(str, "v5e,v6e,tpu7x", "TPUs to compile for"),
+    models=(int, len(MODELS), "how many models' attention to compile"),
+  )
   rows, ours = [], {}
 
   def add(compiled, config, cores, **columns):
@@ -145,7 +149,8 @@ def main():
     rows.append(
       columns
       | {
-        "page": config.page_size, "cores": cores, "temp_share": share,
+        "page": config.page_size, "cores": cores, "temp_MB": compiled.temp_bytes / 2**20,
+        "temp_share": share,
         "aliased": compiled.alias_bytes * cores / (config.page_bytes * config.num_pages),
         "collectives": sum(compiled.collectives.values()), "compile_s": compiled.seconds,
       }
@@ -154,7 +159,7 @@ def main():
 
   for tpu_name in args.generations.split(","):
     one, four = tpu_compiler.cores(tpu_name), tpu_compiler.cores(tpu_name, 4)
-    for model in MODELS:
+    for model in MODELS[: args.models]:
       for num_tokens, page_size in ((32, 16), (32, 64), (32, 128), (2048, 64)):
         config = cache_config(model, page_size, "bfloat16")
         compiled = layer_step(model, one, num_tokens)(config)
@@ -170,7 +175,7 @@ def main():
     add(compiled, config, 1, tpu=tpu_name, what="step of a 3B model", tokens=32)
 
   summary = {
-    "temp_share_of_pool": max(row["temp_share"] for row in rows),
+    "temp_share_of_pool": max(row["temp_share"] for row in rows if row["tokens"] == 32),
     "collectives": sum(row["collectives"] for row in rows),
     "compile_s": max(row["compile_s"] for row in rows),
   }
