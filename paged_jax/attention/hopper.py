@@ -96,7 +96,7 @@ def attend(
   if interpret:
     scratch.append(plgpu.SMEM((w, ROWS, x), pages.dtype))
   out, lse = plgpu.kernel(
-    functools.partial(_kernel, num_heads=h, num_layers=num_layers, softcapped=softcap is not None),
+    functools.partial(_kernel, shape=(n, num_layers, h, t), softcapped=softcap is not None),
     out_type=[
       jax.ShapeDtypeStruct((z, g, h, y, w, ROWS, d), jnp.float32),
       jax.ShapeDtypeStruct((z, g, h, y, w, ROWS), jnp.float32),
@@ -113,7 +113,7 @@ def attend(
   )(
     blocks.rows, begin, end, layer[None], factors, queries.reshape(g, h, y, w, ROWS, d),
     first.reshape(g, y, w, ROWS), last.reshape(g, y, w, ROWS), tables.block_tables,
-    pages.kv.reshape(n * num_layers * h, t, 2 * d),
+    pages.kv.reshape(-1, min(t, x), 2 * d),
   )  # fmt: skip
   out = out.reshape(z, g, h, -1, d)[:, :, :, :m]
   lse = lse.reshape(z, g, h, -1, 1)[:, :, :, :m]
@@ -131,7 +131,7 @@ def _kernel(
   first_gmem,  # i32[G,Y,W,64]
   last_gmem,  # i32[G,Y,W,64]
   tables_ref,  # i32[S,P]
-  kv_gmem,  # [N*L*H,T,2D]
+  kv_gmem,  # [N*L*H*(T/X),X,2D], or [N*L*H,T,2D] if pages are shorter than chunks
   # outputs
   out_ref,  # f32[Z,G,H,Y,W,64,D]
   lse_ref,  # f32[Z,G,H,Y,W,64]
@@ -146,17 +146,15 @@ def _kernel(
   kv_used,
   weights_ref=None,  # [W,64,X] for the interpreter
   *,
-  num_heads: int,
-  num_layers: int,
+  shape: tuple[int, int, int, int],
   softcapped: bool,
 ):
   block, split, head, tile = map(lax.axis_index, ("block", "split", "head", "tile"))
   warpgroup = lax.axis_index("warpgroup")
   num_rows, pages_per_row = tables_ref.shape
-  num_pages = kv_gmem.shape[0] // (num_layers * num_heads)
+  num_pages, num_layers, num_heads, t = shape
   stages, x, width = kv_ref.shape
-  num_warpgroups, d, t = q_ref.shape[0], width // 2, kv_gmem.shape[1]
-  box = min(t, x)  # positions per copy
+  num_warpgroups, d, box = q_ref.shape[0], width // 2, kv_gmem.shape[1]
 
   row = jnp.minimum(rows_ref[block], num_rows - 1)
   begin, end = begin_ref[block, tile], end_ref[block, tile]
@@ -179,11 +177,11 @@ def _kernel(
       def _():
         plgpu.barrier_wait(kv_used.at[slot])
 
-      offset = lax.rem((first_chunk + number) * x, jnp.int32(t)) if t > x else 0
+      part = lax.rem(first_chunk + number, jnp.int32(t // box))  # of a page longer than a chunk
       for i in range(x // box):
         source = jnp.minimum(page(number, i), num_pages - 1) * num_layers + layer_ref[0]
         plgpu.copy_gmem_to_smem(
-          kv_gmem.at[source * num_heads + head, pl.ds(offset, box)],
+          kv_gmem.at[(source * num_heads + head) * (t // box) + part],
           kv_ref.at[slot, pl.ds(i * box, box)],
           kv_there.at[slot],
         )
