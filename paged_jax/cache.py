@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from paged_jax import arguments, attention
+from paged_jax import arguments, attention, pages_tpu
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
 from paged_jax import pool as pool_lib
@@ -70,8 +70,8 @@ def plan(
     cache: The cache; any later verb that changes its tables or refcounts invalidates the plan.
     rows: i32[B] row of each token. A row's tokens are contiguous and ascending; S is padding.
     positions: i32[B] position of each token in its row, below the row's length.
-    implementation: Attention backend: "xla" or "reference"; None chooses by platform. One asked
-      for by name is never replaced by another.
+    implementation: Attention backend: "reference", "xla", "tpu"; None takes the best that the
+      platform has for this cache. One asked for by name is never replaced by another.
 
   Returns:
     The plan. `plan.ok` is False for a token without a slot of its own: unmapped, beyond the
@@ -101,7 +101,7 @@ def plan(
     blocks=blocks,
     block_lengths=block_lengths,
     block_size=block_size,
-    implementation=attention.choose(implementation),
+    implementation=attention.choose(implementation, cache.pages),
   )
 
 
@@ -115,7 +115,11 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   shape = (plan.rows.shape[0], h, d)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
   layer = arguments.layer(layer, num_layers)
-  return dataclasses.replace(cache, pages=pages_lib.write(cache.pages, layer, k, v, plan.slots))
+  if plan.implementation == "tpu":
+    pages = pages_tpu.write(cache.pages, layer, k, v, plan.slots, block_size=plan.block_size)
+  else:
+    pages = pages_lib.write(cache.pages, layer, k, v, plan.slots)
+  return dataclasses.replace(cache, pages=pages)
 
 
 def attend(

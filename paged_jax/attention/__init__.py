@@ -5,29 +5,39 @@ import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
-from paged_jax.attention import reference, xla
+from paged_jax.attention import reference, tpu, xla
 from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
-_BACKENDS = {"reference": reference.attend, "xla": xla.attend}
+_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu}
+_KERNELS = {"tpu": ("tpu",)}  # of each platform, best first
 _MAX_BLOCK_SIZE = 64
 
 implementations = tuple(_BACKENDS)
 
 
-def choose(implementation: str | None) -> str:
-  """The backend to use: the one named, or the platform's best for None.
+def choose(implementation: str | None, pages: Pages) -> str:
+  """The backend to use: the one named, or for None the best that the platform has for `pages`.
 
   Raises:
-    ValueError: There is no backend of that name. No other one is taken in its place.
+    ValueError: There is no backend of that name.
+    NotImplementedError: The one named cannot serve `pages`. No other is taken in its place.
   """
   if implementation is None:
-    return "xla"
+    kernels = _KERNELS.get(jax.default_backend(), ())
+    return next((name for name in kernels if refusal(name, pages) is None), "xla")
   if implementation not in _BACKENDS:
     raise ValueError(
       f"implementation must be one of {', '.join(implementations)}, got {implementation!r}"
     )
+  if why := refusal(implementation, pages):
+    raise NotImplementedError(f"implementation {implementation!r} cannot serve this cache: {why}")
   return implementation
+
+
+def refusal(implementation: str, pages: Pages) -> str | None:
+  """Why a backend cannot serve `pages`, None if it can."""
+  return _BACKENDS[implementation].refusal(pages)
 
 
 def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]:
@@ -98,7 +108,7 @@ def attend(
     sinks = arguments.floats("sinks", sinks, (q.shape[1],)).astype(jnp.float32)
   if softcap is not None:
     softcap = _positive("softcap", softcap, jnp.float32)
-  return _BACKENDS[plan.implementation](
+  return _BACKENDS[plan.implementation].attend(
     q,
     pages,
     arguments.layer(layer, num_layers),

@@ -10,6 +10,11 @@ from paged_jax import pages as pages_lib
 from paged_jax.types import Pages, Plan, Tables
 
 
+def refusal(pages: Pages) -> None:
+  """Nothing: every cache is served."""
+  del pages
+
+
 def attend(
   q: jax.Array,
   pages: Pages,

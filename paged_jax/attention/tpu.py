@@ -29,6 +29,19 @@ CHUNK_TOKENS = 512
 VMEM_BYTES = 64 * 2**20
 
 
+def refusal(pages: Pages) -> str | None:
+  """Why the kernel cannot serve `pages`, None if it can."""
+  _, _, _, t, d = pages_lib.sizes(pages)
+  if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
+    return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
+  rows = 32 // pages.kv.dtype.itemsize  # of a tile
+  if t % rows:
+    return f"page_size must be a multiple of {rows} for {pages.kv.dtype}, not {t}"
+  if d % 64:
+    return f"head_dim must be a multiple of 64, not {d}"
+  return None
+
+
 def attend(
   q: jax.Array,
   pages: Pages,
@@ -48,6 +61,7 @@ def attend(
   g, _, m, _ = blocks.queries.shape
   begin, end = jnp.min(blocks.first, axis=1), jnp.max(blocks.last, axis=1) + 1
   end = jnp.where(layer < num_layers, end, 0)
+  begin, end = jnp.pad(begin, (0, 1)), jnp.pad(end, (0, 1))  # nothing to fetch behind the last
   queries, width = blocks.queries, d
   if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
     queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
@@ -107,8 +121,8 @@ def attend(
 def _kernel(
   # scalar prefetch
   rows_ref,  # i32[G]
-  begin_ref,  # i32[G] first position that the block sees
-  end_ref,  # i32[G] behind the last one
+  begin_ref,  # i32[G+1] first position that the block sees
+  end_ref,  # i32[G+1] behind the last one
   layer_ref,  # i32[1]
   # inputs
   scalars_ref,  # f32[2] scale, softcap
@@ -142,93 +156,111 @@ def _kernel(
     first = begin_ref[block] // t
     return first, jnp.maximum(pl.cdiv(end_ref[block], t) - first, 0)
 
+  first_page, count = span(g)
+  begin, end = begin_ref[g], end_ref[g]
+  num_chunks = pl.cdiv(count, c)
+
   def fetch_ids(block):
     row = jnp.minimum(rows_ref[block], tables_hbm.shape[0] - 1)
     return pltpu.make_async_copy(tables_hbm.at[row], ids_ref.at[block % 2], ids_sems.at[block % 2])
 
-  def fetch(block, number, slot):
-    """Starts the copies of a chunk's pages."""
+  def fetch(block, number, slot, *, unroll: bool):
+    """Starts the copies of a chunk's pages, of none behind the last block."""
     first, count = span(block)
 
-    @pl.loop(0, jnp.minimum(count - number * c, c))
+    @pl.loop(0, c, unroll=unroll)
     def _(i):
-      page = jnp.minimum(ids_ref[block % 2, first + number * c + i], num_pages - 1)
-      pltpu.make_async_copy(
-        kv_hbm.at[page, layer_ref[0]], kv_ref.at[slot, i], kv_sems.at[slot]
-      ).start()
+      @pl.when(number * c + i < count)
+      def _():
+        page = jnp.minimum(ids_ref[block % 2, first + number * c + i], num_pages - 1)
+        there = kv_hbm.at[page, layer_ref[0]]
+        pltpu.make_async_copy(there, kv_ref.at[slot, i], kv_sems.at[slot]).start()
 
   def arrive(number, slot):
-    """Waits for them."""
+    """Waits for them; for a full chunk at once."""
+    live = jnp.minimum(count - number * c, c)
 
-    @pl.loop(0, jnp.minimum(span(g)[1] - number * c, c))
-    def _(i):
-      there = kv_ref.at[slot, i]
-      pltpu.make_async_copy(there, there, kv_sems.at[slot]).wait()
-
-  def lead(slot):
-    """Begins the next block: its ids are there, its first chunk is on the way."""
-
-    @pl.when(g + 1 < num_blocks)
+    @pl.when(live == c)
     def _():
-      fetch_ids(g + 1).wait()
-      fetch(g + 1, 0, slot)
+      _wait(kv_ref.at[slot], kv_sems.at[slot])
+
+    @pl.loop(0, jnp.where(live == c, 0, live))
+    def _(i):
+      _wait(kv_ref.at[slot, i], kv_sems.at[slot])
+
+  def clear(base, slot):
+    """Zeroes values outside begin..end: 0 * NaN is NaN, so nothing stale may be multiplied."""
+    zero_from = 0 if size % 128 else size
+
+    @pl.loop(0, c)
+    def _(i):
+      first = base + i * t
+
+      @pl.when((first < begin) | (first + t > end))
+      def _():
+        values = kv_ref[slot, i, :, :, zero_from:]
+        at = first + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+        live = (at >= begin) & (at < end)
+        kv_ref[slot, i, :, :, zero_from:] = jnp.where(live, values, jnp.zeros_like(values))
 
   @pl.when(g == 0)
   def _():
     turn_ref[0] = 0
     fetch_ids(0).start()
     fetch_ids(0).wait()
-    fetch(0, 0, 0)
+    fetch(0, 0, 0, unroll=False)
 
   @pl.when(g + 1 < num_blocks)
   def _():
     fetch_ids(g + 1).start()
 
-  first_page, count = span(g)
-  num_chunks = pl.cdiv(count, c)
-  begin, end = begin_ref[g], end_ref[g]
   turn = turn_ref[0]
 
-  @pl.when(num_chunks == 0)
+  @pl.when((num_chunks == 0) & (g + 1 < num_blocks))
   def _():
-    lead(turn % 2)
+    fetch_ids(g + 1).wait()
+    fetch(g + 1, 0, turn % 2, unroll=False)
 
   def add_chunk(number, sums):
     slot = (turn + number) % 2
+    last = number + 1 == num_chunks
 
-    @pl.when(number + 1 < num_chunks)
+    @pl.when(last & (g + 1 < num_blocks))
     def _():
-      fetch(g, number + 1, 1 - slot)
+      fetch_ids(g + 1).wait()
 
-    @pl.when(number + 1 == num_chunks)
-    def _():
-      lead(1 - slot)
-
+    fetch(jnp.where(last, g + 1, g), jnp.where(last, 0, number + 1), 1 - slot, unroll=True)
     arrive(number, slot)
     base = first_page * t + number * chunk
 
     @pl.when((base < begin) | (base + chunk > end))
-    def _():  # 0 * NaN is NaN: nothing stale may be multiplied
-      for i in range(c):
-        at = base + i * t + jax.lax.broadcasted_iota(jnp.int32, (h, t, 2 * size), 1)
-        page = kv_ref[slot, i]
-        kv_ref[slot, i] = jnp.where((at >= begin) & (at < end), page, jnp.zeros_like(page))
+    def _():
+      clear(base, slot)
 
     at = base + jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], chunk), 1)
     seen = (at >= first_ref[0]) & (at <= last_ref[0])
-    return tuple(add_head(i, slot, seen, sums[i]) for i in range(h))
 
-  def add_head(head, slot, seen, sums):
-    kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
-    k, v = (kv, kv) if size % 128 else (kv[:, :size], kv[:, size:])
-    q = q_ref[0, head]
-    if q.dtype != k.dtype:
-      q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    logits = _dot(q, k, 1) * scalars_ref[0]
-    if softcapped:
-      logits = scalars_ref[1] * jnp.tanh(logits / scalars_ref[1])
-    logits = jnp.where(seen, logits, -jnp.inf)
-    return softmax.step(sums, logits, lambda p: _dot(p.astype(v.dtype), v, 0))
+    def keys_and_values(head):
+      kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
+      k, v = (kv, kv) if size % 128 else (kv[:, :size], kv[:, size:])
+      return (k, v) if k.dtype == q_ref.dtype else (k.astype(jnp.float32), v.astype(jnp.float32))
+
+    def masked_logits(head):
+      k, _ = keys_and_values(head)
+      logits = _dot(q_ref[0, head].astype(k.dtype), k, 1) * scalars_ref[0]
+      if softcapped:
+        logits = scalars_ref[1] * jnp.tanh(logits / scalars_ref[1])
+      return jnp.where(seen, logits, -jnp.inf)
+
+    def weigh(head, weights):
+      _, v = keys_and_values(head)
+      return _dot(weights.astype(v.dtype), v, 0)
+
+    # all logits first: one head's softmax then overlaps with another's products
+    logits = [masked_logits(i) for i in range(h)]
+    return tuple(
+      softmax.step(sums[i], logits[i], functools.partial(weigh, i)) for i in range(h)
+    )
 
   zeros = jnp.zeros((q_ref.shape[2], q_ref.shape[3]), jnp.float32)
   start = tuple(softmax.Sums(top_ref[i], total_ref[i], zeros) for i in range(h))
@@ -238,6 +270,11 @@ def _kernel(
     out, lse = softmax.finish(sums[i])
     out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
     lse_ref[0, i] = lse
+
+
+def _wait(there, sem):
+  """Waits until as many bytes as `there` has are in."""
+  pltpu.make_async_copy(there, there, sem).wait()
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -26,6 +26,11 @@ CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
 
 
+def refusal(pages: Pages) -> None:
+  """Nothing: every cache is served."""
+  del pages
+
+
 def attend(
   q: jax.Array,
   pages: Pages,

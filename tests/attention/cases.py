@@ -112,7 +112,7 @@ class Problem:
   def attend(self, implementation: str, **changes) -> tuple[jax.Array, jax.Array]:
     """The backend's answer; `changes` replace fields."""
     p = dataclasses.replace(self, **changes)
-    plan = dataclasses.replace(p.plan, implementation=attention.choose(implementation))
+    plan = dataclasses.replace(p.plan, implementation=implementation)
     arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
     statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
     return _attend(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
