@@ -15,6 +15,7 @@ W warpgroups x 64, Z splits, X positions of a chunk.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,24 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
-ROWS = 64  # of a wgmma
-STAGE_BYTES = {64: 2**15, 128: 2**15, 256: 2**16}  # of a chunk, per head dim
-STAGES = {64: 4, 128: 4, 256: 2}
+ROWS = 64  # queries of a warpgroup: what wgmma multiplies
 NUM_SMS = 132
 LOG2E = math.log2(math.e)
+
+
+class Ring(NamedTuple):
+  """The chunks in flight, and how many warpgroups share them."""
+
+  positions: int
+  stages: int
+  warpgroups: int  # at most; two of head dim 256 would spill their sums to memory
+
+
+# Per head dim, so that queries and chunks fit in the 227 KiB of an SM. Registers of ptxas 13.5,
+# 2026-11: 168 for D=64, up to 156 for D=128, up to 255 for D=256; none spilled. Not yet timed.
+RINGS = {64: Ring(128, 4, 2), 128: Ring(64, 4, 2), 256: Ring(64, 2, 1)}
+
+_NEEDED = ("ACC", "Barrier", "Layout", "LoweringSemantics", "kernel", "layout_cast", "wgmma")
 
 
 def refusal(pages: Pages, compute_capability: float | None) -> str | None:
@@ -43,10 +57,13 @@ def refusal(pages: Pages, compute_capability: float | None) -> str | None:
     return f"its products (wgmma) are of 16-bit floats, not {pages.dtype}"
   if pages.kv.dtype != pages.dtype:
     return f"it reads pages stored as {pages.dtype}, not {pages.kv.dtype}"
-  if d not in STAGES:
-    return f"it has head dims {', '.join(map(str, STAGES))}, not {d}"
-  if t % 16 or _chunk(d) % t and t % _chunk(d):
-    return f"it has pages of 16, 32, 64, ... tokens, not {t}"
+  if d not in RINGS:
+    return f"it knows head dims {', '.join(map(str, RINGS))}, not {d}"
+  x = RINGS[d].positions
+  if t % 16 or (x % t and t % x):
+    return f"it needs pages of 16, 32, 64 or a multiple of {x} tokens, not {t}"
+  if missing := [name for name in _NEEDED if not hasattr(plgpu, name)]:
+    return f"this jax's Mosaic GPU has no {', '.join(missing)}"
   return None
 
 
@@ -67,7 +84,8 @@ def attend(
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   blocks = blocks_lib.make(q, h, tables, plan, window)
   g, _, m, _ = blocks.queries.shape
-  w = 1 if m <= ROWS else 2
+  x, stages, w = RINGS[d]
+  w = min(w, -(-m // ROWS))
   y = -(-m // (w * ROWS))
   spare = y * w * ROWS - m
   queries = jnp.pad(blocks.queries.astype(pages.dtype), ((0, 0), (0, 0), (0, spare), (0, 0)))
@@ -76,7 +94,6 @@ def attend(
   end = jnp.max(last.reshape(g, y, -1), axis=2) + 1
   end = jnp.where(layer < num_layers, end, 0)
   begin = jnp.minimum(jnp.min(first.reshape(g, y, -1), axis=2), end)
-  x = _chunk(d)
   z = splits(g * h * y, -(-tables.block_tables.shape[1] * t // x))
   if softcap is None:
     factors = jnp.stack([scale * LOG2E, jnp.float32(0)])
@@ -87,11 +104,11 @@ def attend(
     plgpu.SMEM((w, ROWS, d), pages.dtype),
     plgpu.SMEM((w, ROWS), jnp.int32),
     plgpu.SMEM((w, ROWS), jnp.int32),
-    plgpu.SMEM((STAGES[d], x, 2 * d), pages.dtype),
+    plgpu.SMEM((stages, x, 2 * d), pages.dtype),
     plgpu.Barrier(num_arrivals=3, num_barriers=w),
-    plgpu.Barrier(num_arrivals=max(1, x // t), num_barriers=STAGES[d]),
+    plgpu.Barrier(num_arrivals=max(1, x // t), num_barriers=stages),
     plgpu.Barrier(num_arrivals=w),
-    plgpu.Barrier(num_arrivals=w, num_barriers=STAGES[d]),
+    plgpu.Barrier(num_arrivals=w, num_barriers=stages),
   ]
   if interpret:
     scratch.append(plgpu.SMEM((w, ROWS, x), pages.dtype))
@@ -318,7 +335,3 @@ def splits(programs: int, most: int) -> int:
   counts = range(1, min(most, NUM_SMS) + 1)
   filled = [n * programs / NUM_SMS / -(-n * programs // NUM_SMS) for n in counts]
   return next(n for n, part in zip(counts, filled) if part >= 0.85 * max(filled))
-
-
-def _chunk(d: int) -> int:
-  return STAGE_BYTES[d] // (4 * d)
