@@ -15,7 +15,7 @@ W warpgroups x 64, Z splits, X positions of a chunk.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,11 @@ class Ring(NamedTuple):
   warpgroups: int  # at most; two of head dim 256 would spill their sums to memory
 
 
-# Per head dim, so that queries and chunks fit in the 227 KiB of an SM. Registers of ptxas 13.5,
-# 2026-11: 168 for D=64, up to 156 for D=128, up to 255 for D=256; none spilled. Not yet timed.
+# Per head dim, so that queries and chunks fit in the 227 KiB of an SM. Registers by ptxas 13.5 for
+# an H200, 2026-11: up to 188, 162 and 255, none spilled. Not timed.
 RINGS = {64: Ring(128, 4, 2), 128: Ring(64, 4, 2), 256: Ring(64, 2, 1)}
 
+_Sum: Any = getattr(plgpu, "ACC", None)  # of products, in registers
 _NEEDED = ("ACC", "Barrier", "Layout", "LoweringSemantics", "kernel", "layout_cast", "wgmma")
 
 
@@ -184,8 +185,6 @@ def _kernel(
 
   @pl.when(warpgroup == num_warpgroups)
   def _():
-    plgpu.set_max_registers(24 if num_warpgroups == 2 else 40, action="decrease")
-
     @pl.loop(0, num_chunks)
     def _(number):
       slot = lax.rem(number, jnp.int32(stages))
@@ -205,13 +204,13 @@ def _kernel(
 
   @pl.when(warpgroup < num_warpgroups)
   def _():
-    plgpu.set_max_registers(240 if num_warpgroups == 2 else 232, action="increase")
-    there = q_there.at[warpgroup]
-    tile_rows = (block, tile, warpgroup)
-    plgpu.copy_gmem_to_smem(q_gmem.at[block, head, tile, warpgroup], q_ref.at[warpgroup], there)
-    plgpu.copy_gmem_to_smem(first_gmem.at[tile_rows], first_ref.at[warpgroup], there)
-    plgpu.copy_gmem_to_smem(last_gmem.at[tile_rows], last_ref.at[warpgroup], there)
-    plgpu.barrier_wait(there)
+    for source, target in (
+      (q_gmem.at[block, head, tile, warpgroup], q_ref.at[warpgroup]),
+      (first_gmem.at[block, tile, warpgroup], first_ref.at[warpgroup]),
+      (last_gmem.at[block, tile, warpgroup], last_ref.at[warpgroup]),
+    ):
+      plgpu.copy_gmem_to_smem(source, target, q_there.at[warpgroup])
+    plgpu.barrier_wait(q_there.at[warpgroup])
     first, last = (_by_row(ref[warpgroup]) for ref in (first_ref, last_ref))
 
     def add_chunk(number, sums):
@@ -221,10 +220,9 @@ def _kernel(
       for i in range(x // box):
         mapped |= jnp.where(page(number, i) < num_pages, jnp.int32(1 << i), jnp.int32(0))
 
-      def live(at):
-        """Which offsets into the chunk hold a token that may be seen."""
-        there = lax.shift_right_logical(mapped, at >> (box.bit_length() - 1)) & 1
-        return (base + at >= begin) & (base + at < end) & (there == 1)
+      def exists(at):
+        """Which offsets into the chunk lie on a page."""
+        return (mapped >> (at >> (box.bit_length() - 1))) & 1 == 1
 
       plgpu.barrier_wait(kv_there.at[slot])
       keys, values = (kv_ref.at[slot, :, pl.ds(i, d)] for i in (0, d))
@@ -233,10 +231,11 @@ def _kernel(
       def _():  # 0 * NaN is NaN: nothing stale may be multiplied
         @pl.when(warpgroup == 0)
         def _():
-          kept = live(_iota((x, ROWS), 0))
-          for i in range(0, d, ROWS):
-            ref = kv_ref.at[slot, :, pl.ds(d + i, ROWS)]
-            ref[...] = jnp.where(kept, ref[...], jnp.zeros((), kv_ref.dtype))
+          at = _iota((x, 64), 0)
+          live = exists(at) & (at >= begin - base) & (at < end - base)
+          for i in range(d, 2 * d, 64):
+            ref = kv_ref.at[slot, :, pl.ds(i, 64)]
+            ref[...] = jnp.where(live, ref[...], jnp.zeros((), kv_ref.dtype))
           plgpu.commit_smem()
 
         plgpu.barrier_arrive(kv_clean)
@@ -246,7 +245,7 @@ def _kernel(
       if softcapped:  # tanh(x) = 1 - 2 / (1 + exp(2x)); the approximate tanh is too coarse
         logits = factors_ref[1] - 2 * factors_ref[1] / (1 + jnp.exp2(logits))
       at = _iota((ROWS, x), 1)
-      seen = live(at) & (base + at >= _column(first, x)) & (base + at <= _column(last, x))
+      seen = exists(at) & (at >= _column(first - base, x)) & (at <= _column(last - base, x))
       logits = jnp.where(seen, logits, -jnp.inf)
       weights_smem = None if weights_ref is None else weights_ref.at[warpgroup]
       sums = _step(sums, logits, lambda acc, p: _add_dot(acc, p, values, weights_smem))
@@ -290,16 +289,14 @@ def _dot(a_ref, b_ref) -> jax.Array:
     plgpu.wgmma(acc_ref, a_ref, b_ref)
     return acc_ref[...]
 
-  return pl.run_scoped(multiply, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
+  return pl.run_scoped(multiply, _Sum((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
 
 
 def _add_dot(acc: jax.Array, weights: jax.Array, values_ref, weights_ref) -> jax.Array:
   """acc + weights [64,X] times values [X,D]."""
   weights = weights.astype(values_ref.dtype)
   if weights_ref is None:
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, values_ref))(
-      plgpu.ACC.init(acc)
-    )
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, values_ref))(_Sum.init(acc))
   weights_ref[...] = weights  # the interpreter has neither run_state nor operands in registers
   return acc + _dot(weights_ref, values_ref)
 

@@ -88,6 +88,24 @@ def test_the_kernel_equals_the_definition_in_float64(case, interpreted):
 
 
 @interpreter
+@pytest.mark.parametrize(
+  "case",
+  [
+    cases.Case("one warpgroup", (1100, 3), (1, 1), dtype="bfloat16", head_dim=64, page_size=16,
+               num_heads=2, num_kv_heads=1),
+    cases.Case("two warpgroups", (1100,), (40,), dtype="bfloat16", head_dim=64, page_size=128,
+               num_heads=2, num_kv_heads=1, spare_rows=0),
+    cases.Case("head dim 256", (300, 20), (1, 1), dtype="bfloat16", head_dim=256, page_size=32,
+               num_heads=2, num_kv_heads=1),
+  ],
+  ids=lambda case: case.name,
+)  # fmt: skip
+def test_the_ring_of_chunks_is_used_again(case, interpreted, monkeypatch):
+  monkeypatch.setattr(hopper, "splits", lambda programs, most: 1)
+  check(case)
+
+
+@interpreter
 def test_unmapped_pages_are_masked(interpreted):
   """Of pages of 16 tokens the second is missing: as if its tokens were not there."""
   case = cases.Case("", (40,), (1,), page_size=16, head_dim=64, dtype="bfloat16", spare_rows=0)
