@@ -1,8 +1,8 @@
-"""The Hopper kernel: interpreted on the table of cases, lowered without a GPU, run where there is one.
+"""The Hopper kernel: interpreted on the table of cases, lowered without a GPU, run on one if there.
 
 Cases are adapted to what it serves: 16-bit floats, head dims 64 to 256, pages of 16 tokens or more.
-What the interpreter of jax 0.12 cannot see: races with what wgmma reads (it has no clocks there), so
-no test fails without the wait for zeroed values; ids out of range in a copy, which are zeros, as in TMA.
+The interpreter of jax 0.12 does not see races with what wgmma reads (it keeps no clocks there), so
+no test fails without the wait for zeroed values; a copied id out of range reads zeros, as by TMA.
 """
 
 import contextlib
