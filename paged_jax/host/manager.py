@@ -113,11 +113,13 @@ class Manager:
   # One transition
 
   @contextlib.contextmanager
-  def _transition(self, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+  def _transition(
+    self, meanwhile: Callable[[], None] = lambda: None, programs: int | None = None
+  ) -> Iterator[None]:
     """The lock, a settled twin, exact counts; callbacks afterwards, outside the lock."""
     try:
       with self._lock:
-        if self._state.settle(meanwhile):
+        if self._state.settle(meanwhile, programs):
           self._kept.count_pages()
           if self.options.canary:  # programs leave no marks
             for sequence in self._sequences.values():
@@ -591,10 +593,19 @@ class Manager:
     with self._lock:
       return self._state.run(program, *args, **kwargs)
 
-  def settle(self, tokens: np.ndarray | None = None, num_tokens: np.ndarray | None = None) -> None:
-    """Waits for the reports of all programs, and takes them over.
+  def settle(
+    self,
+    tokens: np.ndarray | None = None,
+    num_tokens: np.ndarray | None = None,
+    *,
+    programs: int | None = None,
+  ) -> int:
+    """Waits for the reports of the oldest `programs`, by default all, and takes them over.
 
     Tokens that came with them are recorded while the twin catches up; see `record`.
+
+    Returns:
+      Free pages, as of the last report taken.
     """
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
@@ -603,8 +614,8 @@ class Manager:
       if tokens is not None and num_tokens is not None:
         self._record(tokens, num_tokens)
 
-    with self._transition(record):
-      pass
+    with self._transition(record, programs):
+      return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
     """Notes what sequences came to hold, so that `store_prefix` knows it.

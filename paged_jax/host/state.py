@@ -85,12 +85,13 @@ class State:
     self._unreported.append(log)
     return out
 
-  def settle(self, meanwhile: Callable[[], None]) -> bool:
-    """Reads the reports of all programs, waiting for them; whether there were any.
+  def settle(self, meanwhile: Callable[[], None], programs: int | None = None) -> bool:
+    """Reads the reports of the oldest `programs`, or all, waiting for them; whether there were any.
 
     `meanwhile` is done while the twin computes.
     """
-    logs, self._unreported = self._unreported, []
+    logs = self._unreported[:programs]
+    del self._unreported[: len(logs)]
     for log in logs:
       self.ledger = jitted.ledger.replay(self.ledger, jax.tree.map(np.asarray, log))
     meanwhile()
