@@ -143,10 +143,6 @@ class Engine:
     self._free = config.cache.num_pages
     self._swap_seconds = 0.0  # per page and way
     self._prompt_seconds = 0.0  # per token
-    run = jax.jit(
-      program.run, donate_argnames=("cache", "rows", "seen"), static_argnames="num_steps"
-    )
-    self._run, self._mark = run, jax.jit(program.mark, donate_argnums=0)
     s = config.cache.num_rows
     self._rows = jax.device_put(self._row_arrays({}))
     self._seen = jnp.zeros((s, self.vocab_size), bool)
@@ -474,7 +470,7 @@ class Engine:
         decoding.append((row, sample))
     edits = self._edits() if self._changed else self._unchanged
     out = self.manager.run(
-      self._run, self.model, self._rows, self._seen, edits, prompts, num_steps=num_steps
+      _run, self.model, self._rows, self._seen, edits, prompts, num_steps=num_steps
     )
     self._rows, self._seen, report = out
     rows = {}
@@ -508,7 +504,7 @@ class Engine:
         width = self.config.cache.pages_per_row * self.config.cache.page_size + 1
         tokens = np.full(width, self.vocab_size, np.int32)
         tokens[: sample.length] = sample.context
-        self._seen = self._mark(self._seen, np.int32(row), tokens)
+        self._seen = _mark(self._seen, np.int32(row), tokens)
     self._changed.clear()
     return edits
 
@@ -590,6 +586,10 @@ class Engine:
     )
 
 
+_run = jax.jit(
+  program.run, donate_argnames=("cache", "rows", "seen"), static_argnames="num_steps"
+)
+_mark = jax.jit(program.mark, donate_argnums=0)
 _IDLE = Sampling()
 _MAX_STOPS = sampling.MAX_STOP_TOKENS
 

@@ -1,0 +1,271 @@
+"""The engine against one request at a time: whatever runs beside it, a request's text is its own."""
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.host import Request, errors
+
+
+class Words:
+  """A tokenizer: a letter per token."""
+
+  def decode(self, tokens):
+    return "".join(chr(97 + token) for token in tokens)
+
+
+def engine(*, model=tiny.MODEL, num_steps=4, preemption="swap", eos=(), options=None, **fields):
+  config = EngineConfig(
+    tiny.cache(**fields), tiny.options(**(options or {})), num_steps=num_steps,
+    prompt_sizes=(8, 16), eos=eos, preemption=preemption,
+  )  # fmt: skip
+  return Engine(model, config, tokenizer=Words())
+
+
+def finish(engine):
+  while engine.step():
+    pass
+  report = engine.manager.audit()
+  assert report.clean, report
+  assert not engine.manager.list_handles()
+  stats = engine.manager.stats()
+  assert stats.free_pages + stats.reclaimable_pages == stats.num_pages
+
+
+PROMPTS = [(1, 2, 3), (5,), tuple(range(4, 13)), (9, 8, 7, 6), (3,) * 17, (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("num_pages", [8, 11, 24])
+def test_greedy_text_is_that_of_one_request_at_a_time(num_steps, prefix_cache, num_pages):
+  e = engine(num_steps=num_steps, num_pages=num_pages, options=dict(prefix_cache=prefix_cache))
+  got = e.generate(PROMPTS, Sampling(max_new_tokens=12))
+  assert [c[0].tokens for c in got] == [tiny.greedy(p, 12) for p in PROMPTS]
+  assert {c[0].reason for c in got} == {"length"}
+  finish(e)
+
+
+@st.composite
+def stories(draw):
+  """Settings of an engine, and requests with the round in which each arrives."""
+  setting = dict(
+    num_steps=draw(st.sampled_from([1, 4])),
+    preemption=draw(st.sampled_from(["swap", "recompute"])),
+    num_pages=draw(st.sampled_from([8, 9, 13, 24])),
+    options=dict(
+      prefix_cache=draw(st.booleans()), num_host_pages=draw(st.sampled_from([0, 3, 64]))
+    ),
+  )
+  shared = tuple(range(10))
+  requests = []
+  for _ in range(draw(st.integers(1, 7))):
+    prompt = shared[: draw(st.integers(0, 10))] + tuple(
+      draw(st.lists(st.integers(0, tiny.VOCABULARY - 1), min_size=1, max_size=9))
+    )
+    most = 29 - len(prompt)  # eight pages, the rest is for a copied tail
+    requests.append(
+      dict(
+        arrival=draw(st.integers(0, 6)),
+        prompt=prompt,
+        sampling=Sampling(
+          max_new_tokens=draw(st.integers(1, min(12, most))),
+          num_samples=draw(st.sampled_from([1, 1, 1, 3])),
+          stop_tokens=tuple(draw(st.lists(st.integers(0, 30), max_size=2))),
+        ),
+        priority=draw(st.integers(0, 2)),
+      )
+    )
+  forced = draw(st.lists(st.booleans(), min_size=8, max_size=8))  # preempt the last one then
+  return setting, requests, forced
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(stories())
+def test_any_mix_of_requests_gives_each_its_own_text(story):
+  setting, requests, forced = story
+  e = engine(**setting)
+  handles = {}
+  for turn in range(2000):
+    for n, request in enumerate(requests):
+      if request["arrival"] == turn:
+        handles[n] = e.submit(
+          request["prompt"], request["sampling"], priority=request["priority"]
+        )
+    if turn < len(forced) and forced[turn] and e._queue.running:
+      e._drain()
+      e._tidy()
+      if e._queue.running:
+        e._preempt(*e._queue.last())
+        e._free = e.manager.settle()
+    if not e.step() and len(handles) == len(requests) and turn >= len(forced):
+      break
+  finish(e)
+  for n, request in enumerate(requests):
+    wanted = request["sampling"]
+    want = tiny.greedy(request["prompt"], wanted.max_new_tokens, wanted.stop_tokens)
+    assert handles[n].done
+    assert handles[n].tokens == [want] * wanted.num_samples
+
+
+def test_sampled_text_depends_on_the_seed_and_not_on_the_batch():
+  hot = [Sampling(max_new_tokens=10, temperature=1.0, seed=seed) for seed in range(6)]
+  alone = [engine().generate([p], s)[0][0].tokens for p, s in zip(PROMPTS, hot)]
+  crowded = engine(num_pages=11).generate(PROMPTS, hot)
+  assert [c[0].tokens for c in crowded] == alone
+  many = engine().generate([PROMPTS[0]], Sampling(max_new_tokens=10, temperature=1.0, num_samples=3))
+  each = [engine().generate([PROMPTS[0]], s)[0][0].tokens for s in hot[:3]]
+  assert [c.tokens for c in many[0]] == each
+  assert len({*map(tuple, each)}) > 1
+
+
+def test_end_tokens_and_stop_strings_end_a_sample():
+  text = tiny.greedy((1, 2, 3), 20)
+  token = text[6]
+  want = text[: text.index(token) + 1]
+  for e, wanted in (
+    (engine(eos=(token,)), Sampling(max_new_tokens=20)),
+    (engine(), Sampling(max_new_tokens=20, stop_tokens=(token,))),
+  ):
+    (done,) = e.generate([(1, 2, 3)], wanted)[0]
+    assert (done.tokens, done.reason) == (want, "stop")
+    finish(e)
+  letters = Words().decode(text)
+  stop = letters[5:7]
+  e = engine()
+  (done,) = e.generate([(1, 2, 3)], Sampling(max_new_tokens=20, stop=(stop,)))[0]
+  assert done.text == letters[: letters.index(stop)]
+  assert done.reason == "stop"
+  finish(e)
+
+
+def test_shared_beginnings_are_computed_once():
+  e = engine(num_rows=4, num_pages=40)
+  system = tuple(range(16))
+  prompts = [(*system, 20 + i) for i in range(4)]
+  got = e.generate(prompts, Sampling(max_new_tokens=6))
+  assert [c[0].tokens for c in got] == [tiny.greedy(p, 6) for p in prompts]
+  assert e.counts.cached_tokens == 3 * 16
+  assert e.counts.prompt_tokens == 16
+  again = e.generate([(*prompts[0], *got[0][0].tokens)], Sampling(max_new_tokens=3))
+  assert again[0][0].tokens == tiny.greedy((*prompts[0], *got[0][0].tokens), 3)
+  assert e.counts.prompt_tokens == 16 + 0  # generated text is found, too: 22 of 22 tokens
+  finish(e)
+
+
+def test_samples_of_a_request_share_its_pages():
+  e = engine(num_rows=4, num_pages=12, options=dict(prefix_cache=False))
+  prompt = tuple(range(16))
+  (done,) = e.generate([prompt], Sampling(max_new_tokens=4, num_samples=4))
+  assert [c.tokens for c in done] == [tiny.greedy(prompt, 4)] * 4
+  assert e.counts.peak_running == 4  # 16 pages, were nothing shared
+  assert e.counts.prompt_tokens == 15
+  finish(e)
+
+
+# Faults
+
+
+def test_cancel_at_any_moment_leaves_the_others_alone():
+  for moment in range(8):
+    e = engine(num_pages=13)
+    handles = [e.submit(p, Sampling(max_new_tokens=12)) for p in PROMPTS]
+    for _ in range(moment):
+      e.step()
+    handles[2].cancel()
+    handles[4].cancel()
+    finish(e)
+    for n, (prompt, handle) in enumerate(zip(PROMPTS, handles)):
+      want = tiny.greedy(prompt, 12)
+      (tokens,) = handle.tokens
+      assert handle.done
+      assert tokens == (want[: len(tokens)] if n in (2, 4) else want)
+      if n in (2, 4):
+        assert handle.completions[0].reason in ("cancelled", "length")
+
+
+def test_a_callback_that_raises_ends_its_own_request():
+  e = engine()
+
+  def broken(nth, tokens, logprobs):
+    raise RuntimeError("no")
+
+  bad = e.submit(PROMPTS[0], Sampling(max_new_tokens=9), on_token=broken)
+  good = e.submit(PROMPTS[2], Sampling(max_new_tokens=9))
+  finish(e)
+  assert bad.completions[0].reason == "error" and "no" in bad.completions[0].error
+  assert good.tokens == [tiny.greedy(PROMPTS[2], 9)]
+
+
+def test_logits_that_are_no_numbers_end_their_own_row():
+  poisoned = tiny.model()
+  embedding = poisoned.embedding.at[11].set(np.nan)  # whoever sees token 11 is lost
+  model = tiny.dataclasses.replace(poisoned, embedding=embedding)
+  # every logit row has a NaN for token 11: keep it out of sight by masking the column
+  model = Masked(model, 11)
+  e = engine(model=model)
+  bad = e.submit((1, 11, 2), Sampling(max_new_tokens=5))
+  good = e.submit((1, 2, 3), Sampling(max_new_tokens=5))
+  finish(e)
+  assert bad.completions[0].reason == "error"
+  assert "not numbers" in bad.completions[0].error
+  assert good.completions[0].reason == "length"
+  assert good.tokens == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][:1] or (
+    good.tokens[0] == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][0].tokens
+  )
+
+
+@tiny.jax.tree_util.register_dataclass
+@tiny.dataclasses.dataclass(frozen=True)
+class Masked:
+  """A model that never draws one token."""
+
+  inner: tiny.Tiny
+  token: int = tiny.dataclasses.field(metadata={"static": True})
+
+  def __call__(self, tokens, cache, plan):
+    return self.inner(tokens, cache, plan)
+
+  def logits(self, hidden):
+    return self.inner.logits(hidden).at[:, self.token].set(-1e9)
+
+
+def test_a_pool_that_shrinks_is_lived_with():
+  e = engine(num_pages=16, options=dict(prefix_cache=False))
+  outsider = e.manager.allocate(Request("outsider", 4 * 8))
+  got = e.generate(PROMPTS, Sampling(max_new_tokens=12))
+  assert [c[0].tokens for c in got] == [tiny.greedy(p, 12) for p in PROMPTS]
+  e.manager.deallocate("outsider")
+  assert not e.manager.is_valid(outsider)
+  finish(e)
+
+
+def test_pages_that_never_come_are_an_error_with_numbers():
+  e = engine(num_pages=8, options=dict(prefix_cache=False))
+  e.manager.allocate(Request("outsider", 4 * 6))
+  with pytest.raises(errors.OutOfPages):
+    e.generate([tuple(range(12))], Sampling(max_new_tokens=4))
+  e.manager.deallocate("outsider")
+  finish(e)
+
+
+@pytest.mark.parametrize(
+  "text, prompt, fields",
+  [
+    ("prompt is empty", (), {}),
+    ("prompt has token 31", (31,), {}),
+    ("prompt must be tokens, got True", (True,), {}),
+    ("needs 50 tokens, but a row holds 48", (1,) * 40, dict(max_new_tokens=11)),
+    ("needs 9 pages, but there are 8", (1,) * 30, dict(max_new_tokens=5)),
+    ("logit_bias has token 99", (1,), dict(logit_bias={99: 1.0})),
+    ("stop_tokens has token -1", (1,), dict(stop_tokens=(-1,))),
+  ],
+)
+def test_impossible_requests_are_refused_at_submission(text, prompt, fields):
+  e = engine(num_pages=8)
+  with pytest.raises(ValueError, match=text):
+    e.submit(prompt, Sampling(**fields))
+  assert not e.step()

@@ -1,0 +1,99 @@
+"""A model in sixty lines that keeps to the engine's contract, and its greedy text without a cache."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paged_jax
+from paged_jax.host import ManagerConfig
+
+VOCABULARY, HEADS, KV_HEADS, HEAD_DIM, LAYERS, HIDDEN = 31, 4, 2, 8, 2, 16
+LONGEST = 48  # tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+  """Two layers of attention with learned positions; no MLP."""
+
+  embedding: jax.Array  # [V,E]
+  positions: jax.Array  # [X,E]
+  q: jax.Array  # [L,E,Q*D]
+  kv: jax.Array  # [L,E,2*H*D]
+  out: jax.Array  # [L,Q*D,E]
+
+  def __call__(self, tokens, cache, plan):
+    """What the engine calls: one write and one attend per layer."""
+    x = self.embedding[tokens] + self.positions.at[plan.positions].get(mode="clip")
+    for layer in range(LAYERS):
+      q, k, v = self.qkv(layer, x)
+      cache = paged_jax.write(cache, layer, k, v, plan)
+      heads = paged_jax.attend(q, cache, layer, plan)
+      x = x + heads.reshape(len(x), -1) @ self.out[layer]
+    return x, cache
+
+  def logits(self, hidden):
+    """f32[B,V]"""
+    return 3 * hidden @ self.embedding.T
+
+  def qkv(self, layer, x):
+    """Heads of hidden states [B,E]."""
+    x = jnp.tanh(x)
+    kv = (x @ self.kv[layer]).reshape(len(x), 2, KV_HEADS, HEAD_DIM)
+    return (x @ self.q[layer]).reshape(len(x), HEADS, HEAD_DIM), kv[:, 0], kv[:, 1]
+
+  def dense(self, tokens):
+    """Logits of a whole text [X], without a cache."""
+    x = self.embedding[tokens] + self.positions[: len(tokens)]
+    for layer in range(LAYERS):
+      q, k, v = self.qkv(layer, x)
+      heads = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+      x = x + heads.reshape(len(x), -1) @ self.out[layer]
+    return self.logits(x)
+
+
+def model(seed: int = 0) -> Tiny:
+  """Random weights."""
+  keys = jax.random.split(jax.random.key(seed), 5)
+  shapes = ((VOCABULARY, HIDDEN), (LONGEST, HIDDEN), (LAYERS, HIDDEN, HEADS * HEAD_DIM),
+            (LAYERS, HIDDEN, 2 * KV_HEADS * HEAD_DIM), (LAYERS, HEADS * HEAD_DIM, HIDDEN))  # fmt: skip
+  return Tiny(*(jax.random.normal(key, shape) / shape[-2] ** 0.25 for key, shape in zip(keys, shapes)))
+
+
+MODEL = model()
+_dense = jax.jit(Tiny.dense)
+
+
+@functools.cache
+def following(text: tuple[int, ...]) -> int:
+  """The most likely token after a text."""
+  tokens = np.zeros(LONGEST, np.int32)
+  tokens[: len(text)] = text
+  return int(np.argmax(_dense(MODEL, tokens)[len(text) - 1]))
+
+
+def greedy(prompt, max_new_tokens: int, stops=()) -> list[int]:
+  """New tokens, one at a time, each from the whole text."""
+  text = tuple(prompt)
+  for _ in range(max_new_tokens):
+    text = (*text, following(text))
+    if text[-1] in stops:
+      break
+  return list(text[len(prompt) :])
+
+
+def cache(**fields) -> paged_jax.CacheConfig:
+  """A small cache for it."""
+  small = dict(page_size=4, num_pages=24, num_rows=4, max_length=LONGEST)
+  return paged_jax.CacheConfig(
+    num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32",
+    **(small | fields),
+  )  # fmt: skip
+
+
+def options(**fields) -> ManagerConfig:
+  """A manager's options with prefixes of any length."""
+  return ManagerConfig(**(dict(min_prefix_length=1, num_host_pages=64) | fields))
