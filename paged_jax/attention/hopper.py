@@ -15,7 +15,6 @@ W warpgroups x 64, Z splits, X positions of a chunk.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,46 +24,40 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import softmax
+from paged_jax.attention import softmax, splits
 from paged_jax.types import Pages, Plan, Tables
 
-ROWS = 64  # queries of a warpgroup: what wgmma multiplies
-NUM_SMS = 132
+ROWS = 64  # of a wgmma
 LOG2E = math.log2(math.e)
+# head dim: (positions of a chunk, chunks in the ring, most compute warpgroups), what fits into the
+# SMEM and the registers of an H200 as compiled by jax 0.12.0, November 2026; not tuned by timing
+CHUNKS = {64: (128, 4, 2), 128: (64, 4, 2), 256: (64, 2, 1)}
+_API = ("Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "WGMMAAccumulatorRef",
+        "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem", "copy_gmem_to_smem",
+        "kernel", "layout_cast", "set_max_registers", "wgmma")  # fmt: skip
 
 
-class Ring(NamedTuple):
-  """The chunks in flight, and how many warpgroups share them."""
-
-  positions: int
-  stages: int
-  warpgroups: int  # at most; two of head dim 256 would spill their sums to memory
-
-
-# Per head dim, so that queries and chunks fit in the 227 KiB of an SM. Registers by ptxas 13.5 for
-# an H200, 2026-11: up to 188, 162 and 255, none spilled. Not timed.
-RINGS = {64: Ring(128, 4, 2), 128: Ring(64, 4, 2), 256: Ring(64, 2, 1)}
-
-_Sum: Any = getattr(plgpu, "ACC", None)  # of products, in registers
-_NEEDED = ("ACC", "Barrier", "Layout", "LoweringSemantics", "kernel", "layout_cast", "wgmma")
+def refusal(pages: Pages) -> str | None:
+  """Why the kernel cannot serve `pages`, None if it can; without a GPU no device is judged."""
+  if missing := [name for name in _API if not hasattr(plgpu, name)]:
+    return f"Mosaic GPU of jax {jax.__version__} lacks {', '.join(missing)}"
+  if jax.default_backend() == "gpu":
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability != "9.0":
+      return f"the GPU must have compute capability 9.0, not {capability}"
+  return pages_refusal(pages)
 
 
-def refusal(pages: Pages, compute_capability: float | None) -> str | None:
-  """Why the kernel cannot serve these pages on such a device; None if it can."""
+def pages_refusal(pages: Pages) -> str | None:
+  """Why no device can serve `pages`."""
   _, _, _, t, d = pages_lib.sizes(pages)
-  if compute_capability != 9.0:
-    return f"it needs compute capability 9.0, not {compute_capability}"
-  if pages.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"its products (wgmma) are of 16-bit floats, not {pages.dtype}"
-  if pages.kv.dtype != pages.dtype:
-    return f"it reads pages stored as {pages.dtype}, not {pages.kv.dtype}"
-  if d not in RINGS:
-    return f"it knows head dims {', '.join(map(str, RINGS))}, not {d}"
-  x = RINGS[d].positions
+  if pages.kv.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"pages must be kept as bfloat16 or float16, not {pages.kv.dtype}: wgmma has no other"
+  if d not in CHUNKS:
+    return f"head_dim must be one of {', '.join(map(str, CHUNKS))}, not {d}"
+  x, _, _ = CHUNKS[d]
   if t % 16 or (x % t and t % x):
-    return f"it needs pages of 16, 32, 64 or a multiple of {x} tokens, not {t}"
-  if missing := [name for name in _NEEDED if not hasattr(plgpu, name)]:
-    return f"this jax's Mosaic GPU has no {', '.join(missing)}"
+    return f"page_size must be a multiple of 16 that divides {x}, or one of {x}, not {t}"
   return None
 
 
@@ -81,40 +74,46 @@ def attend(
   sinks: jax.Array | None,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
+  """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`.
+
+  The queries are rounded to the pages' dtype.
+  """
   n, num_layers, h, t, d = pages_lib.sizes(pages)
+  dtype = pages.kv.dtype
   blocks = blocks_lib.make(q, h, tables, plan, window)
   g, _, m, _ = blocks.queries.shape
-  x, stages, w = RINGS[d]
+  x, stages, w = CHUNKS[d]
   w = min(w, -(-m // ROWS))
   y = -(-m // (w * ROWS))
   spare = y * w * ROWS - m
-  queries = jnp.pad(blocks.queries.astype(pages.dtype), ((0, 0), (0, 0), (0, spare), (0, 0)))
+  queries = jnp.pad(blocks.queries.astype(dtype), ((0, 0), (0, 0), (0, spare), (0, 0)))
   first = jnp.pad(blocks.first, ((0, 0), (0, spare)), constant_values=jnp.iinfo(jnp.int32).max)
   last = jnp.pad(blocks.last, ((0, 0), (0, spare)), constant_values=-1)
   end = jnp.max(last.reshape(g, y, -1), axis=2) + 1
   end = jnp.where(layer < num_layers, end, 0)
   begin = jnp.minimum(jnp.min(first.reshape(g, y, -1), axis=2), end)
-  z = splits(g * h * y, -(-tables.block_tables.shape[1] * t // x))
+  spans = jnp.stack([first.reshape(g, y, w, ROWS), last.reshape(g, y, w, ROWS)], axis=3)
+  box = min(t, x)  # positions per copy
+  most = -(-tables.block_tables.shape[1] * t // x)
+  z = splits.count(g * h * y, most, splits.num_sms())
   if softcap is None:
     factors = jnp.stack([scale * LOG2E, jnp.float32(0)])
   else:
     factors = jnp.stack([2 * LOG2E * scale / softcap, LOG2E * softcap])
 
   scratch = [
-    plgpu.SMEM((w, ROWS, d), pages.dtype),
-    plgpu.SMEM((w, ROWS), jnp.int32),
-    plgpu.SMEM((w, ROWS), jnp.int32),
-    plgpu.SMEM((stages, x, 2 * d), pages.dtype),
-    plgpu.Barrier(num_arrivals=3, num_barriers=w),
-    plgpu.Barrier(num_arrivals=max(1, x // t), num_barriers=stages),
+    plgpu.SMEM((w, ROWS, d), dtype),
+    plgpu.SMEM((w, 2, ROWS), jnp.int32),
+    plgpu.SMEM((stages, x, 2 * d), dtype),
+    plgpu.Barrier(num_arrivals=2, num_barriers=w),
+    plgpu.Barrier(num_arrivals=x // box, num_barriers=stages),
     plgpu.Barrier(num_arrivals=w),
     plgpu.Barrier(num_arrivals=w, num_barriers=stages),
   ]
   if interpret:
-    scratch.append(plgpu.SMEM((w, ROWS, x), pages.dtype))
+    scratch.append(plgpu.SMEM((w, ROWS, x), dtype))
   out, lse = plgpu.kernel(
-    functools.partial(_kernel, shape=(n, num_layers, h, t), softcapped=softcap is not None),
+    functools.partial(_kernel, softcapped=softcap is not None),
     out_type=[
       jax.ShapeDtypeStruct((z, g, h, y, w, ROWS, d), jnp.float32),
       jax.ShapeDtypeStruct((z, g, h, y, w, ROWS), jnp.float32),
@@ -130,12 +129,11 @@ def attend(
     interpret=interpret or None,
   )(
     blocks.rows, begin, end, layer[None], factors, queries.reshape(g, h, y, w, ROWS, d),
-    first.reshape(g, y, w, ROWS), last.reshape(g, y, w, ROWS), tables.block_tables,
-    pages.kv.reshape(-1, min(t, x), 2 * d),
+    spans, tables.block_tables, pages.kv.reshape(n, num_layers, h, t // box, box, 2 * d),
   )  # fmt: skip
   out = out.reshape(z, g, h, -1, d)[:, :, :, :m]
   lse = lse.reshape(z, g, h, -1, 1)[:, :, :, :m]
-  return blocks_lib.by_token(q, blocks, *combine(out, lse, sinks))
+  return blocks_lib.by_token(q, blocks, *splits.combine(out, lse, sinks))
 
 
 def _kernel(
@@ -146,17 +144,15 @@ def _kernel(
   layer_ref,  # i32[1]
   factors_ref,  # f32[2]
   q_gmem,  # [G,H,Y,W,64,D]
-  first_gmem,  # i32[G,Y,W,64]
-  last_gmem,  # i32[G,Y,W,64]
+  spans_gmem,  # i32[G,Y,W,2,64] first and last position that each query sees
   tables_ref,  # i32[S,P]
-  kv_gmem,  # [N*L*H*(T/X),X,2D], or [N*L*H,T,2D] if pages are shorter than chunks
+  kv_gmem,  # [N,L,H,boxes of a page,positions of a box,2D]
   # outputs
   out_ref,  # f32[Z,G,H,Y,W,64,D]
   lse_ref,  # f32[Z,G,H,Y,W,64]
   # scratch
   q_ref,  # [W,64,D]
-  first_ref,  # i32[W,64]
-  last_ref,  # i32[W,64]
+  spans_ref,  # i32[W,2,64]
   kv_ref,  # [stages,X,2D]
   q_there,
   kv_there,
@@ -164,88 +160,82 @@ def _kernel(
   kv_used,
   weights_ref=None,  # [W,64,X] for the interpreter
   *,
-  shape: tuple[int, int, int, int],
   softcapped: bool,
 ):
   block, split, head, tile = map(lax.axis_index, ("block", "split", "head", "tile"))
   warpgroup = lax.axis_index("warpgroup")
   num_rows, pages_per_row = tables_ref.shape
-  num_pages, num_layers, num_heads, t = shape
-  stages, x, width = kv_ref.shape
-  num_warpgroups, d, box = q_ref.shape[0], width // 2, kv_gmem.shape[1]
+  num_pages, _, _, boxes_per_page, box, _ = kv_gmem.shape
+  num_warpgroups, _, d = q_ref.shape
+  stages, x, _ = kv_ref.shape
+  boxes = x // box  # of a chunk
 
   row = jnp.minimum(rows_ref[block], num_rows - 1)
   begin, end = begin_ref[block, tile], end_ref[block, tile]
   first_chunk, num_chunks = _share(begin, end, x, split, out_ref.shape[0])
 
-  def page(number, i):
-    """Id of a chunk's ith page, N where there is none."""
-    column = lax.div((first_chunk + number) * x, jnp.int32(t)) + i
-    return tables_ref[row, jnp.minimum(column, pages_per_row - 1)]
+  def ids(number):
+    """The page of each box of a chunk, N where there is none."""
+    nth = [(first_chunk + number) * boxes + i for i in range(boxes)]
+    columns = [jnp.minimum(lax.div(i, jnp.int32(boxes_per_page)), pages_per_row - 1) for i in nth]
+    return [tables_ref[row, column] for column in columns]
 
   @pl.when(warpgroup == num_warpgroups)
   def _():
+    if num_warpgroups == 2:
+      plgpu.set_max_registers(24, action="decrease")
+
     @pl.loop(0, num_chunks)
     def _(number):
       slot = lax.rem(number, jnp.int32(stages))
+      sources = ids(number)
 
       @pl.when(number >= stages)
       def _():
         plgpu.barrier_wait(kv_used.at[slot])
 
-      part = lax.rem(first_chunk + number, jnp.int32(t // box))  # of a page longer than a chunk
-      for i in range(x // box):
-        source = jnp.minimum(page(number, i), num_pages - 1) * num_layers + layer_ref[0]
+      part = lax.rem((first_chunk + number) * boxes, jnp.int32(boxes_per_page))
+      for i, page in enumerate(sources):
         plgpu.copy_gmem_to_smem(
-          kv_gmem.at[(source * num_heads + head) * (t // box) + part],
+          kv_gmem.at[jnp.minimum(page, num_pages - 1), layer_ref[0], head, part],
           kv_ref.at[slot, pl.ds(i * box, box)],
           kv_there.at[slot],
         )
 
   @pl.when(warpgroup < num_warpgroups)
   def _():
-    for source, target in (
-      (q_gmem.at[block, head, tile, warpgroup], q_ref.at[warpgroup]),
-      (first_gmem.at[block, tile, warpgroup], first_ref.at[warpgroup]),
-      (last_gmem.at[block, tile, warpgroup], last_ref.at[warpgroup]),
-    ):
-      plgpu.copy_gmem_to_smem(source, target, q_there.at[warpgroup])
-    plgpu.barrier_wait(q_there.at[warpgroup])
-    first, last = (_by_row(ref[warpgroup]) for ref in (first_ref, last_ref))
+    if num_warpgroups == 2:
+      plgpu.set_max_registers(240, action="increase")
+    q, spans, there = (ref.at[warpgroup] for ref in (q_ref, spans_ref, q_there))
+    plgpu.copy_gmem_to_smem(q_gmem.at[block, head, tile, warpgroup], q, there)
+    plgpu.copy_gmem_to_smem(spans_gmem.at[block, tile, warpgroup], spans, there)
+    plgpu.barrier_wait(there)
+    first, last = (_by_row(spans[i]) for i in (0, 1))
 
     def add_chunk(number, sums):
       slot = lax.rem(number, jnp.int32(stages))
       base = (first_chunk + number) * x
-      mapped = jnp.int32(0)  # bit i: there is an ith page
-      for i in range(x // box):
-        mapped |= jnp.where(page(number, i) < num_pages, jnp.int32(1 << i), jnp.int32(0))
+      mapped = jnp.int32(0)  # bit i: there is a page for the ith box
+      for i, page in enumerate(ids(number)):
+        mapped |= jnp.where(page < num_pages, jnp.int32(1 << i), jnp.int32(0))
 
-      def exists(at):
-        """Which offsets into the chunk lie on a page."""
-        return (mapped >> (at >> (box.bit_length() - 1))) & 1 == 1
+      def live(at):
+        """Which offsets into the chunk hold a token that may be seen."""
+        there = lax.shift_right_logical(mapped, at >> (box.bit_length() - 1)) & 1
+        return (base + at >= begin) & (base + at < end) & (there == 1)
 
       plgpu.barrier_wait(kv_there.at[slot])
       keys, values = (kv_ref.at[slot, :, pl.ds(i, d)] for i in (0, d))
 
-      @pl.when((base < begin) | (base + x > end) | (mapped != (1 << x // box) - 1))
-      def _():  # 0 * NaN is NaN: nothing stale may be multiplied
-        @pl.when(warpgroup == 0)
-        def _():
-          at = _iota((x, 64), 0)
-          live = exists(at) & (at >= begin - base) & (at < end - base)
-          for i in range(d, 2 * d, 64):
-            ref = kv_ref.at[slot, :, pl.ds(i, 64)]
-            ref[...] = jnp.where(live, ref[...], jnp.zeros((), kv_ref.dtype))
-          plgpu.commit_smem()
+      @pl.when((base < begin) | (base + x > end) | (mapped != (1 << boxes) - 1))
+      def _():
+        _clear(values, live, warpgroup, kv_clean)
 
-        plgpu.barrier_arrive(kv_clean)
-        plgpu.barrier_wait(kv_clean)
-
-      logits = _dot(q_ref.at[warpgroup], keys.transpose((1, 0))) * factors_ref[0]
+      logits = _dot(q, keys.transpose((1, 0))) * factors_ref[0]
       if softcapped:  # tanh(x) = 1 - 2 / (1 + exp(2x)); the approximate tanh is too coarse
         logits = factors_ref[1] - 2 * factors_ref[1] / (1 + jnp.exp2(logits))
       at = _iota((ROWS, x), 1)
-      seen = exists(at) & (at >= _column(first - base, x)) & (at <= _column(last - base, x))
+      seen = live(at) & (base + at >= _column(first, x)) & (base + at <= _column(last, x))
       logits = jnp.where(seen, logits, -jnp.inf)
       weights_smem = None if weights_ref is None else weights_ref.at[warpgroup]
       sums = _step(sums, logits, lambda acc, p: _add_dot(acc, p, values, weights_smem))
@@ -269,6 +259,22 @@ def _share(begin, end, x, split, num_splits) -> tuple[jax.Array, jax.Array]:
   return first + split * share, jnp.clip(count - split * share, 0, share)
 
 
+def _clear(values_ref, live: Callable, warpgroup, clean) -> None:
+  """Zeroes the values [X,D] of a chunk that are not live: 0 * NaN is NaN in a product, too."""
+
+  @pl.when(warpgroup == 0)
+  def _():
+    x, d = values_ref.shape
+    kept = live(_iota((x, 64), 0))
+    for i in range(0, d, 64):
+      ref = values_ref.at[:, pl.ds(i, 64)]
+      ref[...] = jnp.where(kept, ref[...], jnp.zeros((), ref.dtype))
+    plgpu.commit_smem()
+
+  plgpu.barrier_arrive(clean)
+  plgpu.barrier_wait(clean)
+
+
 def _step(sums: softmax.Sums, logits: jax.Array, add: Callable) -> softmax.Sums:
   """`softmax.step` in base 2, with statistics [64]: a warpgroup holds no [64,1]."""
   top = jnp.maximum(sums.top, jnp.max(logits, axis=1))
@@ -289,14 +295,16 @@ def _dot(a_ref, b_ref) -> jax.Array:
     plgpu.wgmma(acc_ref, a_ref, b_ref)
     return acc_ref[...]
 
-  return pl.run_scoped(multiply, _Sum((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
+  shape = (a_ref.shape[0], b_ref.shape[1])
+  return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def _add_dot(acc: jax.Array, weights: jax.Array, values_ref, weights_ref) -> jax.Array:
+def _add_dot(acc: jax.Array, weights: jax.Array, values_ref, weights_ref):
   """acc + weights [64,X] times values [X,D]."""
   weights = weights.astype(values_ref.dtype)
   if weights_ref is None:
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, values_ref))(_Sum.init(acc))
+    add = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, values_ref))
+    return add(plgpu.WGMMAAccumulatorRef.init(acc))
   weights_ref[...] = weights  # the interpreter has neither run_state nor operands in registers
   return acc + _dot(weights_ref, values_ref)
 
@@ -312,23 +320,3 @@ def _column(x: jax.Array, width: int) -> jax.Array:
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def combine(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """Attention over all splits, out [Z,G,H,M,D] and lse [Z,G,H,M,1], and the sinks."""
-  total = jax.nn.logsumexp(lse, axis=0)
-  if sinks is not None:
-    by_head = sinks.reshape(lse.shape[2], 1, -1)
-    tops = jnp.tile(by_head, (1, lse.shape[3] // by_head.shape[2], 1)).reshape(1, *lse.shape[2:])
-    total = jnp.logaddexp(total, tops)
-  weights = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total)[None])
-  return jnp.einsum("zghmd,zghmi->ghmd", out, weights), total
-
-
-def splits(programs: int, most: int) -> int:
-  """The smallest number of splits that fills the last wave of programs nearly as well as any."""
-  if programs >= 0.8 * NUM_SMS:
-    return 1
-  counts = range(1, min(most, NUM_SMS) + 1)
-  filled = [n * programs / NUM_SMS / -(-n * programs // NUM_SMS) for n in counts]
-  return next(n for n, part in zip(counts, filled) if part >= 0.85 * max(filled))
