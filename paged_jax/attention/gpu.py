@@ -27,27 +27,33 @@ from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
 MIN_CAPABILITY = 8.0
-_MIN_TILE = 16  # rows of the smallest matrix product
 _NUM_SMS = 132  # where there is no GPU to ask: of an H100 or H200
 
 
 class Config(NamedTuple):
-  """How a program works."""
+  """How a program works. It serves keys, and tiles, of at most the sizes given here."""
 
-  tile: int  # queries, at most
+  key_bytes: int
+  tile: int  # queries
   chunk: int  # positions, X
   num_warps: int
   num_stages: int
 
 
-# By bytes of a key, at most. 2026-11-24: by the registers and shared memory that the compiler reports
-# for an H200; not tuned on hardware.
-_CONFIGS = {
-  128: Config(tile=64, chunk=64, num_warps=4, num_stages=3),
-  256: Config(tile=64, chunk=64, num_warps=4, num_stages=3),
-  512: Config(tile=64, chunk=32, num_warps=8, num_stages=3),
-  1024: Config(tile=32, chunk=16, num_warps=8, num_stages=2),
-}
+# 2026-11-24: by the registers and shared memory that the compiler reports; not tuned on hardware.
+# All fit in the 99 KiB of the smaller GPUs. A chunk is loaded (num_stages - 1) // 2 chunks ahead,
+# because page ids, which come first, take as many stages.
+_CONFIGS = (
+  Config(key_bytes=128, tile=32, chunk=64, num_warps=4, num_stages=7),
+  Config(key_bytes=128, tile=64, chunk=64, num_warps=4, num_stages=5),
+  Config(key_bytes=256, tile=32, chunk=64, num_warps=4, num_stages=5),
+  Config(key_bytes=256, tile=64, chunk=64, num_warps=4, num_stages=3),
+  Config(key_bytes=512, tile=32, chunk=32, num_warps=8, num_stages=5),
+  Config(key_bytes=512, tile=64, chunk=32, num_warps=8, num_stages=3),
+  Config(key_bytes=1024, tile=32, chunk=16, num_warps=8, num_stages=3),
+  Config(key_bytes=1024, tile=64, chunk=16, num_warps=8, num_stages=3),
+)
+_MIN_TILE, _MAX_TILE = 16, 64  # the smallest matrix product has 16 rows
 
 
 def refusal(pages: Pages) -> str | None:
@@ -94,8 +100,8 @@ def attend(
   _, _, h, t, d = pages_lib.sizes(pages)
   blocks = blocks_lib.make(q, h, tables, plan, window)
   g, _, m, _ = blocks.queries.shape
-  config = _config(d, pages.dtype.itemsize)
-  tile = min(config.tile, max(_MIN_TILE, pl.next_power_of_2(m)))
+  tile = min(_MAX_TILE, max(_MIN_TILE, pl.next_power_of_2(m)))
+  config = _config(d * pages.dtype.itemsize, tile)
   num_tiles = pl.cdiv(m, tile)
   rows = num_tiles * tile
   num_chunks = pl.cdiv(tables.block_tables.shape[1] * t, config.chunk)
@@ -180,8 +186,8 @@ def _num_sms() -> int:
   return jax.devices()[0].core_count if jax.default_backend() == "gpu" else _NUM_SMS
 
 
-def _config(d: int, itemsize: int) -> Config:
-  return next(config for width, config in _CONFIGS.items() if d * itemsize <= width)
+def _config(key_bytes: int, tile: int) -> Config:
+  return next(c for c in _CONFIGS if key_bytes <= c.key_bytes and tile <= c.tile)
 
 
 def _kernel(
