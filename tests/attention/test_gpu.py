@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import subprocess
+import sys
 import types
 
 import cases
@@ -249,3 +253,16 @@ def test_the_gpu_must_be_new_enough(capability, served, monkeypatch):
 )
 def test_the_number_of_splits_by_hand(programs, chunks, number):
   assert gpu.num_splits(programs, chunks, num_sms=132) == number
+
+
+def test_the_benchmark_runs_without_a_gpu_only_if_told_to():
+  root = pathlib.Path(__file__).parents[2]
+  command = [sys.executable, root / "benchmarks" / "kernels_gpu.py"]
+  run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=root, timeout=300)
+  told = run([*command, "--smoke", "--json"])
+  assert told.returncode == 0, told.stderr
+  (row,) = json.loads(told.stdout.splitlines()[-1])["rows"]
+  assert row["implementation"] == "gpu" and row["paged us"] > 0 and row["gather + xla us"] > 0
+  if jax.default_backend() != "gpu":
+    refused = run(command)
+    assert refused.returncode == 1 and "needs an NVIDIA GPU" in refused.stderr
