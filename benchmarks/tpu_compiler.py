@@ -31,14 +31,16 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 _ONE_CHIP = {"v5e": "1x1", "v6e": "1x1"}  # the others have three dimensions
+_FOUR_CORES = {"v5e": "2x2", "v6e": "2x2", "tpu7x": "2x1x1"}
 
 
-def chips(generation: str, topology: str | None = None) -> Mesh:
-  """A mesh of one axis, "model", of chips that are not there: one of them, or a `topology`."""
-  options = {} if topology else {"chips_per_host_bounds": (1, 1, 1)}
-  name = f"{generation}:{topology or _ONE_CHIP.get(generation, '1x1x1')}"
+def cores(generation: str, count: int = 1) -> Mesh:
+  """A mesh of one axis, "model", of one TensorCore or four, which are not there."""
+  options = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+  topologies_of = _ONE_CHIP if count == 1 else _FOUR_CORES
+  name = f"{generation}:{topologies_of.get(generation, '1x1x1')}"
   found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-  return Mesh(np.array(found.devices), ("model",), axis_types=(AxisType.Auto,))
+  return Mesh(np.array(found.devices[:count]), ("model",), axis_types=(AxisType.Auto,))
 
 
 def shapes(mesh: Mesh, tree, specs=None):
@@ -75,18 +77,26 @@ class Compiled:
     names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     return dict(collections.Counter(re.findall(rf" ({names})(?:-start)?\(", self.text)))
 
-  def loops(self, kernel: str) -> list[dict[str, int]]:
-    """Bundles of each loop of the kernel whose name contains `kernel`, without inner loops."""
+  def bundles(self, kernel: str, trips: int) -> int:
+    """Bundles of one turn of the loop around the kernel's main loop, and `trips` of the main one.
+
+    The main loop is the one with most bundles; loops beside it are taken not to run.
+    """
     paths = [
       path
       for path in DUMPS.glob("*final_bundles.txt")
       if kernel in path.name and "analysis" not in path.name
     ]
-    return [loop for path in paths for loop in _loops(path)]
+    loops = [loop for path in paths for loop in _loops(path)]
+    main = max(range(len(loops)), key=lambda i: loops[i]["bundles"] if loops[i]["depth"] else 0)
+    depth = loops[main]["depth"] - 1
+    around = next(loop for loop in reversed(loops[:main]) if loop["depth"] == depth)
+    return around["bundles"] + trips * loops[main]["bundles"]
 
 
 def _loops(path: pathlib.Path) -> list[dict[str, int]]:
-  top = {"depth": 0, "bundles": 0, "dma": 0}
+  """Depth, and bundles without inner loops, of each loop in program order; 0 is no loop."""
+  top = {"depth": 0, "bundles": 0}
   stack, found = [top], [top]
   for line in path.read_text().splitlines():
     match = re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2}):)?\s*:?\s*((?:> ?)*)\{", line)
@@ -99,8 +109,7 @@ def _loops(path: pathlib.Path) -> list[dict[str, int]]:
     while len(stack) > 1 and stack[-1]["depth"] >= depth + (tag != "LB"):
       stack.pop()
     if tag == "LB":
-      stack.append({"depth": depth, "bundles": 0, "dma": 0})
+      stack.append({"depth": depth, "bundles": 0})
       found.append(stack[-1])
     stack[-1]["bundles"] += 1
-    stack[-1]["dma"] += len(re.findall(r"= dma\.", line))
   return found

@@ -55,7 +55,10 @@ def doctor() -> None:
   names = ("jax", "jaxlib", "flax")
   print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
   print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-  print(f"attention: {attention.choose(None)}")
+  pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
+  print(f"attention: {attention.choose(None, pages)}, for {config.dtype} pages of 16 x 128")
+  for name in attention.implementations:
+    print(f"  {name}: {attention.refusal(name, pages) or 'can be asked for'}")
   print(f"bfloat16 pages: stored as {config.array_dtype}")
 
 

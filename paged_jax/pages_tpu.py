@@ -46,8 +46,10 @@ def write(
   window = jnp.where(kept, slots // size, -1)
   leads = kept & jnp.pad(window[1:] != window[:-1], (1, 0), constant_values=True)
   number = jnp.where(kept, jnp.cumsum(leads, dtype=jnp.int32) - 1, b)
-  first = jnp.zeros(b, jnp.int32).at[jnp.where(leads, number, b)].set(
-    jnp.arange(b, dtype=jnp.int32), mode="drop"
+  first = (
+    jnp.zeros(b, jnp.int32)
+    .at[jnp.where(leads, number, b)]
+    .set(jnp.arange(b, dtype=jnp.int32), mode="drop")
   )
   num_tokens = jnp.zeros(b, jnp.int32).at[number].add(1, mode="drop")
 

@@ -84,14 +84,13 @@ def attend(
       in_specs=[
         pl.BlockSpec(memory_space=pltpu.SMEM),
         block(h, m, width),
-        block(m, 1),
-        block(m, 1),
+        block(m, 2),
         whole(h, m, 1),
         whole(h, m, 1),
         any_memory,
         any_memory,
       ],
-      out_specs=[block(h, m, d), block(h, m, 1)],
+      out_specs=[block(h, m, d), block(m, h)],
       scratch_shapes=[
         pltpu.SMEM((2, tables.block_tables.shape[1]), jnp.int32),
         pltpu.VMEM((2, c, h, t, 2 * d), pages.kv.dtype),
@@ -102,7 +101,7 @@ def attend(
     ),
     out_shape=[
       jax.ShapeDtypeStruct((g, h, m, d), q.dtype),
-      jax.ShapeDtypeStruct((g, h, m, 1), jnp.float32),
+      jax.ShapeDtypeStruct((g, m, h), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",),
@@ -112,10 +111,10 @@ def attend(
     interpret=interpret,
     name="paged_attention",
   )(
-    blocks.rows, begin, end, layer[None], scalars, queries, blocks.first[..., None],
-    blocks.last[..., None], sums.top, sums.total, tables.block_tables, pages.kv,
+    blocks.rows, begin, end, layer[None], scalars, queries,
+    jnp.stack([blocks.first, blocks.last], axis=-1), sums.top, sums.total, tables.block_tables, pages.kv,
   )  # fmt: skip
-  return blocks_lib.by_token(q, blocks, out, lse)
+  return blocks_lib.by_token(q, blocks, out, lse.swapaxes(1, 2)[..., None])
 
 
 def _kernel(
@@ -127,15 +126,14 @@ def _kernel(
   # inputs
   scalars_ref,  # f32[2] scale, softcap
   q_ref,  # [1,H,M,D]
-  first_ref,  # i32[1,M,1]
-  last_ref,  # i32[1,M,1]
+  seen_ref,  # i32[1,M,2] first and last position that each query sees
   top_ref,  # f32[H,M,1]
   total_ref,  # f32[H,M,1]
   tables_hbm,  # i32[S,P]
   kv_hbm,  # [N,L,H,T,2D]
   # outputs
   out_ref,  # [1,H,M,D]
-  lse_ref,  # f32[1,H,M,1]
+  lse_ref,  # f32[1,M,H]
   # scratch
   ids_ref,  # i32[2,P] in SMEM
   kv_ref,  # [2,C,H,T,2D]
@@ -238,7 +236,7 @@ def _kernel(
       clear(base, slot)
 
     at = base + jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], chunk), 1)
-    seen = (at >= first_ref[0]) & (at <= last_ref[0])
+    seen = (at >= seen_ref[0, :, :1]) & (at <= seen_ref[0, :, 1:])
 
     def keys_and_values(head):
       kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
@@ -258,9 +256,7 @@ def _kernel(
 
     # all logits first: one head's softmax then overlaps with another's products
     logits = [masked_logits(i) for i in range(h)]
-    return tuple(
-      softmax.step(sums[i], logits[i], functools.partial(weigh, i)) for i in range(h)
-    )
+    return tuple(softmax.step(sums[i], logits[i], functools.partial(weigh, i)) for i in range(h))
 
   zeros = jnp.zeros((q_ref.shape[2], q_ref.shape[3]), jnp.float32)
   start = tuple(softmax.Sums(top_ref[i], total_ref[i], zeros) for i in range(h))
@@ -269,7 +265,7 @@ def _kernel(
   for i in range(h):
     out, lse = softmax.finish(sums[i])
     out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
-    lse_ref[0, i] = lse
+    lse_ref[0, :, i : i + 1] = lse
 
 
 def _wait(there, sem):

@@ -1,0 +1,157 @@
+"""Which token comes next: what a request asks for, and the pure functions that draw it.
+
+Axis letters: S rows, V vocabulary, W biased tokens per row, E stop tokens per row.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_BIASES = 16
+MAX_STOP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to go on from a prompt. Equal seeds give equal texts, whatever runs beside them.
+
+  Sample i of a request draws as the only sample of a request with seed + i would.
+
+  >>> from paged_jax.engine import Sampling
+  >>> Sampling(temperature=0.8, top_p=0.95, seed=7).num_samples
+  1
+
+  Raises:
+    ValueError: A field is out of range; the message names the field and its value.
+  """
+
+  max_new_tokens: int = 64
+  num_samples: int = 1
+  temperature: float = 0.0  # 0 = the most likely token
+  top_k: int | None = None  # the most likely tokens only; None = all
+  top_p: float = 1.0  # the smallest set of likely tokens with this mass; 1 = all
+  min_p: float = 0.0  # tokens at least this likely, relative to the most likely one
+  repetition_penalty: float = 1.0  # divides what favours a token that has been seen
+  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+  stop_tokens: tuple[int, ...] = ()  # besides the engine's own
+  stop: tuple[str, ...] = ()  # texts that end a sample, and are not part of it
+
+  def __post_init__(self):
+    limits = {
+      "max_new_tokens": _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+      "num_samples": _whole(self.num_samples) and self.num_samples >= 1,
+      "temperature": 0 <= self.temperature < math.inf,
+      "top_k": self.top_k is None or (_whole(self.top_k) and self.top_k >= 1),
+      "top_p": 0 < self.top_p <= 1,
+      "min_p": 0 <= self.min_p <= 1,
+      "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+      "logit_bias": len(self.logit_bias) <= MAX_BIASES
+      and all(_whole(t) and t >= 0 and not math.isnan(x) for t, x in self.logit_bias.items()),
+      "seed": _whole(self.seed) and 0 <= self.seed <= 2**32 - self.num_samples,
+      "stop_tokens": len(self.stop_tokens) <= MAX_STOP_TOKENS and all(map(_whole, self.stop_tokens)),
+      "stop": not isinstance(self.stop, str) and all(self.stop),
+    }
+    for name, ok in limits.items():
+      if not ok:
+        raise ValueError(f"{name} is out of range: {getattr(self, name)!r}")
+
+
+def _whole(value) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """How each row draws."""
+
+  temperature: jax.Array  # f32[S] 0 = the most likely token
+  top_k: jax.Array  # i32[S] tokens to draw from
+  top_p: jax.Array  # f32[S] mass to draw from, infinity = all
+  min_p: jax.Array  # f32[S]
+  penalty: jax.Array  # f32[S] 1 = none
+  seeds: jax.Array  # u32[S]
+  bias_tokens: jax.Array  # i32[S,W] V = none
+  biases: jax.Array  # f32[S,W]
+
+
+def row(sampling: Sampling, nth: int, vocab_size: int) -> tuple:
+  """The entries of `Draws` for sample `nth` of a request."""
+  tokens, biases = np.full(MAX_BIASES, vocab_size, np.int32), np.zeros(MAX_BIASES, np.float32)
+  tokens[: len(sampling.logit_bias)] = list(sampling.logit_bias)
+  biases[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+  return (
+    sampling.temperature,
+    np.iinfo(np.int32).max if sampling.top_k is None else sampling.top_k,
+    sampling.top_p if sampling.top_p < 1 else np.inf,
+    sampling.min_p,
+    sampling.repetition_penalty,
+    sampling.seed + nth,
+    tokens,
+    biases,
+  )
+
+
+def adjust(logits: jax.Array, draws: Draws, seen: jax.Array) -> jax.Array:
+  """`logits` f32[S,V] after repetition penalty (Keskar et al. 2019, §4.1) and bias.
+
+  `seen` bool[S,V] are the tokens of each row's text so far.
+  """
+
+  def penalised():
+    penalty = draws.penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+  logits = jax.lax.cond(jnp.any(draws.penalty != 1), penalised, lambda: logits)
+  rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+  return logits.at[rows, draws.bias_tokens].add(draws.biases, mode="drop")
+
+
+def draw(logits: jax.Array, draws: Draws, positions: jax.Array) -> jax.Array:
+  """The next token i32[S] of each row from its `logits` f32[S,V], by the Gumbel-max trick.
+
+  The noise depends on nothing but the row's seed, the token's position i32[S] and its id.
+  """
+
+  def noise(seed, position):
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+  def drawn():
+    warm = (draws.temperature > 0)[:, None]
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow when nearly cold
+    scaled = scaled / jnp.where(warm, draws.temperature[:, None], 1)
+    kept = scaled >= cutoff(scaled, draws)[:, None]
+    noisy = scaled + jax.vmap(noise)(draws.seeds, positions)
+    return jnp.argmax(jnp.where(warm, jnp.where(kept, noisy, -jnp.inf), logits), axis=-1)
+
+  def greedy():
+    return jnp.argmax(logits, axis=-1)
+
+  return jax.lax.cond(jnp.any(draws.temperature > 0), drawn, greedy).astype(jnp.int32)
+
+
+def cutoff(logits: jax.Array, draws: Draws) -> jax.Array:
+  """The smallest of `logits` f32[S,V] that top-k, nucleus and min-p sampling keep: f32[S].
+
+  Nucleus: Holtzman et al. 2020, §3.1, among the top k. Min-p: Nguyen et al. 2024, §3, relative to
+  the most likely token.
+  """
+  values = jnp.sort(logits, axis=-1, descending=True)
+  likely = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] < draws.top_k[:, None]
+  weights = jax.nn.softmax(jnp.where(likely, values, -jnp.inf), axis=-1)
+  before = jnp.cumsum(weights, axis=-1) - weights
+  kept = likely & (before < draws.top_p[:, None])
+  lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1)
+  return jnp.maximum(lowest, values[:, 0] + jnp.log(draws.min_p))
+
+
+def logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """f32[S] log-probability of `tokens` i32[S] under the model's own `logits` f32[S,V]."""
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
