@@ -57,6 +57,7 @@ EXTRA = (
   Case("head dim 64", 32, 8, 64),
   Case("float16", 32, 8, 128, dtype="float16"),
   Case("float32", 32, 8, 128, dtype="float32"),
+  Case("float32, head dim 64", 32, 8, 64, dtype="float32"),
   Case("float32, head dim 256", 16, 8, 256, dtype="float32"),
 )
 

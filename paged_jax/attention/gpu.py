@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -51,9 +52,9 @@ _CONFIGS = (
   Config(key_bytes=512, tile=32, chunk=32, num_warps=8, num_stages=5),
   Config(key_bytes=512, tile=64, chunk=32, num_warps=8, num_stages=3),
   Config(key_bytes=1024, tile=32, chunk=16, num_warps=8, num_stages=3),
-  Config(key_bytes=1024, tile=64, chunk=16, num_warps=8, num_stages=3),
 )
-_MIN_TILE, _MAX_TILE = 16, 64  # the smallest matrix product has 16 rows
+_MIN_TILE = 16  # rows of the smallest matrix product
+_MAX_TILE = {2: 64, 4: 16}  # by itemsize: exact float32 products would spill registers
 
 
 def refusal(pages: Pages) -> str | None:
@@ -100,8 +101,9 @@ def attend(
   _, _, h, t, d = pages_lib.sizes(pages)
   blocks = blocks_lib.make(q, h, tables, plan, window)
   g, _, m, _ = blocks.queries.shape
-  tile = min(_MAX_TILE, max(_MIN_TILE, pl.next_power_of_2(m)))
-  config = _config(d * pages.dtype.itemsize, tile)
+  dtype = pages.dtype if q.dtype == pages.dtype else np.dtype("float32")  # of the products
+  tile = min(_MAX_TILE[dtype.itemsize], max(_MIN_TILE, pl.next_power_of_2(m)))
+  config = _config(d * dtype.itemsize, tile)
   num_tiles = pl.cdiv(m, tile)
   rows = num_tiles * tile
   num_chunks = pl.cdiv(tables.block_tables.shape[1] * t, config.chunk)
