@@ -5,12 +5,12 @@ import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
-from paged_jax.attention import reference, tpu, xla
+from paged_jax.attention import gpu, reference, tpu, xla
 from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
-_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu}
-_KERNELS = {"tpu": ("tpu",)}  # of each platform, best first
+_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
+_KERNELS = {"tpu": ("tpu",), "gpu": ("gpu",)}  # of each platform, best first
 _MAX_BLOCK_SIZE = 64
 
 implementations = tuple(_BACKENDS)
