@@ -9,6 +9,7 @@ BLOCKS = {"g": ("#4878a8", 3), "g+1": ("#d8853b", 2), "g+2": ("#6a9f58", 1)}
 
 
 def main():
+  """Writes the picture beside this file."""
   figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
 
   def bar(lane, start, width, block, text):

@@ -70,8 +70,8 @@ def plan(
     cache: The cache; any later verb that changes its tables or refcounts invalidates the plan.
     rows: i32[B] row of each token. A row's tokens are contiguous and ascending; S is padding.
     positions: i32[B] position of each token in its row, below the row's length.
-    implementation: Attention backend: "reference", "xla", "tpu"; None takes the best that the
-      platform has for this cache. One asked for by name is never replaced by another.
+    implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper"; None takes the
+      best that the platform has for this cache. One asked for by name is never replaced by another.
 
   Returns:
     The plan. `plan.ok` is False for a token without a slot of its own: unmapped, beyond the

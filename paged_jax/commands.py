@@ -58,7 +58,9 @@ def doctor() -> None:
   pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
   print(f"attention: {attention.choose(None, pages)}, for {config.dtype} pages of 16 x 128")
   for name in attention.implementations:
-    print(f"  {name}: {attention.refusal(name, pages) or 'can be asked for'}")
+    made_for = attention.platform(name)
+    elsewhere = None if made_for in (None, platform) else f"compiles for {made_for} only"
+    print(f"  {name}: {attention.refusal(name, pages) or elsewhere or 'can be asked for'}")
   print(f"bfloat16 pages: stored as {config.array_dtype}")
 
 

@@ -130,6 +130,12 @@ def test_doctor_shows_what_would_be_chosen(paged_jax):
   assert code == 0
   for word in ("jax", "jaxlib", "platform: cpu", "attention: ", "bfloat16 pages: stored as "):
     assert word in out
+  for line in (
+    "  xla: can be asked for",
+    "  tpu: compiles for tpu only",
+    "  gpu: compiles for gpu",
+  ):
+    assert line in out
 
 
 def test_demo_prints_a_few_frames_and_a_summary(paged_jax):

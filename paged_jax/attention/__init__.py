@@ -5,12 +5,12 @@ import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
-from paged_jax.attention import gpu, reference, tpu, xla
+from paged_jax.attention import gpu, hopper, reference, tpu, xla
 from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
-_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
-_KERNELS = {"tpu": ("tpu",), "gpu": ("gpu",)}  # of each platform, best first
+_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "hopper": hopper}
+_KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best first
 _MAX_BLOCK_SIZE = 64
 
 implementations = tuple(_BACKENDS)
@@ -33,6 +33,11 @@ def choose(implementation: str | None, pages: Pages) -> str:
   if why := refusal(implementation, pages):
     raise NotImplementedError(f"implementation {implementation!r} cannot serve this cache: {why}")
   return implementation
+
+
+def platform(implementation: str) -> str | None:
+  """The platform that a backend is made for, None for all."""
+  return next((name for name, kernels in _KERNELS.items() if implementation in kernels), None)
 
 
 def refusal(implementation: str, pages: Pages) -> str | None:

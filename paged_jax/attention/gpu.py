@@ -24,11 +24,10 @@ from jax.experimental.pallas import triton
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import softmax
+from paged_jax.attention import softmax, splits
 from paged_jax.types import Pages, Plan, Tables
 
 MIN_CAPABILITY = 8.0
-_NUM_SMS = 132  # where there is no GPU to ask: of an H100 or H200
 
 
 class Config(NamedTuple):
@@ -107,7 +106,7 @@ def attend(
   num_tiles = pl.cdiv(m, tile)
   rows = num_tiles * tile
   num_chunks = pl.cdiv(tables.block_tables.shape[1] * t, config.chunk)
-  splits = num_splits(g * num_tiles * h, num_chunks, _num_sms())
+  num_splits = splits.count(g * num_tiles * h, num_chunks, splits.num_sms())
   sums = blocks_lib.start(blocks.queries[0, ..., :1], sinks)
   scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
 
@@ -131,7 +130,7 @@ def attend(
     functools.partial(
       _kernel, chunk=config.chunk, dtype=pages.dtype, softcapped=softcap is not None
     ),
-    grid=(g * num_tiles, h, splits),
+    grid=(g * num_tiles, h, num_splits),
     in_specs=[
       pl.BlockSpec((1,), lambda i, *_: (i // num_tiles,)),
       pl.BlockSpec(),
@@ -148,8 +147,8 @@ def attend(
     ],
     out_specs=[of_split(d), of_split(1)],
     out_shape=[
-      jax.ShapeDtypeStruct((splits, g, h, rows, d), q.dtype if splits == 1 else jnp.float32),
-      jax.ShapeDtypeStruct((splits, g, h, rows, 1), jnp.float32),
+      jax.ShapeDtypeStruct((num_splits, g, h, rows, d), q.dtype if num_splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((num_splits, g, h, rows, 1), jnp.float32),
     ],
     compiler_params=triton.CompilerParams(
       num_warps=config.num_warps, num_stages=config.num_stages
@@ -162,30 +161,8 @@ def attend(
     padded(sums.top, -jnp.inf), padded(sums.total, 0), tables.block_tables, pages.kv,
   )  # fmt: skip
   out, lse = (x[..., :m, :] for x in (out, lse))
-  out, lse = (out[0], lse[0]) if splits == 1 else softmax.merge_all(out, lse)
+  out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse, None)
   return blocks_lib.by_token(q, blocks, out, lse)
-
-
-def num_splits(num_programs: int, num_chunks: int, num_sms: int) -> int:
-  """Shares to cut `num_chunks` into: 1 if the programs nearly fill the GPU as they are.
-
-  Else the smallest number whose last wave of programs is nearly (0.85) as full as with the best
-  number. After FlashAttention's heuristic for decoding.
-  """
-  if num_programs >= 0.8 * num_sms:
-    return 1
-
-  def fullness(splits):
-    waves = num_programs * splits / num_sms
-    return waves / -(-num_programs * splits // num_sms)
-
-  choices = range(1, min(num_chunks, num_sms) + 1)
-  best = max(map(fullness, choices))
-  return next(n for n in choices if fullness(n) >= 0.85 * best)
-
-
-def _num_sms() -> int:
-  return jax.devices()[0].core_count if jax.default_backend() == "gpu" else _NUM_SMS
 
 
 def _config(key_bytes: int, tile: int) -> Config:

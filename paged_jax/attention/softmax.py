@@ -65,20 +65,5 @@ def merge(
   return (a + b).astype(out_a.dtype), lse
 
 
-def merge_all(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Attention over many disjoint sets of keys, from the attention over each: see `merge`.
-
-  Args:
-    out: f32[A,...,D] outputs over each of A sets.
-    lse: f32[A,...,1] their LSE.
-
-  Returns:
-    The output f32[...,D] and the LSE f32[...,1].
-  """
-  whole = jax.nn.logsumexp(lse, axis=0)
-  weights = jnp.exp(lse - _finite(whole)[None])
-  return jnp.sum(weights * out, axis=0), whole
-
-
 def _finite(top: jax.Array) -> jax.Array:
   return jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is NaN

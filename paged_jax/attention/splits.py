@@ -38,4 +38,4 @@ def combine(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[ja
     by_query = jnp.tile(by_head, (1, m // by_head.shape[1]))
     total = jnp.logaddexp(total, by_query[None, ..., None])
   weights = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total)[None])
-  return jnp.einsum("zghmd,zghmi->ghmd", out, weights), total
+  return jnp.einsum("zghmd,zghmi->ghmd", out, weights, precision="highest"), total

@@ -483,7 +483,11 @@ class Engine:
   def _prompts(self, pieces: list[tuple[int, Sample, int]]) -> program.Prompts:
     s, total = self.config.cache.num_rows, sum(count for *_, count in pieces)
     size = next(size for size in self.config.prompt_sizes if size >= total)
-    tokens, rows, positions = np.zeros(size, np.int32), np.full(size, s, np.int32), np.zeros(size, np.int32)
+    tokens, rows, positions = (
+      np.zeros(size, np.int32),
+      np.full(size, s, np.int32),
+      np.zeros(size, np.int32),
+    )
     last, at = np.zeros(s, bool), 0
     for row, sample, count in pieces:
       part, begin = slice(at, at + count), sample.prefilled
@@ -519,7 +523,16 @@ class Engine:
       ends = [*self.config.eos, *wanted.stop_tokens]
       stops[row, : len(ends)] = ends
       draws[row] = sampling.row(wanted, sample.nth, vocab)
-    dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.int32, np.float32)
+    dtypes = (
+      np.float32,
+      np.int32,
+      np.float32,
+      np.float32,
+      np.float32,
+      np.uint32,
+      np.int32,
+      np.float32,
+    )
     columns = (np.array(column, dtype) for column, dtype in zip(zip(*draws), dtypes))
     return program.Rows(tokens, remaining, stops, sampling.Draws(*columns))
 
@@ -586,9 +599,7 @@ class Engine:
     )
 
 
-_run = jax.jit(
-  program.run, donate_argnames=("cache", "rows", "seen"), static_argnames="num_steps"
-)
+_run = jax.jit(program.run, donate_argnames=("cache", "rows", "seen"), static_argnames="num_steps")
 _mark = jax.jit(program.mark, donate_argnums=0)
 _IDLE = Sampling()
 _MAX_STOPS = sampling.MAX_STOP_TOKENS

@@ -26,9 +26,9 @@ OnToken = Callable[[int, list[int], list[float]], None]  # sample, new tokens, t
 class Sample:
   """One continuation of a request.
 
-      # waiting ──▶ prefilling ──▶ decoding ──▶ done
-      #    ▲             │            │
-      #    └── preempted, to be computed again, or swapped out and back in ──┘
+  # waiting ──▶ prefilling ──▶ decoding ──▶ done
+  #    ▲             │            │
+  #    └── preempted, to be computed again, or swapped out and back in ──┘
   """
 
   number: int  # unique, in order of arrival

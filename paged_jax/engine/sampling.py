@@ -53,7 +53,8 @@ class Sampling:
       "logit_bias": len(self.logit_bias) <= MAX_BIASES
       and all(_whole(t) and t >= 0 and not math.isnan(x) for t, x in self.logit_bias.items()),
       "seed": _whole(self.seed) and 0 <= self.seed <= 2**32 - self.num_samples,
-      "stop_tokens": len(self.stop_tokens) <= MAX_STOP_TOKENS and all(map(_whole, self.stop_tokens)),
+      "stop_tokens": len(self.stop_tokens) <= MAX_STOP_TOKENS
+      and all(map(_whole, self.stop_tokens)),
       "stop": not isinstance(self.stop, str) and all(self.stop),
     }
     for name, ok in limits.items():

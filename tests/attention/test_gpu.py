@@ -44,7 +44,7 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def splits(monkeypatch):
   """Sets the number of splits."""
-  return lambda number: monkeypatch.setattr(gpu, "num_splits", lambda *_: number)
+  return lambda number: monkeypatch.setattr(gpu.splits, "count", lambda *_: number)
 
 
 def close(got, want, tolerance):
@@ -236,23 +236,6 @@ def test_the_gpu_must_be_new_enough(capability, served, monkeypatch):
   why = f"the GPU must be of compute capability 8.0 or more, not {capability}"
   assert gpu.refusal(pages) == (None if served else why)
   assert attention.choose(None, pages) == ("gpu" if served else "xla")
-
-
-@pytest.mark.parametrize(
-  "programs, chunks, number",
-  [
-    (106, 64, 1),  # 0.8 of 132: nothing to gain
-    (256, 64, 1),
-    (105, 64, 5),  # 525 / 528; 1 to 4 would be 105 / 132
-    (64, 64, 2),  # 128 / 132
-    (8, 64, 15),  # 120 / 132; best is 33, two full waves, and 14 would be 112 / 132
-    (8, 8, 7),  # 56 / 132; best is 8
-    (1, 1, 1),
-    (1, 1000, 113),  # 113 / 132; best is 132, one per SM
-  ],
-)
-def test_the_number_of_splits_by_hand(programs, chunks, number):
-  assert gpu.num_splits(programs, chunks, num_sms=132) == number
 
 
 def test_the_benchmark_runs_without_a_gpu_only_if_told_to():

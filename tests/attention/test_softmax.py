@@ -86,24 +86,6 @@ def test_merge_with_an_empty_part_is_the_other_part():
   np.testing.assert_array_equal(softmax.merge(*empty, *empty)[1], [-np.inf])
 
 
-def test_merge_of_all_parts_is_the_whole_and_an_empty_one_does_not_count():
-  rng = np.random.default_rng(2)
-  logits = jnp.asarray(5 * rng.standard_normal((3, 12)), jnp.float32)
-  values = jnp.asarray(rng.standard_normal((12, 5)), jnp.float32)
-  parts = [attend_in_pieces(logits[:, i : i + 4], values[i : i + 4], (4,)) for i in (0, 4, 8)]
-  parts.append((jnp.zeros((3, 5)), jnp.full(3, -jnp.inf)))
-  out, lse = (jnp.stack(x) for x in zip(*parts))
-  out, lse = softmax.merge_all(out, lse[..., None])
-  for got, want in zip((out, lse[..., 0]), attend(logits, values)):
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
-
-
-def test_merge_of_nothing_but_empty_parts_is_empty():
-  out, lse = softmax.merge_all(jnp.zeros((2, 3, 4)), jnp.full((2, 3, 1), -jnp.inf))
-  np.testing.assert_array_equal(out, np.zeros((3, 4)))
-  np.testing.assert_array_equal(lse, np.full((3, 1), -np.inf))
-
-
 def test_merge_keeps_the_dtype_of_the_output():
   out, lse = jnp.ones((1, 2), jnp.bfloat16), jnp.zeros(1)
   merged, lse = softmax.merge(out, lse, out, lse)

@@ -15,6 +15,7 @@ from paged_jax.attention import splits
     (66, 64, 2),  # exactly a wave
     (64, 64, 2),  # 128 of 132
     (8, 64, 15),  # 120 of 132: 0.91
+    (1, 1000, 113),  # 113 of 132: 0.86
     (8, 3, 3),  # the row has no more chunks
     (1, 1, 1),
     (1, 0, 1),  # no pages at all

@@ -92,9 +92,7 @@ def test_any_mix_of_requests_gives_each_its_own_text(story):
   for turn in range(2000):
     for n, request in enumerate(requests):
       if request["arrival"] == turn:
-        handles[n] = e.submit(
-          request["prompt"], request["sampling"], priority=request["priority"]
-        )
+        handles[n] = e.submit(request["prompt"], request["sampling"], priority=request["priority"])
     if turn < len(forced) and forced[turn] and e._queue.running:
       e._drain()
       e._tidy()
@@ -116,7 +114,9 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_batch():
   alone = [engine().generate([p], s)[0][0].tokens for p, s in zip(PROMPTS, hot)]
   crowded = engine(num_pages=11).generate(PROMPTS, hot)
   assert [c[0].tokens for c in crowded] == alone
-  many = engine().generate([PROMPTS[0]], Sampling(max_new_tokens=10, temperature=1.0, num_samples=3))
+  many = engine().generate(
+    [PROMPTS[0]], Sampling(max_new_tokens=10, temperature=1.0, num_samples=3)
+  )
   each = [engine().generate([PROMPTS[0]], s)[0][0].tokens for s in hot[:3]]
   assert [c.tokens for c in many[0]] == each
   assert len({*map(tuple, each)}) > 1
@@ -213,8 +213,11 @@ def test_logits_that_are_no_numbers_end_their_own_row():
   assert bad.completions[0].reason == "error"
   assert "not numbers" in bad.completions[0].error
   assert good.completions[0].reason == "length"
-  assert good.tokens == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][:1] or (
-    good.tokens[0] == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][0].tokens
+  assert good.tokens == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][
+    :1
+  ] or (
+    good.tokens[0]
+    == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][0].tokens
   )
 
 

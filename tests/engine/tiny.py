@@ -60,7 +60,9 @@ def model(seed: int = 0) -> Tiny:
   keys = jax.random.split(jax.random.key(seed), 5)
   shapes = ((VOCABULARY, HIDDEN), (LONGEST, HIDDEN), (LAYERS, HIDDEN, HEADS * HEAD_DIM),
             (LAYERS, HIDDEN, 2 * KV_HEADS * HEAD_DIM), (LAYERS, HEADS * HEAD_DIM, HIDDEN))  # fmt: skip
-  return Tiny(*(jax.random.normal(key, shape) / shape[-2] ** 0.25 for key, shape in zip(keys, shapes)))
+  return Tiny(
+    *(jax.random.normal(key, shape) / shape[-2] ** 0.25 for key, shape in zip(keys, shapes))
+  )
 
 
 MODEL = model()
