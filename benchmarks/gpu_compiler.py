@@ -1,194 +1,228 @@
-"""What does the real GPU compiler make of the attention kernel? Registers, spills, shared memory.
+"""What the real GPU compiler makes of our GPU kernel, without a GPU.
 
-Compiles `paged_jax.attend` ahead of time for an H200, without a GPU. Needs the wheels of the CUDA
-plugin in a folder (it need not be the environment's):
+Registers, spilled bytes and shared memory of the kernel, 16-byte asynchronous copies (the paged
+loads that run ahead) and how many other kernels a call launches. Nothing may spill, and shared
+memory must fit in the 99 KB of compute capability 8.6 and 8.9. Needs the wheels of the CUDA plugin
+and the compiler, of the version of the installed jax, in a folder of their own (some 600 MB):
 
-    pip install --target FOLDER --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V  # jax's version V
-    pip install --target FOLDER nvidia-cuda-nvcc nvidia-nvvm nvidia-cublas nvidia-cudnn-cu13 \\
-      nvidia-nccl-cu13 nvidia-nvshmem-cu13 nvidia-cufft nvidia-cusolver nvidia-cusparse \\
-      nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-nvjitlink
-    python benchmarks/gpu_compiler.py FOLDER
-
-Another `--target` is a text form of XLA's GpuTargetConfigProto. Fails if a register is spilled.
+    pip install --no-deps --target FOLDER jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION \
+      nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-nvjitlink nvidia-cuda-cupti
+    python benchmarks/gpu_compiler.py --wheels FOLDER --gpu "NVIDIA H200"
 """
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from typing import NamedTuple
 
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--wheels", type=pathlib.Path, required=True, help="where pip put the wheels")
+parser.add_argument("--gpu", default="NVIDIA H200", help="a name in GPUS")
+parser.add_argument("--quick", action="store_true", help="two shapes only")
+parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+ARGS = parser.parse_args()
+CUDA = ARGS.wheels.resolve() / "nvidia" / "cu13"
 DUMPS = pathlib.Path(tempfile.mkdtemp(prefix="ptx-"))
-ROWS, CONTEXT, PREFILL = 32, 8192, 2048
+sys.path.append(str(ARGS.wheels.resolve()))
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  "LLVM_DISABLE_SYMBOLIZATION": "1",  # of remarks, which takes minutes
+  "XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={DUMPS}"
+  " --xla_dump_emitter_re=.*",
+}
+warnings.filterwarnings("ignore", "JAX plugin jax_cuda13_plugin", RuntimeWarning)  # 0.12.0.1
+warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from paged_jax import attention  # noqa: E402
+from paged_jax.attention import gpu  # noqa: E402
+from paged_jax.types import Pages, Plan, Tables  # noqa: E402
+
+
+class Gpu(NamedTuple):
+  capability: str
+  arch: str
+  num_sms: int
+  shared_bytes: int  # of an SM
+  memory_bytes: int
+  bandwidth: int
+
+
+GPUS = {
+  "NVIDIA H200": Gpu("major: 9 feature_extension: ACCELERATED_FEATURES", "sm_90a", 132, 233_472,
+                     151_397_597_184, 4_800_000_000_000),
+  "NVIDIA A100": Gpu("major: 8", "sm_80", 108, 167_936, 85_000_000_000, 2_039_000_000_000),
+  "NVIDIA L4": Gpu("major: 8 minor: 9", "sm_89", 58, 102_400, 24_000_000_000, 300_000_000_000),
+}  # fmt: skip
+TARGET = """
+gpu_device_info {{
+  name: "{name}"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ {gpu.capability} }}
+  core_count: {gpu.num_sms}
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {shared_block}
+  shared_memory_per_core: {gpu.shared_bytes}
+  l2_cache_size: 52428800
+  memory_bandwidth: {gpu.bandwidth}
+  device_memory_size: {gpu.memory_bytes}
+  device_address_bits: 64
+  pcie_bandwidth: 34359738368
+  ecc_enabled: true
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+SHARED_BYTES = 99 * 2**10
+POOL_BYTES = 2**36  # far beyond 32-bit offsets
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Step:
+  """A step of a model."""
+
   name: str
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  softcap: bool = False
-  window: int | None = None
-  num_layers: int = 32
-  dtype: str = "bfloat16"
+  num_tokens: int
+  num_rows: int = 32
   page_size: int = 16
-  num_tokens: int = ROWS
-  pool_bytes: int = 80_000_000_000  # at most
-
-  @property
-  def num_pages(self) -> int:
-    values = self.num_layers * self.num_kv_heads * self.page_size * 2 * self.head_dim
-    return self.pool_bytes // (values * (4 if self.dtype == "float32" else 2))
+  dtype: str = "bfloat16"
+  softcap: float | None = None
+  window: int | None = None
 
 
-MODELS = (
-  Case("Llama 3 8B", 32, 8, 128),
-  Case("Qwen3 32B", 64, 8, 128, num_layers=64),
-  Case("Gemma 2 9B", 16, 8, 256, softcap=True, window=4096, num_layers=42),
-)
-EXTRA = (
-  Case("pool of 2 GiB", 32, 8, 128, pool_bytes=2**31),
-  Case("head dim 64", 32, 8, 64),
-  Case("float16", 32, 8, 128, dtype="float16"),
-  Case("float32", 32, 8, 128, dtype="float32"),
-  Case("float32, head dim 64", 32, 8, 64, dtype="float32"),
-  Case("float32, head dim 256", 16, 8, 256, dtype="float32"),
-)
+LLAMA = Step("Llama-3-8B", 32, 8, 128, 32)
+QWEN = dataclasses.replace(LLAMA, name="Qwen3-0.6B", num_heads=16)
+GEMMA = Step("Gemma-2-9B", 16, 8, 256, 32, softcap=50.0, window=4096)
+SMALL = Step("Llama-3.2-1B", 32, 8, 64, 32)
+STEPS = [
+  dataclasses.replace(model, num_tokens=num_tokens, num_rows=num_rows)
+  for model in (LLAMA, QWEN, GEMMA, SMALL)
+  for num_tokens, num_rows in ((32, 32), (1, 1), (256, 32), (2048, 32))
+] + [
+  dataclasses.replace(model, page_size=page_size, dtype=dtype, num_tokens=num_tokens)
+  for model, page_size, dtype in (
+    (LLAMA, 64, "bfloat16"),
+    (LLAMA, 16, "float16"),
+    (LLAMA, 16, "float32"),
+    (GEMMA, 16, "float32"),
+  )
+  for num_tokens in (32, 2048)
+]
 
 
-def cases(quick: bool) -> list[Case]:
-  tokens = (ROWS, PREFILL)
-  models = [
-    dataclasses.replace(case, page_size=t, num_tokens=b)
-    for case in MODELS for t in (16, 64) for b in tokens
-  ]  # fmt: skip
-  extra = [dataclasses.replace(case, num_tokens=b) for case in EXTRA for b in tokens]
-  return models[:2] if quick else models + extra
+def arguments(step: Step, sharding):
+  def shape(*dims, dtype="int32"):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-
-def prepare(folder: pathlib.Path) -> pathlib.Path:
-  """Lets jax, not imported yet, find the plugin; the folder of NVIDIA's tools."""
-  tools = next(folder.glob("nvidia/cu*/bin/ptxas"), None)
-  if tools is None:
-    sys.exit(f"{folder} has no nvidia/cu*/bin/ptxas: see the top of this file for what to install")
-  sys.path.append(str(folder))
-  root = tools.parent.parent
-  os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={root} "
-    f"--xla_dump_to={DUMPS} --xla_dump_emitter_re=.*",
-  }
-  return root
-
-
-def compile_kernel(case: Case, implementation: str, sharding, abstract_mesh):
-  """The compiled `attend` of a case, and the seconds it took."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from paged_jax import attention
-  from paged_jax.types import Pages, Plan, Tables
-
-  def shape(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-
-  h, t, d, b = case.num_kv_heads, case.page_size, case.head_dim, case.num_tokens
-  block_size = jax.eval_shape(lambda rows: attention.schedule(rows, ROWS)[:2], shape(b))
-  num_blocks = block_size[0].shape[0]
-  kv = shape(case.num_pages, case.num_layers, h, t, 2 * d, dtype=case.dtype)
-  tables = Tables(shape(ROWS, CONTEXT // t), shape(ROWS), shape(ROWS), shape(ROWS, dtype=bool))
-  plan = Plan(
-    shape(b), shape(b), shape(b), shape(b, dtype=bool), shape(num_blocks), shape(num_blocks),
-    block_size=min(64, b // ROWS), implementation=implementation,
+  b, s = step.num_tokens, step.num_rows
+  page = 32, step.num_kv_heads, step.page_size, 2 * step.head_dim
+  num_pages = POOL_BYTES // (math.prod(page) * np.dtype(step.dtype).itemsize)
+  blocks, _ = jax.eval_shape(lambda rows: attention.schedule(rows, s)[:2], shape(b))
+  tokens, rows = shape(b), shape(s)
+  return (
+    shape(b, step.num_heads, step.head_dim, dtype=step.dtype),
+    Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype)),
+    shape(),
+    Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool")),
+    Plan(tokens, tokens, tokens, shape(b, dtype="bool"), shape(*blocks.shape), shape(*blocks.shape),
+         block_size=min(64, max(1, b // s)), implementation="gpu"),
   )  # fmt: skip
-  q = shape(b, case.num_heads, d, dtype=case.dtype)
-
-  def attend(q, kv, layer, tables, plan):
-    pages = Pages(kv, np.dtype(case.dtype))
-    softcap = 50.0 if case.softcap else None
-    return attention.attend(q, pages, layer, tables, plan, softcap=softcap, window=case.window)
-
-  began = time.perf_counter()
-  with abstract_mesh, warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-    traced = jax.jit(attend).trace(q, kv, shape(), tables, plan)
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-  return compiled, time.perf_counter() - began
 
 
-def inspect(case: Case, compiled, root: pathlib.Path, arch: str) -> dict:
-  """What the kernel of the last compilation needs."""
-  path = next(p for p in DUMPS.glob("*.ptx") if ".entry paged_attention" in p.read_text())
-  ptx = path.read_text()
-  command = [root / "bin" / "ptxas", f"-arch={arch}", "-v", path, "-o", os.devnull]
-  told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-  thunks = next(DUMPS.glob("*thunk_sequence.txt")).read_text()
-  launch = re.search(r"paged_attention grid: \[(.*?)\].*shared_memory: (\d+)", thunks)
+def compiled(step: Step, device) -> dict:
+  """One row of the table."""
+  for path in DUMPS.glob("*"):
+    path.unlink()
+  abstract = jax.sharding.AbstractDevice(ARGS.gpu, GPUS[ARGS.gpu].num_sms, "gpu")
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=abstract
+  )
+
+  def run(q, pages, layer, tables, plan):
+    return gpu.attend(
+      q, pages, layer, tables, plan, scale=jnp.float32(step.head_dim**-0.5),
+      window=jnp.int32(step.window or 2**31 - 1), sinks=None,
+      softcap=None if step.softcap is None else jnp.float32(step.softcap),
+    )  # fmt: skip
+
+  args = arguments(step, jax.sharding.SingleDeviceSharding(device))
+  with jax.sharding.use_abstract_mesh(mesh):
+    program = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+  texts = {path: path.read_text() for path in DUMPS.glob("*.ptx")}
+  [(path, ptx)] = [(p, x) for p, x in texts.items() if ".entry paged_attention(" in x]
+  command = [CUDA / "bin" / "ptxas", f"-arch={GPUS[ARGS.gpu].arch}", "-v", path, "-o", os.devnull]
+  log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+  [thunks] = DUMPS.glob("*thunk_sequence.txt")
+  grid, shared = re.search(
+    r"paged_attention grid: \[(.*?)\].*shared_memory: (\d+)", thunks.read_text()
+  ).groups()
   return {
-    "pool GB": round(case.pool_bytes / 1e9),
-    "grid": launch[1].replace(" ", ""),
-    "registers": int(re.search(r"Used (\d+) registers", told)[1]),
-    "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", told))),
-    "shared": int(launch[2]),
-    "cp.async 16": ptx.count("cp.async.cg.shared.global"),
-    "mma": ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
-    "temp MB": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+    "model": step.name,
+    "dtype": step.dtype,
+    "page size": step.page_size,
+    "tokens": step.num_tokens,
+    "rows": step.num_rows,
+    "grid": grid.replace(", ", "x"),
+    "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+    "spilled": int(re.search(r"(\d+) bytes spill stores", log)[1]),
+    "shared": int(shared),
+    "async copies": ptx.count("cp.async.cg"),
+    "products": ptx.count("mma.sync") + ptx.count("wgmma.mma"),
+    "other kernels": sum(x.count(".entry ") for x in texts.values()) - 1,
+    "temp": program.memory_analysis().temp_size_in_bytes,
   }
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("folder", type=pathlib.Path, help="where the CUDA plugin's wheels are")
-  parser.add_argument(
-    "--target", type=pathlib.Path, default=pathlib.Path(__file__).parent / "h200.txtpb"
-  )
-  parser.add_argument("--arch", default="sm_90a", help="ptxas' name of the target")
-  parser.add_argument("--implementation", default="gpu")
-  parser.add_argument("--quick", action="store_true", help="fewer cases")
-  parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-  args = parser.parse_args()
-  root = prepare(args.folder)
-
-  import measure  # isort: skip  # it imports jax, so it comes after `prepare`
-  import jax
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(
-    platform="cuda", target_config=args.target.read_text(), topology="1x1x1"
-  )
-  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-  rows = []
-  for case in cases(args.quick):
-    for path in DUMPS.glob("*"):
-      path.unlink()
-    compiled, seconds = compile_kernel(case, args.implementation, sharding, abstract_gpu())
-    rows.append({
-      "case": case.name, "dtype": case.dtype, "page": case.page_size, "tokens": case.num_tokens,
-      **inspect(case, compiled, root, args.arch), "seconds": round(seconds, 1),
-    })  # fmt: skip
-    print(rows[-1], file=sys.stderr, flush=True)
-  spilled = sum(row["spilled"] for row in rows)
-  measure.report(rows, {"target": args.target.stem, "spilled_bytes": spilled}, as_json=args.json)
-  if spilled:
-    sys.exit("registers are spilled")
-
-
-def abstract_gpu():
-  """The context in which newer versions of jax lower for a GPU that is not there."""
-  import jax
-
-  device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-  axis = jax.sharding.AxisType.Explicit
-  mesh = jax.sharding.AbstractMesh((1,), ("_",), (axis,), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
+  found = GPUS[ARGS.gpu]
+  target = TARGET.format(name=ARGS.gpu, gpu=found, shared_block=found.shared_bytes - 1024)
+  topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+  steps = STEPS[:4:3] if ARGS.quick else STEPS
+  rows = [compiled(step, topology.devices[0]) for step in steps]
+  summary = {
+    "compiled for": ARGS.gpu,
+    "spilled": max(row["spilled"] for row in rows),
+    "shared": max(row["shared"] for row in rows),
+  }
+  measure.report(rows, summary, as_json=ARGS.json)
+  assert summary["spilled"] == 0, "a kernel spills"
+  assert summary["shared"] <= SHARED_BYTES, "a kernel needs more shared memory than some GPUs have"
+  assert all(row["async copies"] for row in rows), "loads do not run ahead"
 
 
 if __name__ == "__main__":

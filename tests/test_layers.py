@@ -18,7 +18,7 @@ LAYERS = {
   "cache": 3,
   "jitted": 4, "sharding": 4,
   "testing": 5, "models": 5, "host": 5,
-  "generation": 6, "viz": 6,
+  "engine": 6, "generation": 6, "viz": 6,
   "text": 6,
   "demo": 7,
   "commands": 8,

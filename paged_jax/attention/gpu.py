@@ -1,16 +1,19 @@
-"""Paged attention for NVIDIA GPUs (Pallas, Triton).
+"""Paged attention for NVIDIA GPUs of compute capability 8.0 and later (Pallas, Triton).
 
-A program handles a tile of one block's queries against one KV head, and, where there are fewer
-programs than the GPU can run, a share of the positions that the tile sees; the shares' outputs are
-merged by their LSE. It walks its positions in chunks of X: page ids first, then keys and values by
-them, both loaded some stages ahead. No program waits for another.
+A program handles a tile of a block's queries, all for one KV head, and one share of the tokens that
+they see. It walks them in chunks, from the first that the window reaches to the last that causality
+allows; loads run ahead of products, keys and values through the block table. Where there are too
+few programs to fill the GPU each row is split, and the shares of a row, as long as each other, are
+merged by their LSE.
 
-    # row        0 ............................... 190
-    # tile sees              begin ............... end     its first to its last query's position
-    # splits                 [c0  c1  c2] [c3  c4]         shares of whole chunks
+    # tokens seen    [chunk 0][chunk 1][chunk 2][chunk 3][chunk 4]
+    # 2 splits        split 0 ................. split 1 .........
 
-Letters as in types.py; G blocks, M queries of a block x query heads per KV head, X positions of a
-chunk.
+The kernel reads and writes tokens where they are in the batch: in small batches, arranging blocks
+first and their outputs after would launch kernels that cost as much as the attention itself.
+
+Letters as in types.py; G blocks, M = queries of a block x query heads per KV head, W splits, I
+queries in a tile, X positions in a chunk.
 """
 
 import functools
@@ -20,64 +23,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from paged_jax import pages as pages_lib
-from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax, splits
 from paged_jax.types import Pages, Plan, Tables
 
-MIN_CAPABILITY = 8.0
+try:
+  from jax.experimental.pallas import triton as plgpu
+except ImportError:  # jax deprecates it since 0.11
+  plgpu = None
+
+CHUNK_BYTES = 2**15
+_NEVER = jnp.iinfo(jnp.int32).max
 
 
 class Config(NamedTuple):
-  """How a program works. It serves keys, and tiles, of at most the sizes given here."""
+  """How one kernel is cut."""
 
-  key_bytes: int
-  tile: int  # queries
-  chunk: int  # positions, X
+  tile_size: int  # queries
+  chunk_size: int  # tokens, fewer where they are more than CHUNK_BYTES
   num_warps: int
   num_stages: int
 
 
-# 2026-11-24: by the registers and shared memory that the compiler reports; not tuned on hardware.
-# All fit in the 99 KiB of the smaller GPUs. A chunk is loaded (num_stages - 1) // 2 chunks ahead,
-# because page ids, which come first, take as many stages.
-_CONFIGS = (
-  Config(key_bytes=128, tile=32, chunk=64, num_warps=4, num_stages=7),
-  Config(key_bytes=128, tile=64, chunk=64, num_warps=4, num_stages=5),
-  Config(key_bytes=256, tile=32, chunk=64, num_warps=4, num_stages=5),
-  Config(key_bytes=256, tile=64, chunk=64, num_warps=4, num_stages=3),
-  Config(key_bytes=512, tile=32, chunk=32, num_warps=8, num_stages=5),
-  Config(key_bytes=512, tile=64, chunk=32, num_warps=8, num_stages=3),
-  Config(key_bytes=1024, tile=32, chunk=16, num_warps=8, num_stages=3),
-)
-_MIN_TILE = 16  # rows of the smallest matrix product
-_MAX_TILE = {2: 64, 4: 16}  # by itemsize: exact float32 products would spill registers
+# By bits of the products' operands, and whether a block has no more than 16 queries. Not tuned on
+# hardware: chosen 2026-11 by what the compiler of jax 0.12.0 makes for H200, A100 and L4
+# (benchmarks/gpu_compiler.py): nothing spills, and shared memory fits in the 99 KB of compute
+# capability 8.6 and 8.9. Through the block table a chunk ahead takes two stages. Chunks of as many
+# tokens as threads would not have their ids loaded ahead.
+CONFIGS = {
+  (16, True): Config(tile_size=16, chunk_size=64, num_warps=8, num_stages=5),
+  (16, False): Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
+  (32, True): Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=5),
+  (32, False): Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=3),
+}
 
 
 def refusal(pages: Pages) -> str | None:
-  """Why the kernel cannot serve `pages` on this machine, None if it can.
-
-  Without a GPU only shapes and dtypes count, so that programs can be compiled ahead of time.
-  """
+  """Why the kernel cannot serve `pages`, None if it can; without a GPU no device is judged."""
+  if plgpu is None:
+    return f"jax {jax.__version__} has no Pallas-Triton"
   if jax.default_backend() == "gpu":
-    why = _device_refusal(jax.devices()[0].compute_capability)
-    if why is not None:
-      return why
-  return _pages_refusal(pages)
+    capability = jax.devices()[0].compute_capability
+    if not capability[:1].isdigit() or float(capability) < 8.0:
+      return f"the GPU must have compute capability 8.0 or later, not {capability}"
+  return pages_refusal(pages)
 
 
-def _device_refusal(capability: str) -> str | None:
-  if capability[0].isdigit() and float(capability) >= MIN_CAPABILITY:
-    return None
-  return f"the GPU must be of compute capability {MIN_CAPABILITY} or more, not {capability}"
-
-
-def _pages_refusal(pages: Pages) -> str | None:
-  d = pages_lib.sizes(pages)[-1]
+def pages_refusal(pages: Pages) -> str | None:
+  """Why no device can serve `pages`."""
+  _, _, _, _, d = pages_lib.sizes(pages)
+  # Offsets count elements in 32 signed bits, in 64 if the array has more than 4 GiB
+  # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 from 2 GiB to 4.
   if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    return f"pages must hold float32, bfloat16 or float16, not {pages.dtype}"
+    return f"dtype must be float32, bfloat16 or float16, not {pages.dtype}"
   if d not in (16, 32, 64, 128, 256):
     return f"head_dim must be a power of two from 16 to 256, not {d}"
   return None
@@ -97,147 +96,151 @@ def attend(
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  _, _, h, t, d = pages_lib.sizes(pages)
-  blocks = blocks_lib.make(q, h, tables, plan, window)
-  g, _, m, _ = blocks.queries.shape
-  dtype = pages.dtype if q.dtype == pages.dtype else np.dtype("float32")  # of the products
-  tile = min(_MAX_TILE[dtype.itemsize], max(_MIN_TILE, pl.next_power_of_2(m)))
-  config = _config(d * dtype.itemsize, tile)
-  num_tiles = pl.cdiv(m, tile)
-  rows = num_tiles * tile
-  num_chunks = pl.cdiv(tables.block_tables.shape[1] * t, config.chunk)
-  num_splits = splits.count(g * num_tiles * h, num_chunks, splits.num_sms())
-  sums = blocks_lib.start(blocks.queries[0, ..., :1], sinks)
-  scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
-
-  def padded(x, value):
-    """M padded to whole tiles; it is the last axis but one."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - m), (0, 0)], constant_values=value)
-
-  def of_tile(width):
-    return pl.BlockSpec((None, tile, width), lambda i, *_: (i // num_tiles, i % num_tiles, 0))
-
-  def of_head(width):
-    return pl.BlockSpec((None, tile, width), lambda i, head, _: (head, i % num_tiles, 0))
-
-  def of_split(width):
-    return pl.BlockSpec(
-      (None, None, None, tile, width),
-      lambda i, head, split: (split, i // num_tiles, head, i % num_tiles, 0),
-    )
+  b, num_heads, d = q.shape
+  _, _, h, t, _ = pages_lib.sizes(pages)
+  m = plan.block_size * (num_heads // h)
+  dtype = pages.dtype if q.dtype == pages.dtype else np.dtype(jnp.float32)  # of products' operands
+  config = CONFIGS[8 * dtype.itemsize, m <= 16]
+  tile_size = min(config.tile_size, max(16, pl.next_power_of_2(m)))
+  num_tiles = pl.cdiv(m, tile_size)
+  chunk_size = min(config.chunk_size, CHUNK_BYTES // (2 * d * dtype.itemsize))
+  capacity = tables.block_tables.shape[1] * t
+  num_blocks = plan.blocks.shape[0]
+  num_splits = splits.count(
+    num_blocks * num_tiles * h, pl.cdiv(capacity, chunk_size), splits.num_sms()
+  )
 
   out, lse = pl.pallas_call(
     functools.partial(
-      _kernel, chunk=config.chunk, dtype=pages.dtype, softcapped=softcap is not None
+      _kernel,
+      kv_dtype=pages.dtype,
+      dtype=dtype,
+      tile_size=tile_size,
+      chunk_size=chunk_size,
+      num_tiles=num_tiles,
     ),
-    grid=(g * num_tiles, h, num_splits),
-    in_specs=[
-      pl.BlockSpec((1,), lambda i, *_: (i // num_tiles,)),
-      pl.BlockSpec(),
-      pl.BlockSpec(),
-      pl.BlockSpec(
-        (None, None, tile, d), lambda i, head, _: (i // num_tiles, head, i % num_tiles, 0)
-      ),
-      of_tile(1),
-      of_tile(1),
-      of_head(1),
-      of_head(1),
-      pl.BlockSpec(),
-      pl.BlockSpec(),
-    ],
-    out_specs=[of_split(d), of_split(1)],
+    grid=(num_blocks * num_tiles, h, num_splits),
     out_shape=[
-      jax.ShapeDtypeStruct((num_splits, g, h, rows, d), q.dtype if num_splits == 1 else jnp.float32),
-      jax.ShapeDtypeStruct((num_splits, g, h, rows, 1), jnp.float32),
+      jax.ShapeDtypeStruct((num_splits, *q.shape), q.dtype if num_splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((num_splits, b, num_heads), jnp.float32),
     ],
-    compiler_params=triton.CompilerParams(
+    compiler_params=plgpu.CompilerParams(
       num_warps=config.num_warps, num_stages=config.num_stages
     ),
     interpret=interpret,
     name="paged_attention",
   )(
-    blocks.rows, layer[None], scalars, padded(blocks.queries, 0),
-    padded(blocks.first[..., None], jnp.iinfo(jnp.int32).max), padded(blocks.last[..., None], -1),
-    padded(sums.top, -jnp.inf), padded(sums.total, 0), tables.block_tables, pages.kv,
+    layer[None], window[None], scale[None], None if softcap is None else softcap[None], sinks,
+    plan.blocks, plan.block_lengths, plan.rows, plan.positions, plan.ok,
+    tables.starts, tables.block_tables, q, pages.kv,
   )  # fmt: skip
-  out, lse = (x[..., :m, :] for x in (out, lse))
-  out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse, None)
-  return blocks_lib.by_token(q, blocks, out, lse)
-
-
-def _config(key_bytes: int, tile: int) -> Config:
-  return next(c for c in _CONFIGS if key_bytes <= c.key_bytes and tile <= c.tile)
+  out, lse = _merge(out, lse)
+  owned = plan.ok & (plan.rows >= 0) & (plan.rows < tables.lengths.shape[0])  # others: not written
+  out = jnp.where(owned[:, None, None], out.astype(q.dtype), jnp.zeros((), q.dtype))
+  return out, jnp.where(owned[:, None], lse, -jnp.inf)
 
 
 def _kernel(
   # inputs
-  row_ref,  # i32[1]
   layer_ref,  # i32[1]
-  scalars_ref,  # f32[2] scale, softcap
-  q_ref,  # [M,D] of a tile
-  first_ref,  # i32[M,1]
-  last_ref,  # i32[M,1]
-  top_ref,  # f32[M,1]
-  total_ref,  # f32[M,1]
+  window_ref,  # i32[1]
+  scale_ref,  # f32[1]
+  softcap_ref,  # f32[1] or None
+  sinks_ref,  # f32[Q] or None
+  blocks_ref,  # i32[G]
+  block_lengths_ref,  # i32[G]
+  rows_ref,  # i32[B]
+  positions_ref,  # i32[B]
+  ok_ref,  # bool[B]
+  starts_ref,  # i32[S]
   tables_ref,  # i32[S,P]
-  kv_ref,  # [N,L,H,T,2D] offsets into it are 64-bit beyond 4 GiB, see tests
+  q_ref,  # [B,Q,D]
+  kv_ref,  # [N,L,H,T,2D]
   # outputs
-  out_ref,  # [M,D]
-  lse_ref,  # f32[M,1]
+  out_ref,  # [W,B,Q,D]
+  lse_ref,  # f32[W,B,Q]
   *,
-  chunk: int,
+  kv_dtype,
   dtype,
-  softcapped: bool,
+  tile_size: int,
+  chunk_size: int,
+  num_tiles: int,
 ):
-  num_pages, num_layers, _, t, width = kv_ref.shape
-  d = width // 2
-  head, split, num_shares = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-  row = jnp.minimum(row_ref[0], tables_ref.shape[0] - 1)
+  n, num_layers, h, t, _ = kv_ref.shape
+  b, num_heads, d = q_ref.shape
+  repeats = num_heads // h
+  g, tile = jax.lax.div(pl.program_id(0), num_tiles), jax.lax.rem(pl.program_id(0), num_tiles)
+  head, split = pl.program_id(1), pl.program_id(2)
   layer = layer_ref[0]
-  scale, softcap = scalars_ref[0], scalars_ref[1]
-  first, last = first_ref[...], last_ref[...]
-  q = q_ref[...]
-  if q.dtype != dtype:
-    q = q.astype(jnp.float32)
 
-  begin = jnp.min(first_ref[:, 0])
-  end = jnp.where(layer < num_layers, jnp.max(last_ref[:, 0]) + 1, 0)
-  num_chunks = pl.cdiv(jnp.maximum(end - begin, 0), chunk)
-  share = pl.cdiv(num_chunks, num_shares)
-  lanes = jnp.arange(d, dtype=jnp.int32)
+  # who asks
+  nth = tile * tile_size + jnp.arange(tile_size, dtype=jnp.int32)
+  tokens = blocks_ref[g] + jax.lax.div(nth, repeats)
+  heads = head * repeats + jax.lax.rem(nth, repeats)
+  ours = jax.lax.div(nth, repeats) < block_lengths_ref[g]
+  q = plgpu.load(q_ref.at[tokens[:, None], heads[:, None], jnp.arange(d)[None]],
+                 mask=ours[:, None], other=0).astype(dtype)  # fmt: skip
 
-  def load(ids, at, lanes):
-    """Lanes of one head at positions `at` of pages `ids`, 0 where there is no page."""
-    there = kv_ref.at[ids[:, None], layer, head, (at % t)[:, None], lanes[None]]
-    bits = triton.load(there, mask=(ids < num_pages)[:, None], other=0)
-    return jax.lax.bitcast_convert_type(bits, dtype).astype(q.dtype)
+  # what they see
+  row = plgpu.load(rows_ref.at[blocks_ref[g]], mask=blocks_ref[g] < b, other=0)
+  ok = plgpu.load(ok_ref.at[tokens], mask=ours, other=False) & (layer < num_layers)
+  last = jnp.where(ok, plgpu.load(positions_ref.at[tokens], mask=ours, other=-1), -1)
+  start = plgpu.load(starts_ref.at[row], mask=row < starts_ref.shape[0], other=0)
+  first = jnp.maximum(start, last - window_ref[0] + 1)
+  begin = jnp.min(jnp.where(ok, first, _NEVER))
+  end = jnp.minimum(jnp.max(last) + 1, tables_ref.shape[1] * t)
+  share = pl.cdiv(pl.cdiv(jnp.maximum(end - begin, 0), chunk_size), pl.num_programs(2))
+  begin = begin + split * share * chunk_size
 
   def add_chunk(number, sums):
-    at = begin + number * chunk + jnp.arange(chunk, dtype=jnp.int32)
-    ids = triton.load(tables_ref.at[row, at // t], mask=at < end, other=num_pages)
-    k, v = load(ids, at, lanes), load(ids, at, lanes + d)
-    logits = _dot(q, k, 1) * scale
-    if softcapped:
-      logits = softcap * jnp.tanh(logits / softcap)
-    seen = (at[None] >= first) & (at[None] <= last) & (ids < num_pages)[None]
-    logits = jnp.where(seen, logits, -jnp.inf)
-    return softmax.step(sums, logits, lambda weights: _dot(weights.astype(v.dtype), v, 0))
+    at = begin + number * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
+    ids = plgpu.load(tables_ref.at[row, jax.lax.div(at, t)], mask=at < end, other=n)
+    mapped = ids < n
 
-  own = split == 0  # sinks belong to one share, or they count more than once
-  start = softmax.Sums(
-    top=jnp.where(own, top_ref[...], -jnp.inf),
-    total=jnp.where(own, total_ref[...], 0),
-    acc=jnp.zeros(q.shape, jnp.float32),
+    def load(channel):
+      place = ids[:, None], layer, head, jax.lax.rem(at, t)[:, None], channel[None]
+      bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=0)  # 0 * NaN is NaN
+      return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
+
+    channels = jnp.arange(d, dtype=jnp.int32)
+    k, v = load(channels), load(channels + d)
+    logits = _dot(q, k, 1) * scale_ref[0]
+    if softcap_ref is not None:
+      logits = softcap_ref[0] * jnp.tanh(logits / softcap_ref[0])
+    seen = (at[None] >= first[:, None]) & (at[None] <= last[:, None]) & mapped[None]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    return softmax.step(sums, logits, lambda weights: _dot(weights.astype(dtype), v, 0))
+
+  top = jnp.full(tile_size, -jnp.inf, jnp.float32)
+  if sinks_ref is not None:  # they count once
+    top = plgpu.load(sinks_ref.at[heads], mask=ours & (split == 0), other=-jnp.inf)
+  total = jnp.where(top == -jnp.inf, 0.0, 1.0)
+  sums = softmax.Sums(top[:, None], total[:, None], jnp.zeros((tile_size, d), jnp.float32))
+  count = jnp.minimum(share, pl.cdiv(jnp.maximum(end - begin, 0), chunk_size))
+  out, lse = softmax.finish(jax.lax.fori_loop(0, count, add_chunk, sums))
+  place = split, tokens[:, None], heads[:, None]
+  plgpu.store(
+    out_ref.at[(*place, jnp.arange(d)[None])], out.astype(out_ref.dtype), mask=ours[:, None]
   )
-  stop = jnp.minimum((split + 1) * share, num_chunks)
-  sums = jax.lax.fori_loop(split * share, stop, add_chunk, start)
-  out, lse_ref[...] = softmax.finish(sums)
-  out_ref[...] = out.astype(out_ref.dtype)
+  plgpu.store(lse_ref.at[place], lse, mask=ours[:, None])
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-  """[M,K] times b, over its `axis`, in float32."""
+  """[I,K] times b, over its `axis`, in float32."""
   precision = "highest" if b.dtype == jnp.float32 else None
   return jax.lax.dot_general(
     a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
   )
+
+
+def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Attention over shares, [W,B,Q,D] and f32[W,B,Q]: their LSE as logits, their outputs as values."""
+
+  def weigh(weights):
+    return jnp.sum(jnp.moveaxis(weights, -1, 0)[..., None] * out.astype(jnp.float32), axis=0)
+
+  acc = jnp.zeros(out.shape[1:], jnp.float32)
+  zero = acc[..., :1]
+  nothing = softmax.Sums(zero - jnp.inf, zero, acc)
+  out, lse = softmax.finish(softmax.step(nothing, jnp.moveaxis(lse, 0, -1), weigh))
+  return out, lse[..., 0]

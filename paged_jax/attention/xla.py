@@ -96,4 +96,5 @@ def _load(
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+  precision = "highest" if b.dtype == jnp.float32 else None  # a GPU would take TF32
+  return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -8,13 +8,12 @@ for all calls.
     # host        report 0    report 1    report 2      dispatch 2, 3, 4 before each of them
 """
 
-import asyncio
 import collections
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from paged_jax.config import CacheConfig
 from paged_jax.engine import program, sampling
 from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
 from paged_jax.engine.sampling import Sampling
-from paged_jax.host import Handle, Manager, ManagerConfig, Request, errors
+from paged_jax.host import Manager, ManagerConfig, Request, errors
 
 _log = logging.getLogger(__name__)
 PREEMPTIONS = ("auto", "swap", "recompute")

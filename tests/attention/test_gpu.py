@@ -1,11 +1,7 @@
-"""The GPU kernel interpreted, on the same cases as every backend; lowered; and run, on a GPU."""
+"""The GPU kernel: interpreted on the table of cases, lowered for an H200, and run where a GPU is."""
 
 import dataclasses
 import functools
-import json
-import pathlib
-import subprocess
-import sys
 import types
 
 import cases
@@ -13,239 +9,255 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.lib import triton
-from jax._src.lib.mlir import ir
+from jax._src.pallas.triton import lowering
 
 from paged_jax import attention
 from paged_jax.attention import gpu
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Tables
 
-OPTIONS = (
-  "decode", "chunked prefill", "mixed", "lengths at page boundaries", "empty rows",
-  "padding between rows", "tokens refused", "rows that start late", "heads MHA", "heads MQA",
-  "window traced", "window and start", "scale traced", "softcap", "sinks, padding, refused",
-  "everything", "bfloat16, everything", "float16 bits",
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+needs_gpu = pytest.mark.skipif(
+  jax.default_backend() != "gpu", reason="needs an NVIDIA GPU of compute capability 8.0 or later"
+)
+
+
+def served(case: cases.Case) -> cases.Case:
+  """The case with a head dim that the kernel serves."""
+  return case if case.head_dim in (64, 128) else dataclasses.replace(case, head_dim=16)
+
+
+ODD_PAGES = [c for c in cases.CASES if c.page_size == 3]
+CASES = (
+  *map(served, cases.CASES),
+  *(dataclasses.replace(served(c), name=f"{c.name}, page size 16", page_size=16) for c in ODD_PAGES),
+  cases.Case("heads 28 over 4", (90, 40), (70, 33), num_heads=28, num_kv_heads=4, head_dim=16,
+             page_size=16, spare_rows=0),
+  cases.Case("heads 71 over 1", (9, 30), (1, 4), num_heads=71, num_kv_heads=1, head_dim=64),
+  cases.Case("head dim 256", (9, 140), (1, 6), head_dim=256, page_size=16, softcap=5.0),
+  cases.Case("head dim 256, bfloat16", (9, 140), (1, 140), head_dim=256, page_size=64,
+             dtype="bfloat16", window=50, spare_rows=0),
+  cases.Case("page size 128", (300, 129), (1, 1), head_dim=32, page_size=128, dtype="float16"),
 )  # fmt: skip
-named = {case.name: case for case in cases.CASES}
-by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
+FEW = [c for c in CASES if c.name in ("several chunks", "window far behind", "everything", "sinks")]
 
 
-def at_kernel_sizes(case):
-  """The case with sizes that the kernel serves also when it is not interpreted."""
-  return dataclasses.replace(case, page_size=16, head_dim=64)
+def as_backend(monkeypatch, **options):
+  attend = functools.partial(gpu.attend, **options)
+  monkeypatch.setitem(attention._BACKENDS, "gpu", types.SimpleNamespace(attend=attend))
+  cases._attend.clear_cache()
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  backend = types.SimpleNamespace(attend=functools.partial(gpu.attend, interpret=True))
-  monkeypatch.setitem(attention._BACKENDS, "gpu", backend)
-
-
-@pytest.fixture
-def splits(monkeypatch):
-  """Sets the number of splits."""
-  return lambda number: monkeypatch.setattr(gpu.splits, "count", lambda *_: number)
+  as_backend(monkeypatch, interpret=True)
 
 
 def close(got, want, tolerance):
-  np.testing.assert_allclose(
-    np.asarray(got.astype(jnp.float32)), np.asarray(want, np.float32), tolerance, tolerance
-  )
+  for a, b in zip(got, want):
+    a, b = np.asarray(a.astype(jnp.float32)), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, tolerance, tolerance)
 
 
 def check(case):
   problem = cases.build(case)
-  out, lse = problem.attend("gpu")
-  want_out, want_lse = cases.dense(case, problem)
-  assert out.dtype == problem.q.dtype and lse.dtype == jnp.float32
-  close(out, want_out, case.tolerance)
-  close(lse, want_lse, case.tolerance)
+  assert gpu.refusal(problem.pages) is None
+  close(problem.attend("gpu"), cases.dense(case, problem), case.tolerance)
 
 
-@by_name("case", cases.CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernel_equals_the_definition_in_float64(case, interpreted):
   check(case)
 
 
-@by_name("case", [at_kernel_sizes(named[name]) for name in OPTIONS])
-def test_every_option_at_sizes_of_the_hardware(case, interpreted):
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_compiled_kernel_equals_the_definition_in_float64(case, monkeypatch):
+  as_backend(monkeypatch)
   check(case)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 40])
-@pytest.mark.parametrize("name", ["several chunks, prefill", "window far behind", "everything"])
-def test_any_number_of_splits_gives_the_same(name, number, interpreted, splits):
-  splits(number)
-  check(dataclasses.replace(named[name], sinks=True))  # sinks must count once
+@pytest.mark.parametrize("num_sms", [1, 30, 10_000])
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_rows_are_split_into_any_number_of_shares(case, num_sms, interpreted, monkeypatch):
+  monkeypatch.setattr(gpu.splits, "num_sms", lambda: num_sms)
+  check(case)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_unmapped_pages_are_masked(number, interpreted, splits):
-  """Of three pages of 64 tokens the middle one is missing: as if its tokens were not there."""
-  splits(number)
-  case = cases.Case("", (180,), (1,), page_size=64, head_dim=64, spare_rows=0)
+def test_unmapped_pages_are_masked(interpreted):
+  """Of three pages of two tokens the middle one is missing: as if its tokens were not there."""
+  case = cases.Case("", (6,), (1,), page_size=2, head_dim=16, spare_rows=0)
   p = cases.build(case)
   holey = p.tables.block_tables.at[0, 1].set(p.pages.kv.shape[0])
-  out, lse = p.attend("gpu", tables=dataclasses.replace(p.tables, block_tables=holey))
-  keep = np.r_[0:64, 128:180]
+  got = p.attend("gpu", tables=dataclasses.replace(p.tables, block_tables=holey))
+  keep = np.array([0, 1, 4, 5])
   kept = dataclasses.replace(
-    p, k=p.k[:, keep], v=p.v[:, keep], plan=dataclasses.replace(p.plan, positions=jnp.array([115]))
+    p, k=p.k[:, keep], v=p.v[:, keep], plan=dataclasses.replace(p.plan, positions=jnp.array([3]))
   )
-  want_out, want_lse = cases.dense(case, kept)
-  close(out, want_out, 1e-5)
-  close(lse, want_lse, 1e-5)
+  close(got, cases.dense(case, kept), 1e-5)
+
+
+def test_a_layer_that_is_not_there_gives_nothing(interpreted):
+  p = cases.build(served(cases.CASES[0]))
+  out, lse = jax.jit(attention.attend)(
+    p.q, p.pages, jnp.int32(2), p.tables, dataclasses.replace(p.plan, implementation="gpu")
+  )
+  assert (out == 0).all() and (lse == -jnp.inf).all()
 
 
 def test_vmap_over_caches_equals_one_at_a_time(interpreted):
-  many = [cases.build(named["mixed"], seed) for seed in range(2)]
-  args = [(p.q, p.pages, p.tables, dataclasses.replace(p.plan, implementation="gpu")) for p in many]
-  attend = jax.jit(lambda q, pages, tables, plan: attention.attend(q, pages, 1, tables, plan))
-  out, lse = jax.vmap(attend)(*jax.tree.map(lambda *x: jnp.stack(x), *args))
-  for i, each in enumerate(args):
-    jax.tree.map(functools.partial(close, tolerance=1e-6), (out[i], lse[i]), attend(*each))
+  many = [cases.build(served(cases.CASES[0]), seed) for seed in range(3)]
+  many = [(p.q, p.pages, p.layer, p.tables, dataclasses.replace(p.plan, implementation="gpu"))
+          for p in many]  # fmt: skip
+  together = jax.vmap(attention.attend)(*jax.tree.map(lambda *x: np.stack(x), *many))
+  for i, args in enumerate(many):
+    close([x[i] for x in together], attention.attend(*args), 1e-5)
 
 
-@pytest.mark.skipif(
-  jax.default_backend() != "gpu", reason="needs an NVIDIA GPU of compute capability 8.0 or more"
-)
-@by_name("case", [c if c.head_dim >= 64 else at_kernel_sizes(c) for c in cases.CASES])
-def test_the_kernel_on_hardware(case):
-  check(case)
-
-
-# By query heads, KV heads, head dim and options.
-MODELS = {
-  "Llama 3 8B": (32, 8, 128, {}),
-  "Qwen3 32B": (64, 8, 128, {}),
-  "Gemma 2 9B": (16, 8, 256, {"softcap": 50.0, "window": 4096}),
-}
-
-
-def lowered(name="Llama 3 8B", *, page_size=16, queries=1, num_pages=64, dtype="bfloat16"):
-  """`attend` of 32 rows lowered for a GPU that is not there."""
-  num_heads, h, d, options = MODELS[name]
-  shape = jax.ShapeDtypeStruct
-  ids = functools.partial(shape, dtype=jnp.int32)
-  tables = Tables(ids((32, 8192 // page_size)), ids((32,)), ids((32,)), shape((32,), jnp.bool_))
-  kv = shape((num_pages, 32, h, page_size, 2 * d), dtype)
-  rows = ids((32 * queries,))
-
-  def attend(q, kv, layer, tables, rows, positions):
-    blocks, lengths, block_size = attention.schedule(rows, 32)
-    plan = Plan(rows, positions, positions, rows >= 0, blocks, lengths, block_size, "gpu")
-    return attention.attend(q, Pages(kv, np.dtype(dtype)), layer, tables, plan, **options)
-
-  device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-  axis = jax.sharding.AxisType.Explicit
-  mesh = jax.sharding.AbstractMesh((1,), ("_",), (axis,), abstract_device=device)
-  q = shape((32 * queries, num_heads, d), dtype)
-  with jax.sharding.use_abstract_mesh(mesh):
-    traced = jax.jit(attend).trace(q, kv, ids(()), tables, rows, rows)
-    return traced.lower(lowering_platforms=("cuda",))
-
-
-def kernel(lowered) -> str:
-  """The kernel in Triton's language."""
-  calls = []
-
-  def visit(op):
-    if "__gpu$xla.gpu.triton" in str(op.attributes.get("call_target_name", "")):
-      calls.append(op.attributes["mhlo.backend_config"]["ir"].value_bytes)
-    return ir.WalkResult.ADVANCE
-
-  lowered.compiler_ir("stablehlo").operation.walk(visit)
-  with ir.Context() as context:
-    triton.dialect.register_dialect(context)
-    return str(ir.Module.parse(calls[0]))
-
-
-# jax 0.11 and newer. Python shows users no DeprecationWarning from inside of a library.
-triton_is_deprecated = pytest.mark.filterwarnings(
-  "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
-
-
-@triton_is_deprecated
-@pytest.mark.parametrize("queries", [1, 64], ids=["decode", "prefill"])
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_kernel_lowers_for_a_gpu(name, page_size, queries):
-  program = lowered(name, page_size=page_size, queries=queries)
-  assert program.as_text().count("__gpu$xla.gpu.triton") == 1
-
-
-@triton_is_deprecated
-@pytest.mark.parametrize("dtype, number", [("float32", 0), ("bfloat16", 2)])
-def test_products_of_float32_are_not_rounded_to_tf32(dtype, number):
-  text = kernel(lowered(dtype=dtype))
-  assert text.count("tt.dot ") == 2
-  assert text.count("inputPrecision = tf32") == number  # no matter for 16 bits
-
-
-@triton_is_deprecated
-@pytest.mark.parametrize(
-  "dtype, gib, width", [("bfloat16", 4, 32), ("float32", 4, 32), ("bfloat16", 5, 64),
-                        ("bfloat16", 80, 64), ("float32", 80, 64)],
-)  # fmt: skip
-def test_offsets_into_the_pool_cannot_overflow(dtype, gib, width):
-  """Up to 4 GiB, which is 2**31 elements of 16 bits, they fit 31 bits."""
-  page_bytes = 32 * 8 * 16 * 256 * np.dtype(dtype).itemsize
-  text = kernel(lowered(dtype=dtype, num_pages=gib * 2**30 // page_bytes))
-  chunk, element = {"bfloat16": (64, "bf16"), "float32": (32, "f32")}[dtype]
-  pointers, offsets = (f"tensor<{chunk}x128x{x}>" for x in (f"!tt.ptr<{element}>", f"i{width}"))
-  assert text.count(f": {pointers}, {offsets}") == 2  # keys and values
+def pages(d, dtype="bfloat16", t=16):
+  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, 2 * d), dtype), np.dtype(dtype))
 
 
 @pytest.mark.parametrize(
-  "why, fields",
+  "pages, why",
   [
-    ("head_dim must be a power of two from 16 to 256, not 96", dict(head_dim=96)),
-    ("head_dim must be a power of two from 16 to 256, not 512", dict(head_dim=512)),
-    ("head_dim must be a power of two from 16 to 256, not 8", dict(head_dim=8)),
+    (pages(8), "head_dim must be a power of two from 16 to 256, not 8"),
+    (pages(96), "not 96"),
+    (pages(512), "not 512"),
+    (pages(128, "int8"), "dtype must be float32, bfloat16 or float16, not int8"),
   ],
 )
-def test_the_kernel_says_why_it_refuses_pages(why, fields):
-  pages = cases.build(cases.Case("", (1,), (1,), **fields)).pages
-  with pytest.raises(NotImplementedError, match=f"'gpu' cannot serve this cache: .*{why}"):
+def test_a_refusal_says_why(pages, why):
+  assert why in gpu.refusal(pages)
+  with pytest.raises(NotImplementedError, match="'gpu' cannot serve this cache"):
     attention.choose("gpu", pages)
 
 
-def test_eight_bit_pages_are_refused():
-  """Their offsets overflow from 2 to 4 GiB."""
-  pages = Pages(jnp.zeros((1, 1, 1, 16, 128), jnp.int8), np.dtype("int8"))
-  assert gpu.refusal(pages) == "pages must hold float32, bfloat16 or float16, not int8"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("bits", [False, True])
-@pytest.mark.parametrize("page_size", [1, 3, 16, 128])
-def test_any_page_size_is_served(dtype, bits, page_size):
-  case = cases.Case("", (1,), (1,), head_dim=64, page_size=page_size, dtype=dtype, bits=bits)
-  assert gpu.refusal(cases.build(case).pages) is None
+@pytest.mark.parametrize("t", [1, 3, 16, 128])
+def test_every_page_size_is_served(t):
+  assert gpu.refusal(pages(64, "float16", t)) is None
 
 
 @pytest.mark.parametrize(
-  "capability, served",
-  [("7.5", False), ("8.0", True), ("8.9", True), ("9.0", True), ("12.1", True), ("gfx942", False)],
+  "capability, chosen", [("7.5", "xla"), ("8.0", "gpu"), ("8.9", "gpu"), ("12.0", "gpu")]
 )
-def test_the_gpu_must_be_new_enough(capability, served, monkeypatch):
+def test_on_an_older_gpu_xla_is_chosen(capability, chosen, monkeypatch):
   device = types.SimpleNamespace(compute_capability=capability)
-  pages = cases.build(at_kernel_sizes(named["decode"])).pages
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
-  why = f"the GPU must be of compute capability 8.0 or more, not {capability}"
-  assert gpu.refusal(pages) == (None if served else why)
-  assert attention.choose(None, pages) == ("gpu" if served else "xla")
+  assert attention.choose(None, pages(128)) == chosen
+  if chosen == "xla":
+    with pytest.raises(NotImplementedError, match=r"8\.0 or later, not 7\.5"):
+      attention.choose("gpu", pages(128))
 
 
-def test_the_benchmark_runs_without_a_gpu_only_if_told_to():
-  root = pathlib.Path(__file__).parents[2]
-  command = [sys.executable, root / "benchmarks" / "kernels_gpu.py"]
-  run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=root, timeout=300)
-  told = run([*command, "--smoke", "--json"])
-  assert told.returncode == 0, told.stderr
-  (row,) = json.loads(told.stdout.splitlines()[-1])["rows"]
-  assert row["implementation"] == "gpu" and row["paged us"] > 0 and row["gather + xla us"] > 0
-  if jax.default_backend() != "gpu":
-    refused = run(command)
-    assert refused.returncode == 1 and "needs an NVIDIA GPU" in refused.stderr
+# What the compiler is given, without a GPU.
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """A step of a model over pages of which only the shapes exist."""
+
+  name: str
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  options: tuple[tuple[str, float | None], ...] = (("softcap", None),)
+  page_size: int = 16
+  num_tokens: int = 32
+  num_rows: int = 32
+  num_pages: int = 4096
+  num_layers: int = 32
+  dtype: str = "bfloat16"
+
+  def arguments(self):
+    shape = jax.ShapeDtypeStruct
+    b, s = self.num_tokens, self.num_rows
+    plan = jax.eval_shape(
+      lambda rows: cases.Plan(
+        rows, rows, rows, rows > 0, *attention.schedule(rows, s)[:2],
+        block_size=self.block_size, implementation="gpu",
+      ),
+      shape((b,), jnp.int32),
+    )  # fmt: skip
+    kv = (self.num_pages, self.num_layers, self.num_kv_heads, self.page_size, 2 * self.head_dim)
+    lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
+    return (
+      shape((b, self.num_heads, self.head_dim), self.dtype),
+      Pages(shape(kv, self.dtype), np.dtype(self.dtype)),
+      shape((), jnp.int32),
+      Tables(tables, lengths, lengths, shape((s,), jnp.bool)),
+      plan,
+    )
+
+  @property
+  def block_size(self) -> int:
+    return min(64, max(1, self.num_tokens // self.num_rows))
+
+
+LLAMA = Shapes("Llama-3-8B", 32, 8, 128)
+MODELS = (
+  LLAMA,
+  Shapes("Qwen3-0.6B", 16, 8, 128),
+  Shapes("Qwen3-32B", 64, 8, 128),
+  Shapes("Gemma-2-9B", 16, 8, 256, (("softcap", 50.0), ("window", 4096))),
+)
+
+
+def lower(shapes: Shapes, transform=lambda f: f) -> str:
+  """The program for an H200, which is not there."""
+  h200 = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=h200
+  )
+  attend = functools.partial(attention.attend, **dict(shapes.options))
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(transform(attend)).trace(*shapes.arguments())
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("num_tokens", [32, 2048])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_it_lowers_for_an_h200(model, page_size, num_tokens, monkeypatch):
+  as_backend(monkeypatch)
+  text = lower(dataclasses.replace(model, page_size=page_size, num_tokens=num_tokens))
+  assert text.count("xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes_lower_for_an_h200(dtype, monkeypatch):
+  as_backend(monkeypatch)
+  for num_tokens in (32, 2048):
+    lower(dataclasses.replace(LLAMA, dtype=dtype, num_tokens=num_tokens))
+
+
+GIB = 2**30
+PAGE_BYTES = 32 * 8 * 16 * 256 * 2
+
+
+@pytest.mark.parametrize(
+  "num_pages, bits",
+  [(GIB // PAGE_BYTES, 32), (4 * GIB // PAGE_BYTES, 32), (4 * GIB // PAGE_BYTES + 1, 64),
+   (70 * GIB // PAGE_BYTES, 64)],
+)  # fmt: skip
+def test_offsets_into_the_pages_never_overflow(num_pages, bits, monkeypatch):
+  """Offsets count elements: 2**31 of 16 bits are 4 GiB, and beyond that they have 64 bits."""
+  modules = []
+  real = lowering.lower_jaxpr_to_triton_module
+
+  def spy(*args, **kwargs):
+    result = real(*args, **kwargs)
+    modules.append(str(result.module))
+    return result
+
+  monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", spy)
+  as_backend(monkeypatch)
+  lower(dataclasses.replace(LLAMA, num_pages=num_pages))
+  [module] = modules
+  kv_pointers = [
+    line for line in module.splitlines() if "addptr" in line and "x128x!tt.ptr<bf16>" in line
+  ]
+  found = {line.rsplit("x", 1)[-1] for line in kv_pointers if "64x128" in line}
+  assert found == {f"i{bits}>"}
