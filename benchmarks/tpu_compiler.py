@@ -30,16 +30,20 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-_ONE_CHIP = {"v5e": "1x1", "v6e": "1x1"}  # the others have three dimensions
-_FOUR_CORES = {"v5e": "2x2", "v6e": "2x2", "tpu7x": "2x1x1"}
+# generation: topology and chips per host of one core, and of four
+_TOPOLOGIES = {
+  "v5e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1))},
+  "v6e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1))},
+  "tpu7x": {1: ("1x1x1", (1, 1, 1)), 4: ("2x1x1", (2, 1, 1))},  # two cores per chip
+}
 
 
 def cores(generation: str, count: int = 1) -> Mesh:
   """A mesh of one axis, "model", of one TensorCore or four, which are not there."""
-  options = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
-  topologies_of = _ONE_CHIP if count == 1 else _FOUR_CORES
-  name = f"{generation}:{topologies_of.get(generation, '1x1x1')}"
-  found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+  topology, bounds = _TOPOLOGIES[generation][count]
+  found = topologies.get_topology_desc(
+    platform="tpu", topology_name=f"{generation}:{topology}", chips_per_host_bounds=bounds
+  )
   return Mesh(np.array(found.devices[:count]), ("model",), axis_types=(AxisType.Auto,))
 
 
