@@ -321,8 +321,10 @@ class Engine:
     """Rows and pages to those first in line, as long as there is room."""
     writing = {self._key(x) for x in self._queue.running.values() if not x.decoding} - {None}
     for sample in list(self._queue.waiting):
-      if self._key(sample) in writing and not sample.swapped:
-        continue  # its beginning is being written: it will find that in the prefix cache
+      leader = sample.request.samples[0]
+      being_written = leader in self._queue.running.values() and not leader.decoding
+      if not sample.swapped and (being_written or self._key(sample) in writing):
+        continue  # soon its beginning can be shared
       if not self._begin(sample):
         break
       if not sample.decoding:
@@ -357,28 +359,42 @@ class Engine:
     return True
 
   def _place(self, sample: Sample) -> None:
-    """A row and pages for what the sample already has, and for its next call."""
-    growth = self._growth(self.config.num_steps)
-    needed = self._pages(sample.length + self.config.num_steps) + growth
-    if self._queue.running and self.manager.settle() < needed > self.manager.free_pages:
-      raise errors.OutOfPages(needed=needed, free=self._free)
+    """A row and pages for what the sample already has, if there is room for its next call, too."""
     leader = sample.request.samples[0]
     if sample.swapped and sample.handle is not None:
+      self._check_room(self._pages(sample.length + self.config.num_steps))
       self.manager.swap_in(sample.handle)
       sample.swapped = False
     elif sample is not leader and not sample.tokens and leader.decoding:
       assert leader.handle is not None
+      self._check_room(self._pages(self.config.num_steps) + 1)
       sample.handle = self.manager.clone(leader.handle, sample.number)
       sample.prefilled = len(sample.request.prompt) - 1
       self.manager.trim(sample.handle, sample.prefilled)
     else:
-      context = np.array(sample.context[:-1], np.int32)
-      sample.handle = self.manager.allocate(Request(sample.number, tokens=context))
+      context = np.array(sample.context, np.int32)
+      sample.handle = self.manager.allocate(
+        Request(sample.number, tokens=context, initial_tokens=len(context) - 1)
+      )
       sample.prefilled = sample.handle.num_cached
+      try:
+        self._check_room(self._pages(self.config.num_steps))
+      except errors.OutOfPages:
+        self.manager.deallocate(sample.number)
+        sample.handle, sample.prefilled = None, 0
+        raise
       self._count(cached_tokens=sample.prefilled)
     row = sample.handle.row
     self._queue.running[row] = sample
     self._changed[row] = sample
+
+  def _check_room(self, needed: int) -> None:
+    """Raises unless that many pages, and what the running samples may take, are to be had."""
+    needed += self._growth(self.config.num_steps)
+    if self._queue.running and self.manager.settle() < needed:
+      free = self.manager.free_pages
+      if free < needed:
+        raise errors.OutOfPages(needed=needed, free=free)
 
   def _drop_swapped(self, but: Sample) -> bool:
     """Turns some swapped sample into one to compute again, so that its pages come free."""
