@@ -17,7 +17,7 @@ queries in a tile, X positions in a chunk.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,11 @@ from paged_jax.attention import softmax, splits
 from paged_jax.types import Pages, Plan, Tables
 
 try:
-  from jax.experimental.pallas import triton as plgpu
+  from jax.experimental.pallas import triton
 except ImportError:  # jax deprecates it since 0.11
-  plgpu = None
+  triton = None
 
+plgpu: Any = triton
 CHUNK_BYTES = 2**15
 _NEVER = jnp.iinfo(jnp.int32).max
 

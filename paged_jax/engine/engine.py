@@ -8,12 +8,13 @@ for all calls.
     # host        report 0    report 1    report 2      dispatch 2, 3, 4 before each of them
 """
 
+import asyncio
 import collections
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,14 @@ class Counts(NamedTuple):
   swaps: int = 0  # preemptions
   recomputations: int = 0
   peak_running: int = 0
+
+
+class Token(NamedTuple):
+  """What a stream yields."""
+
+  sample: int  # of the request
+  token: int
+  logprob: float
 
 
 class RequestHandle:
@@ -145,7 +154,7 @@ class Engine:
     s = config.cache.num_rows
     self._rows = jax.device_put(self._row_arrays({}))
     self._seen = jnp.zeros((s, self.vocab_size), bool)
-    self._unchanged = jax.device_put(program.Edits(np.zeros(s, bool), self._row_arrays({})))
+    self._unchanged = jax.device_put(program.Edits(jnp.zeros(s, bool), self._row_arrays({})))
 
   # Requests
 
@@ -163,7 +172,8 @@ class Engine:
       prompt: Tokens.
       sampling: How to go on; greedy by default.
       priority: Higher ones go first, and may preempt lower ones.
-      on_token: Called with (sample, new tokens, their logprobs) after each call that drew some.
+      on_token: Called with (sample, new tokens, their logprobs) after each call that drew some,
+        and when the sample has ended.
 
     Raises:
       ValueError: The request could never run; the message says why.
@@ -228,7 +238,95 @@ class Engine:
       raise errors.OutOfPages(needed=self._pages(sample.length), free=self.manager.free_pages)
     return [handle.completions for handle in handles]
 
+  # Streams
+
+  async def stream(
+    self, prompt: Sequence[int], sampling: Sampling | None = None, *, priority: int = 0
+  ) -> AsyncIterator[Token]:
+    """The tokens of a request as they come. Whoever stops listening cancels it.
+
+    The engine's own thread does the steps; it starts with the first stream, see `close`.
+
+    Raises:
+      RuntimeError: The request ended in an error.
+    """
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
+
+    def on_token(nth: int, tokens: list[int], logprobs: list[float]) -> None:
+      loop.call_soon_threadsafe(arrived.put_nowait, (nth, tokens, logprobs))
+
+    handle = self.submit(prompt, sampling, priority=priority, on_token=on_token)
+    self._start()
+    try:
+      seen = 0
+      while not (handle.done and seen == sum(map(len, handle.tokens))):
+        nth, tokens, logprobs = await arrived.get()
+        seen += len(tokens)
+        for token, logprob in zip(tokens, logprobs):
+          yield Token(nth, token, logprob)
+    finally:
+      if not handle.done:
+        handle.cancel()
+    for completion in handle.completions:
+      if completion.error is not None:
+        raise RuntimeError(completion.error)
+
+  def _start(self) -> None:
+    with self._lock:
+      if self._thread is None:
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+  def _serve(self) -> None:
+    while True:
+      with self._lock:
+        if self._stopping:
+          return
+      if not self.step():
+        with self._lock:
+          if not (self._stopping or self._arrivals or self._cancelled):
+            self._lock.wait(timeout=0.05 if self._queue.waiting else None)
+
+  def close(self) -> None:
+    """Stops the engine's own thread, if it has one, after the round it is in."""
+    with self._lock:
+      thread, self._thread = self._thread, None
+      self._stopping = True
+      self._lock.notify_all()
+    if thread is not None:
+      thread.join()
+
   # One round
+
+  def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Compiles every program of steady state, and measures what preemption costs.
+
+    Args:
+      progress: Called with how many of how many programs are ready.
+    """
+    calls = [(None, self.config.num_steps), *((size, 1) for size in self.config.prompt_sizes)]
+    for done, (size, num_steps) in enumerate(calls):
+      progress(done, len(calls))
+      for _ in range(2):  # the second one is timed
+        began = self._clock()
+        self._call(None if size is None else self._prompts([], size), num_steps)
+        jax.block_until_ready(self._rows.tokens)
+        if size is not None:
+          self._prompt_seconds = (self._clock() - began) / size
+    if self.config.options.swapping and self.config.options.num_host_pages:
+      count = min(4, self.config.options.num_host_pages, self.config.cache.pages_per_row,
+                  self.manager.free_pages)  # fmt: skip
+      for _ in range(2 if count else 0):
+        handle = self.manager.allocate(Request(self, count * self.config.cache.page_size))
+        began = self._clock()
+        self.manager.swap_out(handle)
+        self.manager.swap_in(handle)
+        jax.block_until_ready(self.manager.cache)
+        self._swap_seconds = (self._clock() - began) / (2 * count)
+        self.manager.deallocate(self)
+    self._free = self.manager.settle()
+    progress(len(calls), len(calls))
 
   def step(self) -> bool:
     """One round: takes in, admits, dispatches, hands out. False if there was nothing to do."""
@@ -280,6 +378,7 @@ class Engine:
     for sample in [sample for entry in entries for sample in entry.samples]:
       if not sample.completion:
         self._end(sample, "cancelled")
+        self._tell(sample, [], [])
 
   def _end(self, sample: Sample, reason: str, error: str | None = None) -> None:
     """A sample has its completion; what it holds is given back by `_tidy`."""
@@ -298,8 +397,8 @@ class Engine:
     """Gives back what ended samples hold, and lets others start on what is written."""
     keep = self.config.options.prefix_cache
     for row, sample in self._ended:
-      assert sample.handle is not None
-      if keep and sample.decoding and row >= 0 and sample.completion.reason in ("stop", "length"):
+      assert sample.handle is not None and sample.completion is not None
+      if keep and sample.decoding and row >= 0 and sample.completion.error is None:
         self.manager.store_prefix(sample.handle, sample.context[:-1])
       self.manager.deallocate(sample.handle.request_id)
       sample.handle = None
@@ -483,11 +582,7 @@ class Engine:
         self._changed[row] = sample
         self._unstored += [sample] if not sample.tokens else []
         decoding.append((row, sample))
-    edits = self._edits() if self._changed else self._unchanged
-    out = self.manager.run(
-      _run, self.model, self._rows, self._seen, edits, prompts, num_steps=num_steps
-    )
-    self._rows, self._seen, report = out
+    report = self._call(prompts, num_steps)
     rows = {}
     for row, sample in decoding:
       rows[row] = (sample, min(num_steps, sample.remaining - sample.pending))
@@ -495,9 +590,19 @@ class Engine:
     self._calls.append(_Call(report, rows))
     self._count(calls=1, prompt_tokens=sum(count for *_, count in pieces))
 
-  def _prompts(self, pieces: list[tuple[int, Sample, int]]) -> program.Prompts:
+  def _call(self, prompts: program.Prompts | None, num_steps: int) -> program.Report:
+    edits = self._edits() if self._changed else self._unchanged
+    self._rows, self._seen, report = self.manager.run(
+      _run, self.model, self._rows, self._seen, edits, prompts, num_steps=num_steps
+    )
+    return report
+
+  def _prompts(
+    self, pieces: list[tuple[int, Sample, int]], size: int | None = None
+  ) -> program.Prompts:
     s, total = self.config.cache.num_rows, sum(count for *_, count in pieces)
-    size = next(size for size in self.config.prompt_sizes if size >= total)
+    if size is None:
+      size = next(size for size in self.config.prompt_sizes if size >= total)
     tokens, rows, positions = (
       np.zeros(size, np.int32),
       np.full(size, s, np.int32),
@@ -510,14 +615,14 @@ class Engine:
       rows[part], positions[part] = row, np.arange(begin, begin + count)
       last[row] = begin + count == sample.length - 1
       at += count
-    return program.Prompts(tokens, rows, positions, last)
+    return program.Prompts(*map(jnp.asarray, (tokens, rows, positions, last)))
 
   def _edits(self) -> program.Edits:
     """The rows whose sample has changed since the last call."""
     changed = np.zeros(self.config.cache.num_rows, bool)
     changed[list(self._changed)] = True
     samples = {row: x for row, x in self._changed.items() if x is not None and x.decoding}
-    edits = program.Edits(changed, self._row_arrays(samples))
+    edits = program.Edits(jnp.asarray(changed), self._row_arrays(samples))
     for row, sample in samples.items():
       if sample.request.sampling.repetition_penalty != 1:
         width = self.config.cache.pages_per_row * self.config.cache.page_size + 1
@@ -549,7 +654,12 @@ class Engine:
       np.float32,
     )
     columns = (np.array(column, dtype) for column, dtype in zip(zip(*draws), dtypes))
-    return program.Rows(tokens, remaining, stops, sampling.Draws(*columns))
+    return program.Rows(
+      tokens=jnp.asarray(tokens),
+      remaining=jnp.asarray(remaining),
+      stop_tokens=jnp.asarray(stops),
+      draws=sampling.Draws(*map(jnp.asarray, columns)),
+    )
 
   def _drain(self) -> None:
     while self._calls:

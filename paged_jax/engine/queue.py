@@ -77,12 +77,11 @@ class Entry:
   priority: int
   on_token: OnToken | None
   samples: list[Sample] = dataclasses.field(default_factory=list)
-  cancelled: bool = False
 
   @property
   def done(self) -> bool:
     """Whether all samples have ended."""
-    return all(sample.completion for sample in self.samples)
+    return bool(self.samples) and all(sample.completion for sample in self.samples)
 
 
 class Queue:

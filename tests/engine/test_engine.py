@@ -1,14 +1,19 @@
 """The engine against one request at a time: whatever runs beside it, a request's text is its own."""
 
+import asyncio
+import functools
+
+import jax
 import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax import jitted
+from paged_jax.engine import Engine, EngineConfig, Sampling, program
+from paged_jax.engine import engine as engine_lib
 from paged_jax.host import Request, errors
-
 
 SIZE, NUM_PAGES, NUM_ROWS = 4, 40, 8
 
@@ -178,6 +183,75 @@ def test_samples_of_a_request_share_its_pages():
   assert e.counts.peak_running == 4  # 20 pages, were nothing shared
   assert e.counts.prompt_tokens == 15
   finish(e)
+
+
+# Streams and threads
+
+
+def test_streams_run_side_by_side_and_a_listener_that_leaves_cancels():
+  e = engine()
+
+  async def listen(prompt, most=None):
+    got = []
+    async for token in e.stream(prompt, Sampling(max_new_tokens=12)):
+      got.append(token.token)
+      if len(got) == most:
+        break
+    return got
+
+  async def everybody():
+    return await asyncio.gather(*map(listen, PROMPTS), listen((9, 9), 2))
+
+  try:
+    *whole, cut = asyncio.run(asyncio.wait_for(everybody(), 120))
+  finally:
+    e.close()
+  assert whole == [tiny.greedy(p, 12) for p in PROMPTS]
+  assert cut == tiny.greedy((9, 9), 12)[:2]
+  finish(e)
+
+
+# What a call costs
+
+
+def test_nothing_compiles_after_warm_up():
+  e, steps = engine(), []
+  e.warm_up(lambda done, total: steps.append((done, total)))
+  assert steps == [(0, 2), (1, 2), (2, 2)]
+  before = _compilations()
+  e.generate(PROMPTS, [Sampling(max_new_tokens=12, temperature=0.5 * i) for i in range(6)])
+  first = _compilations()
+  e.generate(PROMPTS, Sampling(max_new_tokens=9))
+  assert _run_programs(before) == _run_programs(first)
+  assert _compilations() == first
+  finish(e)
+
+
+def _compilations():
+  """Compiled versions of the engine's program and of all verbs."""
+  verbs = {n: f._cache_size() for n, f in vars(jitted).items() if hasattr(f, "_cache_size")}
+  return {"run": engine_lib._run._cache_size(), **verbs}
+
+
+def _run_programs(counts):
+  return counts["run"]
+
+
+@pytest.mark.parametrize("wanted", [Sampling(max_new_tokens=20), Sampling(12, temperature=1.0)])
+def test_a_call_has_no_host_callback_and_the_report_is_all_that_is_read(wanted, monkeypatch):
+  e = engine()
+  e.submit((1, 2, 3), wanted)
+  read = []
+  get = jax.device_get
+  monkeypatch.setattr(jax, "device_get", lambda x: read.append(type(x)) or get(x))
+  finish(e)
+  assert set(read) == {program.Report}
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    (e.manager.cache, e.model, e._rows, e._seen, e._unchanged, e._prompts([], 16)),
+  )
+  traced = str(jax.make_jaxpr(functools.partial(program.run, num_steps=4))(*shapes))
+  assert "callback" not in traced
 
 
 # Faults
