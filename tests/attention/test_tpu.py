@@ -12,6 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+import paged_jax
 from paged_jax import attention, pages_tpu
 from paged_jax import pages as pages_lib
 from paged_jax.attention import tpu
@@ -148,3 +149,28 @@ def test_a_layer_that_is_not_there_is_not_written():
 )
 def test_window_size(page_size, itemsize, block_size, size):
   assert pages_tpu.window_size(page_size, itemsize, block_size) == size
+
+
+def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted, monkeypatch):
+  interpreted(True)
+  monkeypatch.setattr(pages_tpu, "write", functools.partial(pages_tpu.write, interpret=True))
+  monkeypatch.setattr(attention._BACKENDS["tpu"], "refusal", tpu.refusal, raising=False)
+  config = paged_jax.CacheConfig(
+    num_layers=2, num_kv_heads=2, head_dim=64, page_size=16, num_pages=8, num_rows=3,
+    max_length=48, dtype="float32",
+  )  # fmt: skip
+  counts = (20, 0, 3)
+  cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array(counts, jnp.int32))
+  rows = jnp.repeat(jnp.arange(3, dtype=jnp.int32), jnp.array(counts), total_repeat_length=23)
+  positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in counts])
+  k, v, q = jax.random.normal(jax.random.key(0), (3, 23, 2, 64))
+
+  def step(implementation):
+    plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
+    assert plan.implementation == implementation
+    written = paged_jax.write(cache, 1, k, v, plan)
+    return written.pages.kv, paged_jax.attend(q, written, 1, plan)
+
+  (kernel_kv, kernel_out), (kv, out) = step("tpu"), step("xla")
+  np.testing.assert_array_equal(kernel_kv, kv)
+  np.testing.assert_allclose(kernel_out, out, rtol=1e-5, atol=1e-5)
