@@ -48,12 +48,13 @@ MODELS = (
 )
 
 
-def cache_config(model: Model, page_size: int, dtype: str, pool_bytes: int = 2**32):
+def cache_config(model: Model, page_size: int, num_rows: int = 32, max_length: int = 8192):
+  """32 layers in a pool of 4 GiB."""
   config = paged_jax.CacheConfig(
     num_layers=32, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, page_size=page_size,
-    num_rows=32, max_length=8192, dtype=dtype,
+    num_rows=num_rows, max_length=max_length,
   )  # fmt: skip
-  return dataclasses.replace(config, num_pages=pool_bytes // config.page_bytes)
+  return dataclasses.replace(config, num_pages=2**32 // config.page_bytes)
 
 
 def integers(mesh, *shape):
@@ -162,16 +163,19 @@ def main():
     one, four = tpu_compiler.cores(tpu_name), tpu_compiler.cores(tpu_name, 4)
     for model in MODELS[: args.models]:
       for num_tokens, page_size in ((32, 16), (32, 64), (32, 128), (2048, 64)):
-        config = cache_config(model, page_size, "bfloat16")
+        config = cache_config(model, page_size)
         compiled = layer_step(model, one, num_tokens)(config)
         row = add(compiled, config, 1, tpu=tpu_name, what=model.name, tokens=num_tokens)
         if num_tokens == 32:
           chunks = CONTEXT // min(tpu.CHUNK_TOKENS, CONTEXT)
           row["bundles_2048"] = compiled.bundles("paged_attention", chunks)
           ours[tpu_name, model.name, page_size] = row["bundles_2048"]
-      config = cache_config(model, 64, "bfloat16")
+      config = cache_config(model, 64)
       compiled = layer_step(model, four, 32)(config)
       add(compiled, config, 4, tpu=tpu_name, what=model.name, tokens=32)
+    config = cache_config(MODELS[0], 16, num_rows=1024, max_length=8192 * 16)
+    compiled = layer_step(MODELS[0], one, 1024)(config)
+    add(compiled, config, 1, tpu=tpu_name, what="1,024 rows x 8,192 pages", tokens=1024)
     compiled, config = whole_step(one, 64)
     add(compiled, config, 1, tpu=tpu_name, what="step of a 3B model", tokens=32)
 

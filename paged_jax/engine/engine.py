@@ -137,6 +137,7 @@ class Engine:
     self.manager = Manager(config.cache, config.options)
     self.vocab_size = jax.eval_shape(_probe, model, self.manager.cache).shape[1]
     self.counts = Counts()
+    self.seconds_waited = 0.0  # for reports: what the device takes beyond the host's own work
     self._clock = clock
     self._lock = threading.Condition()
     self._arrivals: list[Entry] = []
@@ -331,15 +332,12 @@ class Engine:
   def step(self) -> bool:
     """One round: takes in, admits, dispatches, hands out. False if there was nothing to do."""
     cancelled = self._take_arrivals()
-    waits = bool(self._queue.waiting)
-    if cancelled or waits or self._unstored or (self._ended and not self._decoding()):
-      if waits and not (cancelled or self._could_admit()):
-        waits = False  # all rows are busy: let the device run ahead
-      if cancelled or waits or self._ended or self._unstored:
-        self._drain()
-        self._cancel_all(cancelled)
-        self._tidy()
-        self._admit()
+    idle = not self._decoding()
+    if cancelled or self._unstored or (self._ended and idle) or self._could_admit():
+      self._drain()
+      self._cancel_all(cancelled)
+      self._tidy()
+      self._admit()
     pieces = self._pieces()
     num_steps = 1 if pieces else self.config.num_steps
     self._secure(num_steps)
@@ -347,16 +345,18 @@ class Engine:
     dispatched = bool(pieces or self._decoding())
     if dispatched:
       self._dispatch(pieces, num_steps)
-    collected = False
-    while len(self._calls) > dispatched:
+    behind = len(self._calls) - dispatched  # one call stays in flight
+    for _ in range(behind):
       self._collect()
-      collected = True
-    return dispatched or collected or bool(self._ended)
+    return dispatched or behind > 0 or bool(self._ended)
 
   def _could_admit(self) -> bool:
-    free = self.config.cache.num_rows - len(self._queue.running)
+    """Whether somebody waits, and there is a row or a lower priority to take one from."""
+    if not self._queue.waiting:
+      return False
+    full = len(self._queue.running) == self.config.cache.num_rows
     first = self._queue.waiting[0]
-    return free > 0 or bool(self._ended) or first.order[0] < self._queue.last()[1].order[0]
+    return not full or bool(self._ended) or first.order[0] < self._queue.last()[1].order[0]
 
   def _decoding(self) -> list[tuple[int, Sample]]:
     """Rows that the next call decodes."""
@@ -668,7 +668,9 @@ class Engine:
   def _collect(self) -> None:
     """Reads the oldest report and hands out its tokens."""
     call = self._calls.popleft()
+    began = self._clock()
     report = jax.device_get(call.report)
+    self.seconds_waited += self._clock() - began
     self._free = self.manager.settle(programs=1)
     told = []
     for row, (sample, most) in call.rows.items():
