@@ -60,7 +60,7 @@ def doctor() -> None:
   for name in attention.implementations:
     made_for = attention.platform(name)
     elsewhere = None if made_for in (None, platform) else f"compiles for {made_for} only"
-    print(f"  {name}: {attention.refusal(name, pages) or elsewhere or 'can be asked for'}")
+    print(f"  {name}: {elsewhere or attention.refusal(name, pages) or 'can be asked for'}")
   print(f"bfloat16 pages: stored as {config.array_dtype}")
 
 

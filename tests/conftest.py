@@ -1,6 +1,7 @@
 """Settings of the whole test run; they must be made before jax is imported."""
 
 import os
+import pathlib
 from importlib import metadata
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
@@ -10,6 +11,18 @@ if metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MAPS = pathlib.Path("/proc/self/maps")
+MANY = 30_000  # Linux allows a process 65,530 by default; every compiled program takes some
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+  """Forgets compiled programs before a process has more memory maps than it may have."""
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+    jax.clear_caches()

@@ -28,10 +28,13 @@ def served(case: cases.Case) -> cases.Case:
   return case if case.head_dim in (64, 128) else dataclasses.replace(case, head_dim=16)
 
 
-ODD_PAGES = [c for c in cases.CASES if c.page_size == 3]
+AT_16 = [
+  dataclasses.replace(served(c), name=f"{c.name}, page size 16", page_size=16)
+  for c in cases.CASES
+  if c.page_size == 3
+]
 CASES = (
   *map(served, cases.CASES),
-  *(dataclasses.replace(served(c), name=f"{c.name}, page size 16", page_size=16) for c in ODD_PAGES),
   cases.Case("heads 28 over 4", (90, 40), (70, 33), num_heads=28, num_kv_heads=4, head_dim=16,
              page_size=16, spare_rows=0),
   cases.Case("heads 71 over 1", (9, 30), (1, 4), num_heads=71, num_kv_heads=1, head_dim=64),
@@ -66,13 +69,16 @@ def check(case):
   close(problem.attend("gpu"), cases.dense(case, problem), case.tolerance)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  "case", [*CASES, *(pytest.param(c, marks=pytest.mark.sweep) for c in AT_16)],
+  ids=lambda case: case.name,
+)  # fmt: skip
 def test_the_kernel_equals_the_definition_in_float64(case, interpreted):
   check(case)
 
 
 @needs_gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *AT_16], ids=lambda case: case.name)
 def test_the_compiled_kernel_equals_the_definition_in_float64(case, monkeypatch):
   as_backend(monkeypatch)
   check(case)
