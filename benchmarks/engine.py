@@ -142,7 +142,7 @@ def run_dense(dense: Dense, work, *, continuous: bool) -> dict:
 
 def run_engine(engine: Engine, work) -> dict:
   began, waited = time.perf_counter(), engine.seconds_waited
-  engine.counts = engine.counts._replace(peak_running=0)
+  engine.counts.peak_running = 0
   times = [[] for _ in work]
 
   def on_token(number, nth, tokens, logprobs):

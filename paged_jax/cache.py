@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from paged_jax import arguments, attention, pages_tpu
+from paged_jax import arguments, attention
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
 from paged_jax import pool as pool_lib
@@ -115,11 +115,7 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   shape = (plan.rows.shape[0], h, d)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
   layer = arguments.layer(layer, num_layers)
-  if plan.implementation == "tpu":
-    pages = pages_tpu.write(cache.pages, layer, k, v, plan.slots, block_size=plan.block_size)
-  else:
-    pages = pages_lib.write(cache.pages, layer, k, v, plan.slots)
-  return dataclasses.replace(cache, pages=pages)
+  return dataclasses.replace(cache, pages=attention.write(cache.pages, layer, k, v, plan))
 
 
 def attend(

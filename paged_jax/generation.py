@@ -22,6 +22,8 @@ import numpy as np
 
 import paged_jax
 from paged_jax import jitted
+from paged_jax.engine import sampling
+from paged_jax.engine.sampling import Sampling
 from paged_jax.models.decoder import Decoder
 from paged_jax.types import Cache
 
@@ -91,10 +93,7 @@ class Rows:
 
   tokens: jax.Array  # i32[S] the row's last token, not in the cache yet
   remaining: jax.Array  # i32[S] tokens still to draw, 0 = idle
-  temperature: jax.Array  # f32[S] 0 = the most likely token
-  top_k: jax.Array  # i32[S] tokens to draw from
-  top_p: jax.Array  # f32[S] mass to draw from, infinity = all
-  seeds: jax.Array  # u32[S]
+  draws: sampling.Draws
 
 
 class Drawn(NamedTuple):
@@ -106,43 +105,6 @@ class Drawn(NamedTuple):
   pages: jax.Array  # i32[] most pages in use at once
   unshared_pages: jax.Array  # i32[] most that would have been, had no page been shared
   copies: jax.Array  # i32[] pages copied on write
-
-
-def sample(logits: jax.Array, rows: Rows, positions: jax.Array) -> jax.Array:
-  """The next token i32[S] of each row from its `logits` f32[S,V], by the Gumbel-max trick.
-
-  The noise depends on nothing but the row's seed, the token's position i32[S] and its id.
-  """
-
-  def noise(seed, position):
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-
-  def draw():
-    warm = (rows.temperature > 0)[:, None]
-    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow when nearly cold
-    scaled = scaled / jnp.where(warm, rows.temperature[:, None], 1)
-    kept = scaled >= cutoff(scaled, rows.top_k, rows.top_p)[:, None]
-    noisy = scaled + jax.vmap(noise)(rows.seeds, positions)
-    return jnp.argmax(jnp.where(warm, jnp.where(kept, noisy, -jnp.inf), logits), axis=-1)
-
-  def greedy():
-    return jnp.argmax(logits, axis=-1)
-
-  return jax.lax.cond(jnp.any(rows.temperature > 0), draw, greedy).astype(jnp.int32)
-
-
-def cutoff(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """The smallest of `logits` f32[S,V] that top-k, and then nucleus sampling, keep: f32[S].
-
-  Holtzman et al. 2020, section 3.1.
-  """
-  values = jnp.sort(logits, axis=-1, descending=True)
-  likely = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] < top_k[:, None]
-  weights = jax.nn.softmax(jnp.where(likely, values, -jnp.inf), axis=-1)
-  before = jnp.cumsum(weights, axis=-1) - weights
-  kept = likely & (before < top_p[:, None])
-  return jnp.min(jnp.where(kept, values, jnp.inf), axis=-1)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -185,7 +147,8 @@ def decode(
     everyone = jnp.arange(s, dtype=jnp.int32)
     plan = paged_jax.plan(cache, jnp.where(active, everyone, s), cache.lengths - 1)
     hidden, cache = decoder(rows.tokens, cache, plan)
-    tokens = jnp.where(active, sample(decoder.logits(hidden), rows, cache.lengths), rows.tokens)
+    new = sampling.draw(decoder.logits(hidden), rows.draws, cache.lengths)
+    tokens = jnp.where(active, new, rows.tokens)
     ended = jnp.any(tokens[:, None] == eos[None], axis=1)
     remaining = jnp.where(active, jnp.where(ended, 0, rows.remaining - 1), rows.remaining)
     drawn = Drawn(
@@ -285,6 +248,7 @@ def stream(
   for number, request in enumerate(requests, start=1):
     _check(request, f"prompt {number}", decoder, cache, batch)
   ends, num_rows = np.array(eos, np.int32), cache.ledger.num_rows
+  vocab_size = decoder.config.vocab_size
   summary = Summary()
 
   def update():
@@ -292,13 +256,15 @@ def stream(
     rows = {row: sample.index for row, sample in batch.running.items()}
     return Update(tokens, done, rows, cache, summary)
 
-  cache, _ = decode(decoder, cache, _rows({}, num_rows), ends, num_steps=num_steps)  # compiles
+  cache, _ = decode(
+    decoder, cache, _rows({}, num_rows, vocab_size), ends, num_steps=num_steps
+  )  # compiles
   yield update()
   while batch.waiting or batch.running:
     if seats := batch.admit():
       cache = _begin(decoder, cache, seats)
       yield update()
-    started, rows = time.perf_counter(), _rows(batch.running, num_rows)
+    started, rows = time.perf_counter(), _rows(batch.running, num_rows, vocab_size)
     cache, drawn = decode(decoder, cache, rows, ends, num_steps=num_steps)
     drawn = jax.tree.map(np.asarray, drawn)
     summary = _add(summary, drawn, time.perf_counter() - started)
@@ -319,13 +285,13 @@ class _Sample:
   tokens: list[int] = dataclasses.field(default_factory=list)
   done: bool = False
 
-  def row(self) -> tuple[int, int, float, int, float, int]:
-    """The entries of `Rows`."""
+  def row(self) -> tuple[int, int, Sampling]:
+    """Its last token, how many are to come, and how they are drawn."""
     request, last = self.request, [self.request.prompt[-1], *self.tokens][-1]
-    top_k = np.iinfo(np.int32).max if request.top_k is None else request.top_k
-    top_p = request.top_p if request.top_p < 1 else np.inf
-    remaining = request.max_new_tokens - len(self.tokens)
-    return last, remaining, request.temperature, top_k, top_p, self.seed
+    drawn = Sampling(
+      temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=self.seed
+    )
+    return last, request.max_new_tokens - len(self.tokens), drawn
 
   def append(self, tokens: list[int], *, ended: bool) -> None:
     """Takes what its row drew, up to where the request's `stop` cuts."""
@@ -415,13 +381,16 @@ def _begin(decoder: Decoder, cache: Cache, seats: list[dict[int, _Sample]]) -> C
   return cache
 
 
-def _rows(running: dict[int, _Sample], num_rows: int) -> Rows:
+def _rows(running: dict[int, _Sample], num_rows: int, vocab_size: int) -> Rows:
   """What each row decodes next."""
-  idle = (0, 0, 0.0, 1, np.inf, 0)
+  idle = (0, 0, Sampling())
   rows = [running[row].row() if row in running else idle for row in range(num_rows)]
-  dtypes = (np.int32, np.int32, np.float32, np.int32, np.float32, np.uint32)
-  columns = (np.array(column, dtype) for column, dtype in zip(zip(*rows), dtypes))
-  return Rows(*map(jnp.asarray, columns))
+  tokens, remaining, drawn = zip(*rows)
+  return Rows(
+    tokens=jnp.array(tokens, jnp.int32),
+    remaining=jnp.array(remaining, jnp.int32),
+    draws=sampling.draws([(each, 0) for each in drawn], vocab_size),
+  )
 
 
 def _add(summary: Summary, drawn: Drawn, seconds: float) -> Summary:

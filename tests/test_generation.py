@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from paged_jax import generation, jitted, models, testing
+from paged_jax.engine import sampling
+from paged_jax.engine.sampling import Sampling
 from paged_jax.generation import Request, Rows
 from paged_jax.models import Decoder, DecoderConfig, Rope
 from paged_jax.testing import invariants
@@ -84,17 +86,20 @@ def primitives(jaxpr):
 
 
 def rows(**fields):
-  idle = dict(tokens=0, remaining=0, temperature=0.0, top_k=61, top_p=np.inf, seeds=0)
-  dtypes = dict(temperature=np.float32, top_p=np.float32, seeds=np.uint32)
-  columns = {name: np.broadcast_to(x, NUM_ROWS) for name, x in (idle | fields).items()}
-  return Rows(**{name: x.astype(dtypes.get(name, np.int32)) for name, x in columns.items()})
+  own = {name: fields.pop(name, 0) for name in ("tokens", "remaining")}
+  own = {name: np.broadcast_to(x, NUM_ROWS).astype(np.int32) for name, x in own.items()}
+  each = zip(*(np.broadcast_to(x, NUM_ROWS).tolist() for x in fields.values()))
+  drawn = [Sampling(**dict(zip(fields, values))) for values in each] or [Sampling()] * NUM_ROWS
+  return Rows(**own, draws=sampling.draws([(x, 0) for x in drawn], 61))
 
 
 def draw(logits, num_draws=512, **fields):
   """Tokens drawn from the same logits at many positions, [num_draws, S]."""
   logits = jnp.broadcast_to(jnp.array(logits, jnp.float32)[None], (NUM_ROWS, len(logits)))
   positions = jnp.arange(num_draws, dtype=jnp.int32)[:, None] + jnp.zeros((1, NUM_ROWS), jnp.int32)
-  return np.asarray(jax.lax.map(lambda p: generation.sample(logits, rows(**fields), p), positions))
+  return np.asarray(
+    jax.lax.map(lambda p: sampling.draw(logits, rows(**fields).draws, p), positions)
+  )
 
 
 # Whole runs.
@@ -271,9 +276,8 @@ def test_a_row_without_a_page_waits_for_one():
 
 def test_cutoff_is_the_smallest_logit_kept():
   logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]] * 4, jnp.float32))
-  top_k = jnp.array([4, 2, 4, 3], jnp.int32)
-  top_p = jnp.array([jnp.inf, jnp.inf, 0.6, 0.5], jnp.float32)
-  kept = jnp.exp(generation.cutoff(logits, top_k, top_p))
+  draws = rows(top_k=np.array([4, 2, 4, 3]), top_p=np.array([1.0, 1.0, 0.6, 0.5])).draws
+  kept = jnp.exp(sampling.cutoff(logits, draws))
   np.testing.assert_allclose(kept, [0.1, 0.25, 0.25, 0.5], rtol=1e-5)
 
 
@@ -282,7 +286,7 @@ def test_draws_follow_the_distribution_of_each_row():
     np.log([0.1, 0.2, 0.3, 0.4]),
     temperature=np.array([0.0, 1.0, 0.5, 1.0]),
     top_k=np.array([4, 4, 4, 3]),
-    seeds=np.arange(4),
+    seed=np.arange(4),
     num_draws=4096,
   )
   counts = np.stack([np.bincount(drawn[:, row], minlength=4) for row in range(4)]) / 4096
@@ -302,8 +306,8 @@ def test_the_most_likely_token_is_the_limit_of_every_rule():
 
 def test_a_draw_depends_on_seed_and_position_alone():
   logits = np.random.default_rng(0).normal(size=61)
-  drawn = draw(logits, temperature=1.0, seeds=np.array([5, 6, 5, 7]))
-  again = draw(logits, temperature=np.array([0.3, 1.0, 0.0, 1.0]), seeds=np.array([9, 5, 6, 6]))
+  drawn = draw(logits, temperature=1.0, seed=np.array([5, 6, 5, 7]))
+  again = draw(logits, temperature=np.array([0.3, 1.0, 0.0, 1.0]), seed=np.array([9, 5, 6, 6]))
   np.testing.assert_array_equal(drawn[:, 0], drawn[:, 2])
   np.testing.assert_array_equal(again[:, [1, 3]], drawn[:, [0, 1]])
   assert np.mean(drawn[:, 0] == drawn[:, 1]) < 0.5

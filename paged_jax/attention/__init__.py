@@ -1,19 +1,20 @@
 """Paged attention: one meaning (`reference`), several backends, and the plan's blocks of queries."""
 
+import importlib
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
-from paged_jax.attention import gpu, hopper, reference, tpu, xla
 from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
-_BACKENDS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "hopper": hopper}
 _KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best first
 _MAX_BLOCK_SIZE = 64
 
-implementations = tuple(_BACKENDS)
+implementations = ("reference", "xla", "tpu", "gpu", "hopper")
 
 
 def choose(implementation: str | None, pages: Pages) -> str:
@@ -26,7 +27,7 @@ def choose(implementation: str | None, pages: Pages) -> str:
   if implementation is None:
     kernels = _KERNELS.get(jax.default_backend(), ())
     return next((name for name in kernels if refusal(name, pages) is None), "xla")
-  if implementation not in _BACKENDS:
+  if implementation not in implementations:
     raise ValueError(
       f"implementation must be one of {', '.join(implementations)}, got {implementation!r}"
     )
@@ -42,7 +43,16 @@ def platform(implementation: str) -> str | None:
 
 def refusal(implementation: str, pages: Pages) -> str | None:
   """Why a backend cannot serve `pages`, None if it can."""
-  return _BACKENDS[implementation].refusal(pages)
+  try:
+    backend = _backend(implementation)
+  except ImportError as error:  # this jax was built without it, or has it no more
+    return str(error)
+  return backend.refusal(pages)
+
+
+def _backend(implementation: str) -> ModuleType:
+  """A backend's module, imported when first asked for: kernels bring their compilers along."""
+  return importlib.import_module(f"paged_jax.attention.{implementation}")
 
 
 def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]:
@@ -113,7 +123,7 @@ def attend(
     sinks = arguments.floats("sinks", sinks, (q.shape[1],)).astype(jnp.float32)
   if softcap is not None:
     softcap = _positive("softcap", softcap, jnp.float32)
-  return _BACKENDS[plan.implementation].attend(
+  return _backend(plan.implementation).attend(
     q,
     pages,
     arguments.layer(layer, num_layers),
@@ -124,6 +134,14 @@ def attend(
     softcap=softcap,
     sinks=sinks,
   )
+
+
+def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
+  """Writes the plan's keys and values [B,H,D]: by XLA's scatter, or where it copies the pool by ours."""
+  backend = _backend(plan.implementation)
+  if hasattr(backend, "write"):
+    return backend.write(pages, layer, k, v, plan)
+  return pages_lib.write(pages, layer, k, v, plan.slots)
 
 
 def _positive(name: str, value, dtype) -> jax.Array:

@@ -17,23 +17,18 @@ queries in a tile, X positions in a chunk.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax, splits
 from paged_jax.types import Pages, Plan, Tables
 
-try:
-  from jax.experimental.pallas import triton
-except ImportError:  # jax deprecates it since 0.11
-  triton = None
-
-plgpu: Any = triton
 CHUNK_BYTES = 2**15
 _NEVER = jnp.iinfo(jnp.int32).max
 
@@ -62,8 +57,6 @@ CONFIGS = {
 
 def refusal(pages: Pages) -> str | None:
   """Why the kernel cannot serve `pages`, None if it can; without a GPU no device is judged."""
-  if plgpu is None:
-    return f"jax {jax.__version__} has no Pallas-Triton"
   if jax.default_backend() == "gpu":
     capability = jax.devices()[0].compute_capability
     if not capability[:1].isdigit() or float(capability) < 8.0:
@@ -135,7 +128,7 @@ def attend(
     plan.blocks, plan.block_lengths, plan.rows, plan.positions, plan.ok,
     tables.starts, tables.block_tables, q, pages.kv,
   )  # fmt: skip
-  out, lse = _merge(out, lse)
+  out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse)
   owned = plan.ok & (plan.rows >= 0) & (plan.rows < tables.lengths.shape[0])  # others: not written
   out = jnp.where(owned[:, None, None], out.astype(q.dtype), jnp.zeros((), q.dtype))
   return out, jnp.where(owned[:, None], lse, -jnp.inf)
@@ -232,16 +225,3 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
   return jax.lax.dot_general(
     a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
   )
-
-
-def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Attention over shares, [W,B,Q,D] and f32[W,B,Q]: their LSE as logits, their outputs as values."""
-
-  def weigh(weights):
-    return jnp.sum(jnp.moveaxis(weights, -1, 0)[..., None] * out.astype(jnp.float32), axis=0)
-
-  acc = jnp.zeros(out.shape[1:], jnp.float32)
-  zero = acc[..., :1]
-  nothing = softmax.Sums(zero - jnp.inf, zero, acc)
-  out, lse = softmax.finish(softmax.step(nothing, jnp.moveaxis(lse, 0, -1), weigh))
-  return out, lse[..., 0]

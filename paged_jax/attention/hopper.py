@@ -132,8 +132,11 @@ def attend(
     spans, tables.block_tables, pages.kv.reshape(n, num_layers, h, t // box, box, 2 * d),
   )  # fmt: skip
   out = out.reshape(z, g, h, -1, d)[:, :, :, :m]
-  lse = lse.reshape(z, g, h, -1, 1)[:, :, :, :m]
-  return blocks_lib.by_token(q, blocks, *splits.combine(out, lse, sinks))
+  lse = lse.reshape(z, g, h, -1)[:, :, :, :m]
+  if sinks is not None:
+    sinks = jnp.tile(sinks.reshape(h, -1), (1, plan.block_size))[None]
+  out, lse = splits.combine(out, lse, sinks)
+  return blocks_lib.by_token(q, blocks, out, lse[..., None])
 
 
 def _kernel(

@@ -23,19 +23,19 @@ def count(programs: int, most: int, num_sms: int) -> int:
   return next(n for n, part in zip(counts, filled) if part >= 0.85 * max(filled))
 
 
-def combine(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """The output f32[G,H,M,D] and LSE f32[G,H,M,1] over all splits and the sinks.
+def combine(
+  out: jax.Array, lse: jax.Array, rest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """The output f32[...,D] and LSE f32[...] over all splits and the rest.
 
   Args:
-    out: f32[Z,G,H,M,D] output over each split; 0 where it saw nothing.
-    lse: f32[Z,G,H,M,1] its LSE; -inf where it saw nothing.
-    sinks: f32[Q] a logit per query head, or None.
+    out: [Z,...,D] output over each split; 0 where it saw nothing.
+    lse: f32[Z,...] its LSE; -inf where it saw nothing.
+    rest: Logits that carry no value (sinks), broadcast to f32[...], or None.
   """
   total = jax.nn.logsumexp(lse, axis=0)
-  if sinks is not None:
-    _, h, m, _ = total.shape
-    by_head = sinks.reshape(h, -1)
-    by_query = jnp.tile(by_head, (1, m // by_head.shape[1]))
-    total = jnp.logaddexp(total, by_query[None, ..., None])
+  if rest is not None:
+    total = jnp.logaddexp(total, jnp.broadcast_to(rest, total.shape))
   weights = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total)[None])
-  return jnp.einsum("zghmd,zghmi->ghmd", out, weights, precision="highest"), total
+  out = jnp.einsum("z...d,z...->...d", out.astype(jnp.float32), weights, precision="highest")
+  return out, total

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
+from paged_jax import pages_tpu
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
@@ -65,7 +66,10 @@ def attend(
   queries, width = blocks.queries, d
   if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
     queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
-  c = max(1, min(CHUNK_TOKENS // t, tables.block_tables.shape[1]))
+  fitting = VMEM_BYTES // (
+    4 * 2 * h * t * d * pages.kv.dtype.itemsize
+  )  # two chunks, half the space
+  c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
   sums = blocks_lib.start(queries[0, ..., :1], sinks)
   scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
 
@@ -115,6 +119,21 @@ def attend(
     jnp.stack([blocks.first, blocks.last], axis=-1), sums.top, sums.total, tables.block_tables, pages.kv,
   )  # fmt: skip
   return blocks_lib.by_token(q, blocks, out, lse.swapaxes(1, 2)[..., None])
+
+
+def write(
+  pages: Pages,
+  layer: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  plan: Plan,
+  *,
+  interpret: bool | pltpu.InterpretParams = False,
+) -> Pages:
+  """Writes k and v [B,H,D] in place; XLA's scatter copies the pool on TPU."""
+  return pages_tpu.write(
+    pages, layer, k, v, plan.slots, block_size=plan.block_size, interpret=interpret
+  )
 
 
 def _kernel(

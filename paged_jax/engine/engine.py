@@ -11,6 +11,7 @@ for all calls.
 import asyncio
 import collections
 import dataclasses
+import itertools
 import logging
 import threading
 import time
@@ -54,11 +55,14 @@ class EngineConfig:
       raise ValueError(f"prompt_sizes must ascend, got {self.prompt_sizes}")
     if self.prompt_sizes[0] < 1:
       raise ValueError(f"prompt_sizes must be positive, got {self.prompt_sizes}")
+    if len(self.eos) > sampling.MAX_STOP_TOKENS:
+      raise ValueError(f"eos must be at most {sampling.MAX_STOP_TOKENS} tokens, got {self.eos}")
     if self.preemption not in PREEMPTIONS:
       raise ValueError(f"preemption must be one of {PREEMPTIONS}, got {self.preemption!r}")
 
 
-class Counts(NamedTuple):
+@dataclasses.dataclass
+class Counts:
   """What an engine has done."""
 
   calls: int = 0
@@ -200,8 +204,6 @@ class Engine:
           raise ValueError(f"{name} must be tokens, got {token!r}")
         if not 0 <= token < vocab:
           raise ValueError(f"{name} has token {token}, but the vocabulary has {vocab}")
-    if len(sampling.stop_tokens) + len(self.config.eos) > 2 * _MAX_STOPS:
-      raise ValueError(f"stop_tokens must be at most {_MAX_STOPS}, got {len(sampling.stop_tokens)}")
     if sampling.stop and self.tokenizer is None:
       raise ValueError(f"stop needs a tokenizer, got {sampling.stop}")
     num_tokens = len(prompt) - 1 + sampling.max_new_tokens
@@ -429,14 +431,14 @@ class Engine:
       if not sample.decoding:
         writing |= {self._key(sample)} - {None}
     running = len(self._queue.running)
-    self._count(peak_running=max(0, running - self.counts.peak_running))
+    self.counts.peak_running = max(self.counts.peak_running, running)
 
   def _key(self, sample: Sample) -> tuple[int, ...] | None:
     """What requests that begin alike have in common, if a prefix cache could tell."""
     size = self.config.cache.page_size
     if not self.config.options.prefix_cache or sample.length <= size:
       return None
-    return tuple(sample.context[:size])
+    return tuple(itertools.islice(itertools.chain(sample.request.prompt, sample.tokens), size))
 
   def _begin(self, sample: Sample) -> bool:
     """Gives a waiting sample a row, from those behind it if need be; whether it could."""
@@ -482,7 +484,7 @@ class Engine:
         self.manager.deallocate(sample.number)
         sample.handle, sample.prefilled = None, 0
         raise
-      self._count(cached_tokens=sample.prefilled)
+      self.counts.cached_tokens += sample.prefilled
     row = sample.handle.row
     self._queue.running[row] = sample
     self._changed[row] = sample
@@ -507,7 +509,7 @@ class Engine:
     assert sample.handle is not None
     self.manager.deallocate(sample.handle.request_id)
     sample.handle, sample.swapped, sample.prefilled = None, False, 0
-    self._count(recomputations=1)
+    self.counts.recomputations += 1
 
   def _preempt(self, row: int, sample: Sample) -> None:
     """Takes a sample's row and pages; all calls have been read."""
@@ -533,7 +535,7 @@ class Engine:
     except errors.OutOfHostPages:
       return False
     sample.swapped = True
-    self._count(swaps=1)
+    self.counts.swaps += 1
     return True
 
   def _growth(self, num_steps: int) -> int:
@@ -588,7 +590,8 @@ class Engine:
       rows[row] = (sample, min(num_steps, sample.remaining - sample.pending))
       sample.pending += rows[row][1]
     self._calls.append(_Call(report, rows))
-    self._count(calls=1, prompt_tokens=sum(count for *_, count in pieces))
+    self.counts.calls += 1
+    self.counts.prompt_tokens += sum(count for *_, count in pieces)
 
   def _call(self, prompts: program.Prompts | None, num_steps: int) -> program.Report:
     edits = self._edits() if self._changed else self._unchanged
@@ -634,31 +637,20 @@ class Engine:
 
   def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
     s, vocab = self.config.cache.num_rows, self.vocab_size
-    stops = np.full((s, 2 * _MAX_STOPS), vocab, np.int32)
+    stops = np.full((s, 2 * sampling.MAX_STOP_TOKENS), vocab, np.int32)
     tokens, remaining = np.zeros(s, np.int32), np.zeros(s, np.int32)
-    draws = [sampling.row(_IDLE, 0, vocab)] * s
+    drawn = [(_IDLE, 0)] * s
     for row, sample in samples.items():
       wanted = sample.request.sampling
       tokens[row], remaining[row] = sample.context[-1], sample.remaining
       ends = [*self.config.eos, *wanted.stop_tokens]
       stops[row, : len(ends)] = ends
-      draws[row] = sampling.row(wanted, sample.nth, vocab)
-    dtypes = (
-      np.float32,
-      np.int32,
-      np.float32,
-      np.float32,
-      np.float32,
-      np.uint32,
-      np.int32,
-      np.float32,
-    )
-    columns = (np.array(column, dtype) for column, dtype in zip(zip(*draws), dtypes))
+      drawn[row] = (wanted, sample.nth)
     return program.Rows(
       tokens=jnp.asarray(tokens),
       remaining=jnp.asarray(remaining),
       stop_tokens=jnp.asarray(stops),
-      draws=sampling.Draws(*map(jnp.asarray, columns)),
+      draws=sampling.draws(drawn, vocab),
     )
 
   def _drain(self) -> None:
@@ -680,35 +672,29 @@ class Engine:
       drawn = report.drawn[:, row]
       new = report.tokens[drawn, row].tolist()
       logprobs = report.logprobs[drawn, row].tolist()
-      new = self._cut(sample, new)
+      new, stopped = self._cut(sample, new)
       sample.tokens += new
       sample.logprobs += logprobs[: len(new)]
       sample.prefilled = sample.length - 1
-      self._count(drawn_tokens=len(new))
+      self.counts.drawn_tokens += len(new)
       told.append((sample, new, logprobs[: len(new)]))
       if report.broken[row]:
         self._end(sample, "error", "the model's logits are not numbers")
-      elif self._stopped(sample) or report.remaining[row] == 0:
-        stops = {*self.config.eos, *sample.request.sampling.stop_tokens}
-        ended = self._stopped(sample) or (sample.tokens and sample.tokens[-1] in stops)
-        self._end(sample, "stop" if ended else "length")
+      elif stopped or report.remaining[row] == 0:
+        ends = {*self.config.eos, *sample.request.sampling.stop_tokens}
+        stopped = stopped or sample.context[-1] in ends
+        self._end(sample, "stop" if stopped else "length")
     for sample, new, logprobs in told:
       self._tell(sample, new, logprobs)
 
-  def _cut(self, sample: Sample, new: list[int]) -> list[int]:
-    """Those of the new tokens that come before the end of a stop string."""
+  def _cut(self, sample: Sample, new: list[int]) -> tuple[list[int], bool]:
+    """The new tokens up to the one that completes a stop string, and whether one does."""
     stop = sample.request.sampling.stop
-    if not stop:
-      return new
-    for count in range(1, len(new) + 1):
+    for count in range(1, len(new) + 1 if stop else 0):
       text = self.tokenizer.decode([*sample.tokens, *new[:count]])
       if any(each in text for each in stop):
-        return new[:count]
-    return new
-
-  def _stopped(self, sample: Sample) -> bool:
-    stop = sample.request.sampling.stop
-    return bool(stop) and any(each in self.tokenizer.decode(sample.tokens) for each in stop)
+        return new[:count], True
+    return new, False
 
   def _tell(self, sample: Sample, new: list[int], logprobs: list[float]) -> None:
     if sample.request.on_token is None or not (new or sample.completion):
@@ -720,16 +706,10 @@ class Engine:
       if not sample.completion:
         self._end(sample, "error", repr(error))
 
-  def _count(self, **more: int) -> None:
-    self.counts = self.counts._replace(
-      **{name: getattr(self.counts, name) + count for name, count in more.items()}
-    )
-
 
 _run = jax.jit(program.run, donate_argnames=("cache", "rows", "seen"), static_argnames="num_steps")
 _mark = jax.jit(program.mark, donate_argnums=0)
 _IDLE = Sampling()
-_MAX_STOPS = sampling.MAX_STOP_TOKENS
 
 
 def _probe(model: Any, cache: paged_jax.Cache) -> jax.Array:

@@ -5,7 +5,7 @@ Axis letters: S rows, V vocabulary, W biased tokens per row, E stop tokens per r
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,14 @@ class Draws:
   biases: jax.Array  # f32[S,W]
 
 
-def row(sampling: Sampling, nth: int, vocab_size: int) -> tuple:
-  """The entries of `Draws` for sample `nth` of a request."""
+def draws(rows: Sequence[tuple[Sampling, int]], vocab_size: int) -> Draws:
+  """How each row draws: as sample n of a request, for (sampling, n)."""
+  columns = zip(*(_row(sampling, nth, vocab_size) for sampling, nth in rows))
+  dtypes = ["float32", "int32", "float32", "float32", "float32", "uint32", "int32", "float32"]
+  return Draws(*(jnp.asarray(np.array(x, dtype)) for x, dtype in zip(columns, dtypes, strict=True)))
+
+
+def _row(sampling: Sampling, nth: int, vocab_size: int) -> tuple:
   tokens, biases = np.full(MAX_BIASES, vocab_size, np.int32), np.zeros(MAX_BIASES, np.float32)
   tokens[: len(sampling.logit_bias)] = list(sampling.logit_bias)
   biases[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())

@@ -47,8 +47,7 @@ FEW = [c for c in CASES if c.name in ("several chunks", "window far behind", "ev
 
 
 def as_backend(monkeypatch, **options):
-  attend = functools.partial(gpu.attend, **options)
-  monkeypatch.setitem(attention._BACKENDS, "gpu", types.SimpleNamespace(attend=attend))
+  monkeypatch.setattr(gpu, "attend", functools.partial(gpu.attend, **options))
   cases._attend.clear_cache()
 
 

@@ -66,8 +66,8 @@ _wgmma = plgpu.wgmma
 def interpreted(monkeypatch):
   """Lets the backend "hopper" run interpreted; a race raises, and what is not set is NaN."""
   params = plgpu.InterpretGPUParams(detect_races=True)
-  attend = functools.partial(hopper.attend, interpret=params)
-  monkeypatch.setitem(attention._BACKENDS, "hopper", types.SimpleNamespace(attend=attend))
+  monkeypatch.setattr(hopper, "attend", functools.partial(hopper.attend, interpret=params))
+  cases._attend.clear_cache()
   monkeypatch.setattr(plgpu, "wgmma", checked)
 
 

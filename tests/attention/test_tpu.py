@@ -1,7 +1,6 @@
 """The TPU kernels interpreted: on the same cases, to the same tolerance, as every backend."""
 
 import functools
-import types
 from typing import NamedTuple
 
 import cases
@@ -13,8 +12,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import paged_jax
-from paged_jax import attention, pages_tpu
 from paged_jax import pages as pages_lib
+from paged_jax import pages_tpu
 from paged_jax.attention import tpu
 from paged_jax.types import Pages
 
@@ -38,9 +37,10 @@ def interpreted(monkeypatch):
   """Lets the backend "tpu" run interpreted."""
 
   def use(interpret):
-    attend = functools.partial(tpu.attend, interpret=interpret)
-    backend = types.SimpleNamespace(attend=attend)
-    monkeypatch.setitem(attention._BACKENDS, "tpu", backend)
+    for name in ("attend", "write"):
+      function = functools.partial(getattr(tpu, name), interpret=interpret)
+      monkeypatch.setattr(tpu, name, function)
+    cases._attend.clear_cache()  # it may have the program of another interpreter
 
   return use
 
@@ -151,10 +151,8 @@ def test_window_size(page_size, itemsize, block_size, size):
   assert pages_tpu.window_size(page_size, itemsize, block_size) == size
 
 
-def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted, monkeypatch):
+def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted):
   interpreted(True)
-  monkeypatch.setattr(pages_tpu, "write", functools.partial(pages_tpu.write, interpret=True))
-  monkeypatch.setattr(attention._BACKENDS["tpu"], "refusal", tpu.refusal, raising=False)
   config = paged_jax.CacheConfig(
     num_layers=2, num_kv_heads=2, head_dim=64, page_size=16, num_pages=8, num_rows=3,
     max_length=48, dtype="float32",

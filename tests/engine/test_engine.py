@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import types
 
 import jax
 import numpy as np
@@ -218,40 +219,107 @@ def test_nothing_compiles_after_warm_up():
   e, steps = engine(), []
   e.warm_up(lambda done, total: steps.append((done, total)))
   assert steps == [(0, 2), (1, 2), (2, 2)]
-  before = _compilations()
+  programs = engine_lib._run._cache_size()
   e.generate(PROMPTS, [Sampling(max_new_tokens=12, temperature=0.5 * i) for i in range(6)])
-  first = _compilations()
+  compiled = _compilations()
   e.generate(PROMPTS, Sampling(max_new_tokens=9))
-  assert _run_programs(before) == _run_programs(first)
-  assert _compilations() == first
+  assert engine_lib._run._cache_size() == programs
+  assert _compilations() == compiled
   finish(e)
 
 
 def _compilations():
-  """Compiled versions of the engine's program and of all verbs."""
-  verbs = {n: f._cache_size() for n, f in vars(jitted).items() if hasattr(f, "_cache_size")}
-  return {"run": engine_lib._run._cache_size(), **verbs}
+  """Compiled versions of each verb."""
+  return {n: f._cache_size() for n, f in vars(jitted).items() if hasattr(f, "_cache_size")}
 
 
-def _run_programs(counts):
-  return counts["run"]
+class Sealed:
+  """What the device has, for whoever does not look at it."""
+
+  def __init__(self, arrays):
+    self.arrays = arrays
+
+  def __array__(self, *_, **__):
+    raise AssertionError("the device was read")
+
+  def __getattr__(self, name):
+    raise AssertionError(f"the device was read: {name}")
 
 
-@pytest.mark.parametrize("wanted", [Sampling(max_new_tokens=20), Sampling(12, temperature=1.0)])
-def test_a_call_has_no_host_callback_and_the_report_is_all_that_is_read(wanted, monkeypatch):
+def seal(e, monkeypatch):
+  """Lets an engine hold nothing of the device but reports and logs."""
+  run, verbs, state = engine_lib._run, e.manager._state.verbs, e.manager._state
+
+  def sealed_run(cache, model, rows, seen, *args, **kwargs):
+    arrays = (x.arrays for x in (cache, rows, seen))
+    cache, rows, seen = arrays
+    cache, log, (rows, seen, report) = run(cache, model, rows, seen, *args, **kwargs)
+    return Sealed(cache), log, (Sealed(rows), Sealed(seen), report)
+
+  def sealed_verb(verb):
+    def call(cache, *args):
+      cache, *rest = verb(cache.arrays, *args)
+      return Sealed(cache), *rest
+
+    return call
+
+  monkeypatch.setattr(engine_lib, "_run", sealed_run)
+  names = ("extend", "fork", "free", "hold", "drop", "adopt", "trim")
+  state.verbs = types.SimpleNamespace(**{n: sealed_verb(getattr(verbs, n)) for n in names})
+  state.cache, e._rows, e._seen = map(Sealed, (state.cache, e._rows, e._seen))
+
+
+def drive(e):
+  handles = [
+    e.submit(p, Sampling(max_new_tokens=12, num_samples=1 + i % 2)) for i, p in enumerate(PROMPTS)
+  ]
+  while e.step():
+    pass
+  return handles
+
+
+def test_nothing_of_the_device_is_read_but_reports(monkeypatch):
   e = engine()
-  e.submit((1, 2, 3), wanted)
-  read = []
-  get = jax.device_get
-  monkeypatch.setattr(jax, "device_get", lambda x: read.append(type(x)) or get(x))
-  finish(e)
-  assert set(read) == {program.Report}
+  seal(e, monkeypatch)
+  for prompt, handle in zip(PROMPTS, drive(e)):
+    assert handle.tokens[0] == tiny.greedy(prompt, 12)
+
+
+@pytest.mark.parametrize(
+  "read",
+  [lambda e: int(e.manager.cache.num_free), lambda e: np.asarray(e._rows), lambda e: e._seen.sum()],
+)
+def test_a_deliberate_read_is_found(read, monkeypatch):
+  e = engine()
+  seal(e, monkeypatch)
+  with pytest.raises(AssertionError, match="the device was read"):
+    read(e)
+
+
+def test_a_call_has_no_host_callback():
+  e = engine()
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
     (e.manager.cache, e.model, e._rows, e._seen, e._unchanged, e._prompts([], 16)),
   )
   traced = str(jax.make_jaxpr(functools.partial(program.run, num_steps=4))(*shapes))
   assert "callback" not in traced
+
+
+# Preemption
+
+
+@pytest.mark.parametrize(
+  "swap_seconds, prompt_seconds, swaps", [(1.0, 1.0, True), (9.0, 1.0, False), (0.0, 0.0, True)]
+)
+def test_preemption_takes_what_costs_less(swap_seconds, prompt_seconds, swaps):
+  e = engine(preemption="auto")
+  e._swap_seconds, e._prompt_seconds = swap_seconds, prompt_seconds
+  e.submit(tuple(range(9)), Sampling(max_new_tokens=9))
+  e.step()
+  ((_, sample),) = e._queue.running.items()
+  assert e._swaps(sample) == swaps  # 8 tokens on 2 pages, there and back
+  finish(e)
 
 
 # Faults
@@ -300,12 +368,8 @@ def test_logits_that_are_no_numbers_end_their_own_row():
   assert bad.completions[0].reason == "error"
   assert "not numbers" in bad.completions[0].error
   assert good.completions[0].reason == "length"
-  assert good.tokens == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][
-    :1
-  ] or (
-    good.tokens[0]
-    == engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))[0][0].tokens
-  )
+  alone = engine(model=model).generate([(1, 2, 3)], Sampling(max_new_tokens=5))
+  assert good.tokens[0] == alone[0][0].tokens
 
 
 @tiny.jax.tree_util.register_dataclass

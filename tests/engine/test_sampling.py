@@ -1,0 +1,81 @@
+"""Sampling: each rule by hand, and through an engine where the text so far matters."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paged_jax.engine import Engine, EngineConfig, Sampling, sampling
+
+LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+
+
+def draws(**fields):
+  return sampling.draws([(Sampling(**fields), 0)], 4)
+
+
+@pytest.mark.parametrize(
+  "fields, kept",
+  [
+    ({}, 0.1),
+    (dict(top_k=2), 0.3),
+    (dict(top_p=0.5), 0.3),  # 0.4 alone has less than half
+    (dict(top_p=0.4), 0.4),
+    (dict(min_p=0.5), 0.2),  # half of the likeliest
+    (dict(min_p=0.6), 0.24),
+    (dict(top_k=3, min_p=0.9), 0.36),
+    (dict(top_k=3, top_p=0.5), 0.3),  # 0.4 of 0.9, then 0.3
+  ],
+)
+def test_the_smallest_probability_kept(fields, kept):
+  np.testing.assert_allclose(jnp.exp(sampling.cutoff(LOGITS, draws(**fields))), [kept], rtol=1e-5)
+
+
+def test_bias_and_repetition_penalty_change_logits_by_hand():
+  logits, seen = jnp.array([[2.0, -2.0, 1.0, 0.0]]), jnp.array([[True, True, False, False]])
+  rules = draws(repetition_penalty=2.0, logit_bias={3: 5.0, 2: -1.0})
+  np.testing.assert_allclose(sampling.adjust(logits, rules, seen), [[1.0, -4.0, 0.0, 5.0]])
+
+
+def test_logprob_is_that_of_the_model():
+  got = sampling.logprob(LOGITS + 3, jnp.array([2]))
+  np.testing.assert_allclose(got, np.log([0.2]), rtol=1e-5)
+
+
+def test_seen_tokens_of_prompt_and_text_are_penalised():
+  """Also those of the prompt, and after the row had another request."""
+  config = EngineConfig(tiny.cache(num_rows=2), tiny.options(), num_steps=3, prompt_sizes=(16,))
+  e = Engine(tiny.MODEL, config)
+  wanted = Sampling(max_new_tokens=10, repetition_penalty=3.0)
+  for prompt in ((1, 2, 3), (5, 6), (27, 22, 6)):
+    text = list(prompt)
+    for _ in range(10):
+      padded = np.zeros(tiny.LONGEST, np.int32)
+      padded[: len(text)] = text
+      logits = np.array(tiny._dense(tiny.MODEL, padded)[len(text) - 1])
+      for token in set(text):
+        logits[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
+      text.append(int(np.argmax(logits)))
+    (done,) = e.generate([prompt], wanted)[0]
+    assert done.tokens == text[len(prompt) :]
+    assert done.tokens != tiny.greedy(prompt, 10)
+    assert len(done.logprobs) == 10 and max(done.logprobs) <= 0
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("max_new_tokens", 0), ("num_samples", 0), ("temperature", -1.0), ("temperature", float("nan")),
+    ("top_k", 0), ("top_p", 0.0), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1),
+    ("logit_bias", {1: float("nan")}), ("logit_bias", dict.fromkeys(range(17), 1.0)),
+    ("stop_tokens", tuple(range(9))), ("stop", "text"), ("stop", ("",)),
+  ],
+)  # fmt: skip
+def test_a_field_out_of_range_is_named(name, value):
+  with pytest.raises(ValueError, match=f"^{name} is out of range"):
+    Sampling(**{name: value})
+
+
+def test_too_many_end_tokens_are_refused():
+  with pytest.raises(ValueError, match=r"^eos must be at most 8"):
+    EngineConfig(tiny.cache(), eos=tuple(range(9)))
