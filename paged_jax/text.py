@@ -1,15 +1,21 @@
 """Text of tokens that are still arriving."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import tokenizers
+
+class Tokenizer(Protocol):
+  """What turns tokens into text."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of tokens."""
+    ...
 
 
 class Text(NamedTuple):
   """How the new tokens of a prompt read."""
 
-  tokenizer: tokenizers.Tokenizer | None  # None: as numbers
+  tokenizer: Tokenizer | None  # None: as numbers
   prompt: tuple[int, ...]
   stops: tuple[str, ...] = ()
 

@@ -12,14 +12,14 @@ import paged_jax
 
 ROOT = pathlib.Path(paged_jax.__file__).parent
 LAYERS = {
-  "types": 0, "config": 0, "arguments": 0, "loops": 0,
+  "types": 0, "config": 0, "arguments": 0, "loops": 0, "text": 0,
   "pool": 1, "tables": 1, "pages": 1, "pages_tpu": 1, "attention": 1,
   "ledger": 2,
   "cache": 3,
   "jitted": 4, "sharding": 4,
   "testing": 5, "models": 5, "host": 5,
   "engine": 6, "viz": 6,
-  "generation": 7, "text": 7,
+  "generation": 7,
   "demo": 8,
   "commands": 9,
   "cli": 10,

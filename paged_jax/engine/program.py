@@ -1,19 +1,23 @@
 """The engine's device program: a piece of prompts beside one decode step, and more steps after it.
 
-Axis letters: S rows, V vocabulary, C prompt tokens of a call, K steps of a call, E stop tokens.
+Axis letters: S rows, V vocabulary, C prompt tokens of a call, K steps of a call, E stop tokens, W
+tokens of a row in a step (the last one drawn, and those that a drafter expects to follow), X longest
+text.
 
-    # step 0    [one token of each running row | C tokens of prompts]    one forward pass
-    # step 1..  [one token of each running row]                          as long as any runs
+    # step 0    [W tokens of each running row | C tokens of prompts]    one forward pass
+    # step 1..  [W tokens of each running row]                          as long as any runs
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import paged_jax
-from paged_jax.engine import sampling
+from paged_jax.engine import beams, sampling
+from paged_jax.engine.drafts import Drafter
 from paged_jax.types import Cache, Log
 
 
@@ -22,10 +26,22 @@ from paged_jax.types import Cache, Log
 class Rows:
   """What each row decodes. Lives on the device from call to call."""
 
-  tokens: jax.Array  # i32[S] the row's last token, not in the cache yet
-  remaining: jax.Array  # i32[S] tokens still to draw, 0 = idle
-  stop_tokens: jax.Array  # i32[S,E] V = none
+  tokens: sampling.Array  # i32[S] the row's last token, not in the cache yet
+  remaining: sampling.Array  # i32[S] tokens still to draw, 0 = idle
+  stop_tokens: sampling.Array  # i32[S,E] V = none
+  groups: sampling.Array  # i32[S] rows with the same number are the beams of one search, S = none
+  scores: sampling.Array  # f32[S] log-probability of a beam's new tokens, -inf = it has no text
   draws: sampling.Draws
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Past:
+  """What rows have read. Lives on the device from call to call."""
+
+  seen: jax.Array  # bool[S,V] tokens in the row's text, kept where there is a repetition penalty
+  texts: jax.Array  # i32[S,X] the row's text, kept for a drafter; X = 0 without one
+  logits: jax.Array  # f32[S,V] after the row's prompt
 
 
 @jax.tree_util.register_dataclass
@@ -33,26 +49,29 @@ class Rows:
 class Edits:
   """Rows that the host changes before a call."""
 
-  changed: jax.Array  # bool[S]
+  changed: sampling.Array  # bool[S]
   rows: Rows
 
 
 class Prompts(NamedTuple):
   """Pieces of prompts, each row's in one piece, whose pages are there; S pads `rows`."""
 
-  tokens: jax.Array  # i32[C]
-  rows: jax.Array  # i32[C]
-  positions: jax.Array  # i32[C]
-  last: jax.Array  # bool[S] rows whose prompt ends here: they decode from the next step on
+  tokens: sampling.Array  # i32[C]
+  rows: sampling.Array  # i32[C]
+  positions: sampling.Array  # i32[C]
+  starts: sampling.Array  # bool[S] rows whose prompt ends here: they draw their first token
+  last: sampling.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
 
 
 class Report(NamedTuple):
   """What a call tells the host."""
 
-  tokens: jax.Array  # i32[K,S]
-  logprobs: jax.Array  # f32[K,S]
-  drawn: jax.Array  # bool[K,S] the row drew a token in that step
+  tokens: jax.Array  # i32[K,W,S]
+  logprobs: jax.Array  # f32[K,W,S]
+  counts: jax.Array  # i32[K,S] tokens that the row drew in that step
+  sources: jax.Array  # i32[K,S] the row whose text it went on with
   remaining: jax.Array  # i32[S] tokens still to draw
+  scores: jax.Array  # f32[S]
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
 
 
@@ -60,21 +79,24 @@ class _State(NamedTuple):
   step: jax.Array
   cache: Cache
   rows: Rows
-  seen: jax.Array
+  past: Past
   report: Report
   growth: jax.Array  # i32[K,S]
+  kept: jax.Array  # i32[K,S] lengths after a step that drafts were trimmed off
 
 
 def run(
   cache: Cache,
   model: Any,
   rows: Rows,
-  seen: jax.Array,
+  past: Past,
   edits: Edits,
   prompts: Prompts | None,
   *,
   num_steps: int,
-) -> tuple[Cache, Log, tuple[Rows, jax.Array, Report]]:
+  drafter: Drafter | None = None,
+  num_beams: int = 1,
+) -> tuple[Cache, Log, tuple[Rows, Past, Report]]:
   """Runs up to `num_steps` decode steps; the first one carries the prompts along.
 
   The caller sees to the pages: a row that gets none waits.
@@ -82,15 +104,17 @@ def run(
   Args:
     cache: The cache.
     model: `model(tokens i32[B], cache, plan) -> (hidden [B,...], cache)` and
-      `model.logits(hidden [S,...]) -> f32[S,V]`.
+      `model.logits(hidden [B,...]) -> f32[B,V]`.
     rows: What `run` returned before.
-    seen: bool[S,V] tokens in each row's text, needed where there is a repetition penalty.
+    past: What `run` returned before.
     edits: The host's changes, made first.
     prompts: Pieces of prompts, None for none.
     num_steps: K.
+    drafter: Guesses tokens to be verified in the same pass.
+    num_beams: The most rows that a beam search has; 1 = nobody searches.
 
   Returns:
-    As `Manager.run` wants it: cache, log, and (rows, seen, report).
+    As `Manager.run` wants it: cache, log, and (rows, past, report).
   """
   s = cache.ledger.num_rows
   rows = jax.tree.map(
@@ -98,74 +122,189 @@ def run(
     edits.rows,
     rows,
   )
+  w = 1 if drafter is None else 1 + drafter.num_drafts
+  own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (num_steps, s))
   state = _State(
     step=jnp.zeros((), jnp.int32),
     cache=cache,
     rows=rows,
-    seen=seen,
+    past=past,
     report=Report(
-      tokens=jnp.zeros((num_steps, s), jnp.int32),
-      logprobs=jnp.zeros((num_steps, s), jnp.float32),
-      drawn=jnp.zeros((num_steps, s), bool),
+      tokens=jnp.zeros((num_steps, w, s), jnp.int32),
+      logprobs=jnp.zeros((num_steps, w, s), jnp.float32),
+      counts=jnp.zeros((num_steps, s), jnp.int32),
+      sources=own,
       remaining=rows.remaining,
+      scores=rows.scores,
       broken=jnp.zeros(s, bool),
     ),
     growth=jnp.zeros((num_steps, s), jnp.int32),
+    kept=jnp.full((num_steps, s), -1, jnp.int32),
   )
+  step = functools.partial(_step, model, drafter=drafter, num_beams=num_beams)
   if prompts is not None:
-    state = _step(model, state, prompts)
+    state = step(state, prompts)
 
   def unfinished(state):
     return (state.step < num_steps) & jnp.any(state.rows.remaining > 0)
 
-  state = jax.lax.while_loop(unfinished, lambda state: _step(model, state, None), state)
-  log = Log(operands=((state.growth,),), verbs=("extend",))
-  return state.cache, log, (state.rows, state.seen, state.report)
+  state = jax.lax.while_loop(unfinished, lambda state: step(state, None), state)
+  ran = [("extend", state.growth)]
+  ran += [("trim", state.kept)] if drafter is not None else []
+  ran += [("reorder", state.report.sources)] if num_beams > 1 else []
+  log = Log(operands=tuple((x,) for _, x in ran), verbs=tuple(verb for verb, _ in ran))
+  return state.cache, log, (state.rows, state.past, state.report)
 
 
-def _step(model: Any, state: _State, prompts: Prompts | None) -> _State:
-  """One token of each running row, and the prompts' in the same pass."""
-  cache, rows, report, step = state.cache, state.rows, state.report, state.step
+def _step(
+  model: Any,
+  state: _State,
+  prompts: Prompts | None,
+  *,
+  drafter: Drafter | None,
+  num_beams: int,
+) -> _State:
+  """The next tokens of each running row, and the prompts' in the same pass."""
+  cache, rows, past, report, step = state.cache, state.rows, state.past, state.report, state.step
   s = cache.ledger.num_rows
-  active = rows.remaining > 0
-  if prompts is not None:
-    active &= ~prompts.last
-  growth = active.astype(jnp.int32)
-  cache, info = paged_jax.extend(cache, growth)
-  active &= info.ok
-  ids = jnp.where(active, jnp.arange(s, dtype=jnp.int32), s)
-  batch = (rows.tokens, ids, cache.lengths - 1)
-  if prompts is not None:
-    batch = tuple(jnp.concatenate(pair) for pair in zip(batch, prompts[:3]))
-  tokens, ids, positions = batch
-  hidden, cache = model(tokens, cache, paged_jax.plan(cache, ids, positions))
-  logits = model.logits(hidden[:s])
-
-  adjusted = sampling.adjust(logits, rows.draws, state.seen)
-  sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
-  drawn = active & sane
-  new = sampling.draw(adjusted, rows.draws, cache.lengths)
-  new = jnp.where(drawn, new, rows.tokens)
-  ended = ~sane | jnp.any(new[:, None] == rows.stop_tokens, axis=1)
-  remaining = jnp.where(active, jnp.where(ended, 0, rows.remaining - 1), rows.remaining)
   everyone = jnp.arange(s, dtype=jnp.int32)
-  unseen = logits.shape[1]
+  starts = jnp.zeros(s, bool) if prompts is None else prompts.starts
+  tokens, widths = _batch(drafter, rows, past, cache.lengths)
+  widths = jnp.where(starts, 0, widths)
+  cache, info = paged_jax.extend(cache, widths)
+  widths = jnp.where(info.ok, widths, 0)
+  growth = state.growth.at[step].set(widths)
+  logits, cache = _logits(model, cache, tokens, widths, prompts)
+  if prompts is not None:
+    given = (prompts.starts & (prompts.last == prompts.tokens.shape[0]))[:, None]
+    logits = logits.at[:, 0].set(jnp.where(given, past.logits, logits[:, 0]))
+    kept = jnp.where(starts[:, None], logits[:, 0], past.logits)
+    past = dataclasses.replace(past, logits=kept)
+
+  adjusted = sampling.adjust(logits[:, 0], rows.draws, past.seen)
+  draws = (widths > 0) | starts
+  sources, searched, broken = everyone, None, jnp.zeros(s, bool)
+  if num_beams > 1:
+    begun = (rows.groups < s) & (rows.scores > -jnp.inf)
+    searched = beams.choose(
+      jax.nn.log_softmax(adjusted), rows.groups, rows.scores, begun & ~draws, num_beams=num_beams
+    )
+    sources = searched.sources
+    cache, _ = paged_jax.reorder(cache, sources)
+    rows = dataclasses.replace(
+      rows, tokens=rows.tokens[sources], remaining=rows.remaining[sources], scores=searched.scores
+    )
+    past = dataclasses.replace(past, seen=past.seen[sources], texts=past.texts[sources])
+    logits, adjusted, widths = logits[sources], adjusted[sources], widths[sources]
+    searches = rows.groups < s
+    broken = searches & draws & (rows.scores == -jnp.inf)
+    draws = jnp.where(searches, searched.grows, draws)
+
+  first = cache.lengths - jnp.maximum(widths - 1, 0)  # where the next token will be
+  counts = jnp.zeros(s, jnp.int32)
+  for nth in range(tokens.shape[1]):
+    if nth:
+      draws &= (nth < widths) & (rows.remaining > 0) & (tokens[:, nth] == rows.tokens)
+      adjusted = sampling.adjust(logits[:, nth], rows.draws, past.seen)
+    sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
+    broken |= draws & ~sane
+    draws &= sane
+    new = sampling.draw(adjusted, rows.draws, first + nth)
+    if searched is not None:
+      new = jnp.where(rows.groups < s, searched.tokens, new)
+    new = jnp.where(draws, new, rows.tokens)
+    rows, past = _taken(rows, past, new, draws, first + nth)
+    report = report._replace(
+      tokens=report.tokens.at[step, nth].set(new),
+      logprobs=report.logprobs.at[step, nth].set(sampling.logprob(logits[:, nth], new)),
+    )
+    counts += draws.astype(jnp.int32)
+  rows = dataclasses.replace(rows, remaining=jnp.where(broken, 0, rows.remaining))
+
+  kept = jnp.where(widths > 1, cache.lengths - widths + counts, cache.lengths)
+  if drafter is not None:
+    cache, _ = paged_jax.trim(cache, kept)
   return _State(
     step=step + 1,
     cache=cache,
-    rows=dataclasses.replace(rows, tokens=new, remaining=remaining),
-    seen=state.seen.at[everyone, jnp.where(drawn, new, unseen)].set(True, mode="drop"),
-    report=Report(
-      tokens=report.tokens.at[step].set(new),
-      logprobs=report.logprobs.at[step].set(sampling.logprob(logits, new)),
-      drawn=report.drawn.at[step].set(drawn),
-      remaining=remaining,
-      broken=report.broken | (active & ~sane),
+    rows=rows,
+    past=past,
+    report=report._replace(
+      counts=report.counts.at[step].set(counts),
+      sources=report.sources.at[step].set(sources),
+      remaining=rows.remaining,
+      scores=rows.scores,
+      broken=report.broken | broken,
     ),
-    growth=state.growth.at[step].set(jnp.where(info.ok, growth, 0)),
+    growth=growth,
+    kept=state.kept.at[step].set(kept),
   )
 
 
-def mark(seen: jax.Array, row: jax.Array, tokens: jax.Array) -> jax.Array:
-  """`seen` with exactly `tokens` i32[X] (V pads) in `row` i32[]."""
-  return seen.at[row].set(False, mode="drop").at[row, tokens].set(True, mode="drop")
+def _batch(
+  drafter: Drafter | None, rows: Rows, past: Past, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Tokens i32[S,W] for each row's next positions, and how many of them to take: i32[S]."""
+  tokens = rows.tokens[:, None]
+  widths = jnp.minimum(rows.remaining, 1)
+  if drafter is not None:
+    drafts = drafter(past.texts, lengths + 1).astype(jnp.int32)
+    tokens = jnp.concatenate([tokens, drafts], axis=1)
+    alone = rows.groups == rows.groups.shape[0]
+    widths = jnp.where(alone, jnp.minimum(rows.remaining, tokens.shape[1]), widths)
+  return tokens, widths
+
+
+def _logits(
+  model: Any, cache: Cache, tokens: jax.Array, widths: jax.Array, prompts: Prompts | None
+) -> tuple[jax.Array, Cache]:
+  """Logits f32[S,W,V] after each of the rows' tokens; the first ones of a row that starts are those
+  after its prompt."""
+  s, w = tokens.shape
+  nth = jnp.arange(w, dtype=jnp.int32)[None]
+  everyone = jnp.arange(s, dtype=jnp.int32)[:, None]
+  ids = jnp.where(nth < widths[:, None], everyone, s)
+  positions = (cache.lengths - widths)[:, None] + nth
+  batch = tuple(x.reshape(-1) for x in (tokens, ids, positions))
+  wanted = everyone * w + nth
+  if prompts is not None:
+    batch = tuple(jnp.concatenate(pair) for pair in zip(batch, prompts[:3]))
+    wanted = wanted.at[:, 0].set(jnp.where(prompts.starts, s * w + prompts.last, wanted[:, 0]))
+  tokens, ids, positions = batch
+  hidden, cache = model(tokens, cache, paged_jax.plan(cache, ids, positions))
+  logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))
+  return logits.reshape(s, w, -1), cache
+
+
+def _taken(
+  rows: Rows, past: Past, new: jax.Array, draws: jax.Array, positions: jax.Array
+) -> tuple[Rows, Past]:
+  """Rows and what they have read once the rows in `draws` bool[S] have drawn `new` i32[S]."""
+  everyone = jnp.arange(len(new), dtype=jnp.int32)
+  ended = jnp.any(new[:, None] == rows.stop_tokens, axis=1)
+  remaining = jnp.where(draws, jnp.where(ended, 0, rows.remaining - 1), rows.remaining)
+  vocab, longest = past.seen.shape[1], past.texts.shape[1]
+  past = dataclasses.replace(
+    past,
+    seen=past.seen.at[everyone, jnp.where(draws, new, vocab)].set(True, mode="drop"),
+    texts=past.texts.at[everyone, jnp.where(draws, positions, longest)].set(new, mode="drop"),
+  )
+  return dataclasses.replace(rows, tokens=new, remaining=remaining), past
+
+
+def read(past: Past, row: jax.Array, tokens: jax.Array, length: jax.Array) -> Past:
+  """`past` where `row` i32[] has read exactly the first `length` i32[] of `tokens` i32[X]."""
+  vocab, longest = past.seen.shape[1], past.texts.shape[1]
+  live = jnp.arange(tokens.shape[0], dtype=jnp.int32) < length
+  seen = past.seen.at[row].set(False).at[row, jnp.where(live, tokens, vocab)].set(True, mode="drop")
+  return dataclasses.replace(past, seen=seen, texts=past.texts.at[row].set(tokens[:longest]))
+
+
+def give(past: Past, row: jax.Array, logits: jax.Array) -> Past:
+  """`past` where `logits` f32[V] came after the prompt of `row` i32[]."""
+  return dataclasses.replace(past, logits=past.logits.at[row].set(logits))
+
+
+def take(past: Past, row: jax.Array) -> jax.Array:
+  """f32[V] the logits after the prompt of `row` i32[]."""
+  return past.logits[row]

@@ -1,9 +1,12 @@
 """Requests, their samples, and who comes first."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+import jax
 
 from paged_jax.engine.sampling import Sampling
 from paged_jax.host import Handle
@@ -26,46 +29,69 @@ OnToken = Callable[[int, list[int], list[float]], None]  # sample, new tokens, t
 class Sample:
   """One continuation of a request.
 
-  # waiting ──▶ prefilling ──▶ decoding ──▶ done
-  #    ▲             │            │
-  #    └── preempted, to be computed again, or swapped out and back in ──┘
+  # waiting ──▶ reading its prompt ──▶ decoding ──▶ done
+  #    ▲                │                 │
+  #    └── preempted, to be computed again, or swapped out and back in
   """
 
   number: int  # unique, in order of arrival
   nth: int  # of its request
-  request: "Entry"
+  entry: "Entry"
+  sampling: Sampling
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
+  origin: "Sample | None" = None  # on whose pages it can start
+  score: float = 0.0  # of a beam
+  ended: bool = False  # a beam's text does not go on, while others of its search do
   handle: Handle | None = None  # None: it holds nothing
+  row: int = -1  # -1: it has none
   swapped: bool = False
-  prefilled: int = 0  # tokens of `context` written or about to be
-  pending: int = 0  # tokens that calls in flight may draw
+  resting: bool = False  # it keeps what it has, and draws nothing
+  decoding: bool = False  # its text but for the last token is in the cache, or about to be
+  prefilled: int = 0  # tokens of its text written or about to be, while it is not decoding
+  pending: int = 0  # steps of calls in flight in which it draws
   completion: Completion | None = None
 
   @property
-  def context(self) -> list[int]:
-    """All tokens so far; the last one is not in the cache yet."""
-    return [*self.request.prompt, *self.tokens]
+  def text(self) -> list[int]:
+    """All tokens so far."""
+    return [*self.entry.prompt, *self.tokens]
 
   @property
   def length(self) -> int:
-    """Tokens of `context`."""
-    return len(self.request.prompt) + len(self.tokens)
+    """Tokens of its text."""
+    return len(self.entry.prompt) + len(self.tokens)
 
   @property
   def remaining(self) -> int:
     """Most tokens still to draw."""
-    return self.request.sampling.max_new_tokens - len(self.tokens)
+    return self.sampling.max_new_tokens - len(self.tokens)
 
   @property
-  def decoding(self) -> bool:
-    """Whether its prompt is in the cache."""
-    return self.handle is not None and not self.swapped and self.prefilled >= self.length - 1
+  def limit(self) -> int:
+    """Most tokens that it comes to hold; the last one drawn is never written."""
+    return len(self.entry.prompt) - 1 + self.sampling.max_new_tokens
+
+  @property
+  def unread(self) -> int:
+    """Tokens of its text that are still to be computed before it draws."""
+    return 0 if self.decoding else self.length - self.prefilled
+
+  @property
+  def draws(self) -> bool:
+    """Whether the next call may draw for it."""
+    going = self.decoding and not self.swapped and not self.resting and self.completion is None
+    return going and min(beam.remaining for beam in self.beams) > self.pending
+
+  @property
+  def beams(self) -> "list[Sample]":
+    """Those that run only together: all of a beam search, or itself alone."""
+    return self.entry.samples if self.sampling.num_beams > 1 else [self]
 
   @property
   def order(self) -> tuple[int, int]:
     """Who comes first has the smaller one."""
-    return (-self.request.priority, self.number)
+    return (-self.entry.priority, self.number)
 
 
 @dataclasses.dataclass(eq=False)
@@ -73,10 +99,20 @@ class Entry:
   """A request and its samples."""
 
   prompt: Sequence[int]
-  sampling: Sampling
-  priority: int
-  on_token: OnToken | None
+  priority: int = 0
+  on_token: OnToken | None = None
   samples: list[Sample] = dataclasses.field(default_factory=list)
+  logits: jax.Array | None = None  # f32[V] after its prompt, for whoever asks the same
+  num_cached: int = 0  # tokens of its prompt that the prefix cache had
+
+  page_size: int = 1
+  parent: "Entry | None" = None  # what it was forked from
+  branches: "list[Entry]" = dataclasses.field(default_factory=list)
+
+  @functools.cached_property
+  def beginning(self) -> tuple[int, ...] | None:
+    """What requests have in common that could share a page; None if this one cannot."""
+    return tuple(self.prompt[: self.page_size]) if len(self.prompt) > self.page_size else None
 
   @property
   def done(self) -> bool:
@@ -90,20 +126,13 @@ class Queue:
   def __init__(self):
     self.waiting: list[Sample] = []
     self.running: dict[int, Sample] = {}  # by row
-    self._numbers = itertools.count()
+    self.numbers: Iterator[int] = itertools.count()
 
-  def add(self, entry: Entry) -> None:
-    """All samples of a request come to wait."""
-    for nth in range(entry.sampling.num_samples):
-      entry.samples.append(Sample(next(self._numbers), nth, entry))
-    self.waiting += entry.samples
+  def add(self, samples: Sequence[Sample]) -> None:
+    """Samples come to wait, each where it is in line; beams as one, by the first of them."""
+    self.waiting += [sample for sample in samples if sample is sample.beams[0]]
     self.waiting.sort(key=lambda sample: sample.order)
 
-  def back(self, sample: Sample) -> None:
-    """A sample waits again, where it was in line."""
-    self.waiting.append(sample)
-    self.waiting.sort(key=lambda sample: sample.order)
-
-  def last(self) -> tuple[int, Sample]:
-    """The row, and the sample, of whoever would be served last of those running."""
-    return max(self.running.items(), key=lambda item: item[1].order)
+  def last(self) -> Sample:
+    """Who must yield first of those running: whoever rests, then whoever came last."""
+    return max(self.running.values(), key=lambda sample: (sample.resting, sample.order))

@@ -5,12 +5,13 @@ Axis letters: S rows, V vocabulary, W biased tokens per row, E stop tokens per r
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
 MAX_BIASES = 16
 MAX_STOP_TOKENS = 8
 
@@ -19,7 +20,8 @@ MAX_STOP_TOKENS = 8
 class Sampling:
   """How to go on from a prompt. Equal seeds give equal texts, whatever runs beside them.
 
-  Sample i of a request draws as the only sample of a request with seed + i would.
+  Sample i of a request draws as the only sample of a request with seed + i would. With `num_beams`
+  nothing is drawn: the request's samples are the texts that beam search ends with, best first.
 
   >>> from paged_jax.engine import Sampling
   >>> Sampling(temperature=0.8, top_p=0.95, seed=7).num_samples
@@ -40,6 +42,8 @@ class Sampling:
   seed: int = 0
   stop_tokens: tuple[int, ...] = ()  # besides the engine's own
   stop: tuple[str, ...] = ()  # texts that end a sample, and are not part of it
+  num_beams: int = 1  # texts that a beam search keeps at every step; 1 = no search
+  length_penalty: float = 1.0  # found texts are ranked by log-probability / length ** this
 
   def __post_init__(self):
     limits = {
@@ -56,10 +60,22 @@ class Sampling:
       "stop_tokens": len(self.stop_tokens) <= MAX_STOP_TOKENS
       and all(map(_whole, self.stop_tokens)),
       "stop": not isinstance(self.stop, str) and all(self.stop),
+      "num_beams": _whole(self.num_beams) and self.num_beams >= 1,
+      "length_penalty": math.isfinite(self.length_penalty),
     }
     for name, ok in limits.items():
       if not ok:
         raise ValueError(f"{name} is out of range: {getattr(self, name)!r}")
+    if self.num_beams > 1 and (self.temperature or self.num_samples > 1 or self.stop):
+      raise ValueError(
+        f"num_beams={self.num_beams} goes with no temperature ({self.temperature}), one sample"
+        f" ({self.num_samples}) and no stop ({self.stop!r})"
+      )
+
+  @property
+  def width(self) -> int:
+    """Texts that the request ends with."""
+    return max(self.num_samples, self.num_beams)
 
 
 def _whole(value) -> bool:
@@ -71,37 +87,40 @@ def _whole(value) -> bool:
 class Draws:
   """How each row draws."""
 
-  temperature: jax.Array  # f32[S] 0 = the most likely token
-  top_k: jax.Array  # i32[S] tokens to draw from
-  top_p: jax.Array  # f32[S] mass to draw from, infinity = all
-  min_p: jax.Array  # f32[S]
-  penalty: jax.Array  # f32[S] 1 = none
-  seeds: jax.Array  # u32[S]
-  bias_tokens: jax.Array  # i32[S,W] V = none
-  biases: jax.Array  # f32[S,W]
+  temperature: Array  # f32[S] 0 = the most likely token
+  top_k: Array  # i32[S] tokens to draw from
+  top_p: Array  # f32[S] mass to draw from, infinity = all
+  min_p: Array  # f32[S]
+  penalty: Array  # f32[S] 1 = none
+  seeds: Array  # u32[S]
+  bias_tokens: Array  # i32[S,W] V = none
+  biases: Array  # f32[S,W]
 
 
-def draws(rows: Sequence[tuple[Sampling, int]], vocab_size: int) -> Draws:
-  """How each row draws: as sample n of a request, for (sampling, n)."""
-  columns = zip(*(_row(sampling, nth, vocab_size) for sampling, nth in rows))
-  dtypes = ["float32", "int32", "float32", "float32", "float32", "uint32", "int32", "float32"]
-  return Draws(*(jnp.asarray(np.array(x, dtype)) for x, dtype in zip(columns, dtypes, strict=True)))
-
-
-def _row(sampling: Sampling, nth: int, vocab_size: int) -> tuple:
-  tokens, biases = np.full(MAX_BIASES, vocab_size, np.int32), np.zeros(MAX_BIASES, np.float32)
-  tokens[: len(sampling.logit_bias)] = list(sampling.logit_bias)
-  biases[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
-  return (
-    sampling.temperature,
-    np.iinfo(np.int32).max if sampling.top_k is None else sampling.top_k,
-    sampling.top_p if sampling.top_p < 1 else np.inf,
-    sampling.min_p,
-    sampling.repetition_penalty,
-    sampling.seed + nth,
-    tokens,
-    biases,
+def draws(rows: Mapping[int, tuple[Sampling, int]], num_rows: int, vocab_size: int) -> Draws:
+  """How each row draws, as NumPy arrays: row r as sample n of a request, for r: (sampling, n)."""
+  s, w = num_rows, MAX_BIASES
+  drawn = Draws(
+    temperature=np.zeros(s, np.float32),
+    top_k=np.full(s, np.iinfo(np.int32).max, np.int32),
+    top_p=np.full(s, np.inf, np.float32),
+    min_p=np.zeros(s, np.float32),
+    penalty=np.ones(s, np.float32),
+    seeds=np.zeros(s, np.uint32),
+    bias_tokens=np.full((s, w), vocab_size, np.int32),
+    biases=np.zeros((s, w), np.float32),
   )
+  for row, (wanted, nth) in rows.items():
+    drawn.temperature[row] = wanted.temperature
+    if wanted.top_k is not None:
+      drawn.top_k[row] = wanted.top_k
+    if wanted.top_p < 1:
+      drawn.top_p[row] = wanted.top_p
+    drawn.min_p[row], drawn.penalty[row] = wanted.min_p, wanted.repetition_penalty
+    drawn.seeds[row] = wanted.seed + nth
+    drawn.bias_tokens[row, : len(wanted.logit_bias)] = list(wanted.logit_bias)
+    drawn.biases[row, : len(wanted.logit_bias)] = list(wanted.logit_bias.values())
+  return drawn
 
 
 def adjust(logits: jax.Array, draws: Draws, seen: jax.Array) -> jax.Array:

@@ -445,15 +445,20 @@ class Manager:
     taker.writers = giver.writers[:num_tokens]
     self._event("forked", taker.request_id, -(-num_tokens // size), num_tokens)
 
-  def clone(self, handle: Handle, request_id: Hashable) -> Handle:
-    """A new sequence that shares all pages of `handle`."""
+  def clone(
+    self, handle: Handle, request_id: Hashable, *, num_tokens: int | None = None
+  ) -> Handle:
+    """A new sequence that shares the pages of `handle`'s first `num_tokens`, by default of all."""
     with self._transition():
       sequence, row = self._running(handle)
       request = Request(request_id, 0, namespace=sequence.namespace)
       self._check_requests([request])
       if not self._rows:
         raise errors.OutOfRows(needed=1, free=0)
-      length = int(self._state.lengths[row])
+      held, begin = int(self._state.lengths[row]), int(self._state.starts[row])
+      length = held if num_tokens is None else whole("num_tokens", num_tokens)
+      if not (begin <= length <= held or length == 0):
+        raise errors.UnmappedToken(handle.request_id, length // self.config.page_size, length)
       if length % self.config.page_size and not self.config.copy_on_write:
         raise errors.Disabled("copy-on-write")
       copy = self._begin(dataclasses.replace(request, max_length=sequence.max_length), _NOTHING)
@@ -494,6 +499,42 @@ class Manager:
       starts[row] = start
       self._count["copies"] += shared
       self._kept.apply("unshare", starts)
+
+  # What a program may take. These do not wait: they know what the last report taken over said.
+
+  @property
+  def num_free(self) -> int:
+    """Free pages."""
+    return self._state.num_free
+
+  @property
+  def num_idle(self) -> int:
+    """Pages that only the host holds; at most so many could be had by eviction."""
+    state = self._state
+    return int(np.count_nonzero((state.holds == 1) & (state.refcount == 1)))
+
+  def pages_to_reach(self, lengths: Mapping[Handle, int]) -> int:
+    """Pages that sequences take, copies included, when they grow to `lengths` tokens."""
+    with self._lock:
+      now = self._state.lengths
+      more = np.zeros(self.config.num_rows, np.int32)
+      for handle, length in lengths.items():
+        row = self._running(handle)[1]
+        more[row] = max(0, length - int(now[row]))
+      size = self.config.page_size
+      new = -(-(now + more) // size) - -(-now // size)
+      return int(new.sum() + self._copies(more).sum())
+
+  def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
+    """Most pages that sequences take when they grow to `length` tokens each and `reorder` among
+    themselves, but keep sharing their first `shared` tokens."""
+    with self._lock:
+      state, size = self._state, self.config.page_size
+      rows = [self._running(handle)[1] for handle in handles]
+      pages = state.block_tables[rows, shared // size :]
+      own, entries = np.unique(pages[pages < self.config.num_pages], return_counts=True)
+      alone = int((state.refcount[own] == entries).sum())
+      return max(0, len(rows) * (-(-length // size) - shared // size) - alone)
 
   # Bytes
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from paged_jax import jitted
 from paged_jax.engine import Engine, EngineConfig, Sampling, program
-from paged_jax.engine import engine as engine_lib
+from paged_jax.engine import calls as calls_lib
 from paged_jax.host import Request, errors
 
 SIZE, NUM_PAGES, NUM_ROWS = 4, 40, 8
@@ -103,6 +103,13 @@ def stories(draw):
   return setting, requests, forced
 
 
+def force_preemption(e):
+  e._drain()
+  e._scheduler.tidy()
+  if e._queue.running:
+    e._scheduler.preempt(e._queue.last())
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(stories())
 def test_any_mix_of_requests_gives_each_its_own_text(story):
@@ -114,11 +121,7 @@ def test_any_mix_of_requests_gives_each_its_own_text(story):
       if request["arrival"] == turn:
         handles[n] = e.submit(request["prompt"], request["sampling"], priority=request["priority"])
     if turn < len(forced) and forced[turn] and e._queue.running:
-      e._drain()
-      e._tidy()
-      if e._queue.running:
-        e._preempt(*e._queue.last())
-        e._free = e.manager.settle()
+      force_preemption(e)
     if not e.step() and len(handles) == len(requests) and turn >= len(forced):
       break
   finish(e)
@@ -169,10 +172,10 @@ def test_shared_beginnings_are_computed_once():
   got = e.generate(prompts, Sampling(max_new_tokens=6))
   assert [c[0].tokens for c in got] == [tiny.greedy(p, 6) for p in prompts]
   assert e.counts.cached_tokens == 3 * 16
-  assert e.counts.prompt_tokens == 16
+  assert e.counts.prompt_tokens == 17 + 3  # the last token of each is its own
   again = e.generate([(*prompts[0], *got[0][0].tokens)], Sampling(max_new_tokens=3))
   assert again[0][0].tokens == tiny.greedy((*prompts[0], *got[0][0].tokens), 3)
-  assert e.counts.prompt_tokens == 16  # generated text is found, too
+  assert e.counts.prompt_tokens == 17 + 3 + 1  # generated text is found, too
   finish(e)
 
 
@@ -182,7 +185,7 @@ def test_samples_of_a_request_share_its_pages():
   (done,) = e.generate([prompt], Sampling(max_new_tokens=4, num_samples=4))
   assert [c.tokens for c in done] == [tiny.greedy(prompt, 4)] * 4
   assert e.counts.peak_running == 4  # 20 pages, were nothing shared
-  assert e.counts.prompt_tokens == 15
+  assert e.counts.prompt_tokens == 16
   finish(e)
 
 
@@ -218,12 +221,12 @@ def test_streams_run_side_by_side_and_a_listener_that_leaves_cancels():
 def test_nothing_compiles_after_warm_up():
   e, steps = engine(), []
   e.warm_up(lambda done, total: steps.append((done, total)))
-  assert steps == [(0, 2), (1, 2), (2, 2)]
-  programs = engine_lib._run._cache_size()
+  assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+  programs = calls_lib._run._cache_size()
   e.generate(PROMPTS, [Sampling(max_new_tokens=12, temperature=0.5 * i) for i in range(6)])
   compiled = _compilations()
   e.generate(PROMPTS, Sampling(max_new_tokens=9))
-  assert engine_lib._run._cache_size() == programs
+  assert calls_lib._run._cache_size() == programs
   assert _compilations() == compiled
   finish(e)
 
@@ -248,13 +251,13 @@ class Sealed:
 
 def seal(e, monkeypatch):
   """Lets an engine hold nothing of the device but reports and logs."""
-  run, verbs, state = engine_lib._run, e.manager._state.verbs, e.manager._state
+  run, verbs, state, calls = calls_lib._run, e.manager._state.verbs, e.manager._state, e._calls
 
-  def sealed_run(cache, model, rows, seen, *args, **kwargs):
-    arrays = (x.arrays for x in (cache, rows, seen))
-    cache, rows, seen = arrays
-    cache, log, (rows, seen, report) = run(cache, model, rows, seen, *args, **kwargs)
-    return Sealed(cache), log, (Sealed(rows), Sealed(seen), report)
+  def sealed_run(cache, model, rows, past, *args, **kwargs):
+    cache, log, (rows, past, report) = run(
+      cache.arrays, model, rows.arrays, past.arrays, *args, **kwargs
+    )
+    return Sealed(cache), log, (Sealed(rows), Sealed(past), report)
 
   def sealed_verb(verb):
     def call(cache, *args):
@@ -263,10 +266,15 @@ def seal(e, monkeypatch):
 
     return call
 
-  monkeypatch.setattr(engine_lib, "_run", sealed_run)
+  take, give = calls_lib._take, calls_lib._give
+  monkeypatch.setattr(calls_lib, "_run", sealed_run)
+  monkeypatch.setattr(calls_lib, "_take", lambda past, row: Sealed(take(past.arrays, row)))
+  monkeypatch.setattr(
+    calls_lib, "_give", lambda past, row, x: Sealed(give(past.arrays, row, x.arrays))
+  )
   names = ("extend", "fork", "free", "hold", "drop", "adopt", "trim")
   state.verbs = types.SimpleNamespace(**{n: sealed_verb(getattr(verbs, n)) for n in names})
-  state.cache, e._rows, e._seen = map(Sealed, (state.cache, e._rows, e._seen))
+  state.cache, calls._rows, calls._past = map(Sealed, (state.cache, calls._rows, calls._past))
 
 
 def drive(e):
@@ -287,7 +295,11 @@ def test_nothing_of_the_device_is_read_but_reports(monkeypatch):
 
 @pytest.mark.parametrize(
   "read",
-  [lambda e: int(e.manager.cache.num_free), lambda e: np.asarray(e._rows), lambda e: e._seen.sum()],
+  [
+    lambda e: int(e.manager.cache.num_free),
+    lambda e: np.asarray(e._calls._rows),
+    lambda e: e._calls._past.seen,
+  ],
 )
 def test_a_deliberate_read_is_found(read, monkeypatch):
   e = engine()
@@ -298,9 +310,10 @@ def test_a_deliberate_read_is_found(read, monkeypatch):
 
 def test_a_call_has_no_host_callback():
   e = engine()
+  calls = e._calls
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    (e.manager.cache, e.model, e._rows, e._seen, e._unchanged, e._prompts([], 16)),
+    (e.manager.cache, tiny.MODEL, calls._rows, calls._past, calls._unchanged, calls.prompts([], 16)),
   )
   traced = str(jax.make_jaxpr(functools.partial(program.run, num_steps=4))(*shapes))
   assert "callback" not in traced
@@ -314,11 +327,11 @@ def test_a_call_has_no_host_callback():
 )
 def test_preemption_takes_what_costs_less(swap_seconds, prompt_seconds, swaps):
   e = engine(preemption="auto")
-  e._swap_seconds, e._prompt_seconds = swap_seconds, prompt_seconds
+  e._scheduler.swap_seconds, e._scheduler.prompt_seconds = swap_seconds, prompt_seconds
   e.submit(tuple(range(9)), Sampling(max_new_tokens=9))
   e.step()
   ((_, sample),) = e._queue.running.items()
-  assert e._swaps(sample) == swaps  # 8 tokens on 2 pages, there and back
+  assert e._scheduler.swaps(sample) == swaps  # 8 tokens on 2 pages, there and back
   finish(e)
 
 

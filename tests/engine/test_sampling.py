@@ -11,7 +11,7 @@ LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
 
 def draws(**fields):
-  return sampling.draws([(Sampling(**fields), 0)], 4)
+  return sampling.draws({0: (Sampling(**fields), 0)}, 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,247 @@
+"""Calls of the device program: what they take along, and what their reports say.
+
+The device runs ahead: while one call computes, the host reads the report of the call before.
+
+    # device   call 1      call 2      call 3
+    # host        report 0    report 1    report 2      dispatch 2, 3, 4 before each of them
+"""
+
+import collections
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paged_jax
+from paged_jax.config import CacheConfig
+from paged_jax.engine import program, sampling
+from paged_jax.engine.drafts import Drafter
+from paged_jax.engine.queue import Queue, Sample
+from paged_jax.host import Manager
+
+
+class Piece(NamedTuple):
+  """The next tokens of a sample's text that a call computes; none if all of them are cached."""
+
+  sample: Sample
+  num_tokens: int
+
+  @property
+  def starts(self) -> bool:
+    """Whether the sample draws its first token in the same call."""
+    return self.num_tokens == self.sample.unread
+
+
+class Drawn(NamedTuple):
+  """What a call made of a sample."""
+
+  sample: Sample
+  tokens: list[int]  # all new ones so far
+  logprobs: list[float]
+  ended: bool
+  broken: bool  # its logits were not numbers
+
+
+class _Call(NamedTuple):
+  report: program.Report
+  samples: dict[int, Sample]  # those that draw, by row
+  num_steps: int
+
+
+class Calls:
+  """Calls dispatched and not yet read, and what the program keeps on the device.
+
+  Args:
+    manager: Whose cache the program runs on.
+    model: What it runs.
+    queue: Who is in which row.
+    eos: Tokens that end every sample.
+    drafter: Guesses tokens, None for none.
+    max_beams: The widest beam search.
+  """
+
+  def __init__(
+    self,
+    manager: Manager,
+    model: Any,
+    queue: Queue,
+    *,
+    eos: tuple[int, ...],
+    drafter: Drafter | None,
+    max_beams: int,
+  ):
+    self._manager, self._model, self._queue = manager, model, queue
+    self._eos, self._drafter, self._max_beams = eos, drafter, max_beams
+    self._config: CacheConfig = manager.config
+    self.vocab_size = jax.eval_shape(_probe, model, manager.cache).shape[1]
+    self.seconds_waited = 0.0
+    self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
+    self._calls: collections.deque[_Call] = collections.deque()
+    s, longest = self._config.num_rows, self._config.pages_per_row * self._config.page_size + 1
+    self._rows = jax.device_put(self._row_arrays({}))
+    self._past = jax.device_put(
+      program.Past(
+        seen=jnp.zeros((s, self.vocab_size), bool),
+        texts=jnp.zeros((s, longest if drafter else 0), jnp.int32),
+        logits=jnp.zeros((s, self.vocab_size), jnp.float32),
+      )
+    )
+    self._unchanged = jax.device_put(program.Edits(np.zeros(s, bool), self._row_arrays({})))
+
+  def __len__(self) -> int:
+    return len(self._calls)
+
+  @property
+  def width(self) -> int:
+    """Most tokens that a row draws in a step, W."""
+    return 1 if self._drafter is None else 1 + self._drafter.num_drafts
+
+  # Dispatch
+
+  def dispatch(self, pieces: list[Piece], prompt_size: int | None, num_steps: int) -> None:
+    """Runs the program for everyone who draws, with pieces of prompts if `prompt_size` is given."""
+    starting = [piece.sample for piece in pieces if piece.starts]
+    prompts = None if prompt_size is None else self.prompts(pieces, prompt_size)
+    for piece in pieces:
+      piece.sample.prefilled += piece.num_tokens
+    for sample in starting:
+      for beam in sample.beams:
+        beam.decoding, beam.score = True, 0.0 if beam is sample else -np.inf
+        self.changed[beam.row] = beam
+    samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
+    searching = any(sample.sampling.num_beams > 1 for sample in samples.values())
+    report = self.run(prompts, num_steps, searching=searching)
+    for sample in starting:
+      if sample.entry.logits is None and self._manager.options.prefix_cache:
+        sample.entry.logits = _take(self._past, np.int32(sample.row))
+    for sample in samples.values():
+      sample.pending += num_steps
+    self._calls.append(_Call(report, samples, num_steps))
+
+  def run(
+    self, prompts: program.Prompts | None, num_steps: int, *, searching: bool = False
+  ) -> program.Report:
+    """One call, rows that have changed edited first."""
+    edits = self._edits() if self.changed else self._unchanged
+    self._rows, self._past, report = self._manager.run(
+      _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
+      drafter=self._drafter, num_beams=self._max_beams if searching else 1,
+    )  # fmt: skip
+    return report
+
+  def wait(self) -> None:
+    """Until all that was dispatched has run."""
+    jax.block_until_ready(self._rows.tokens)
+
+  def prompts(self, pieces: list[Piece], size: int) -> program.Prompts:
+    """Pieces of prompts, padded to `size` tokens."""
+    s = self._config.num_rows
+    tokens, rows, positions = np.zeros((3, size), np.int32)
+    rows[:] = s
+    starts, last, at = np.zeros(s, bool), np.full(s, size, np.int32), 0
+    for sample, count in pieces:
+      part, begin = slice(at, at + count), sample.prefilled
+      tokens[part] = sample.text[begin : begin + count]
+      rows[part], positions[part] = sample.row, np.arange(begin, begin + count)
+      at += count
+      if count == sample.unread:
+        starts[[beam.row for beam in sample.beams]] = True
+        last[sample.row] = at - 1 if count else size
+    return program.Prompts(tokens, rows, positions, starts, last)
+
+  def _edits(self) -> program.Edits:
+    """The rows whose sample has changed since the last call."""
+    changed = np.zeros(self._config.num_rows, bool)
+    changed[list(self.changed)] = True
+    samples = {row: x for row, x in self.changed.items() if x is not None and x.draws}
+    for row, sample in samples.items():
+      if self._drafter or sample.sampling.repetition_penalty != 1:
+        tokens = np.zeros(self._config.pages_per_row * self._config.page_size + 1, np.int32)
+        tokens[: sample.length] = sample.text
+        self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
+      if sample.handle.last_logits is not None:  # all of the prompt was cached
+        self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
+        sample.handle.last_logits = None
+    self.changed.clear()
+    return program.Edits(changed, self._row_arrays(samples))
+
+  def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
+    s, vocab = self._config.num_rows, self.vocab_size
+    stops = np.full((s, 2 * sampling.MAX_STOP_TOKENS), vocab, np.int32)
+    tokens, remaining = np.zeros((2, s), np.int32)
+    groups, scores = np.full(s, s, np.int32), np.zeros(s, np.float32)
+    for row, sample in samples.items():
+      tokens[row] = sample.text[-1]
+      remaining[row] = 0 if sample.ended else sample.remaining
+      ends = [*self._eos, *sample.sampling.stop_tokens]
+      stops[row, : len(ends)] = ends
+      if len(sample.beams) > 1:
+        groups[row], scores[row] = sample.beams[0].row, sample.score
+    return program.Rows(
+      tokens=tokens,
+      remaining=remaining,
+      stop_tokens=stops,
+      groups=groups,
+      scores=scores,
+      draws=sampling.draws({row: (x.sampling, x.nth) for row, x in samples.items()}, s, vocab),
+    )
+
+  # Reports
+
+  def collect(self) -> list[Drawn]:
+    """Reads the oldest report."""
+    call = self._calls.popleft()
+    began = time.perf_counter()
+    report = jax.device_get(call.report)
+    self.seconds_waited += time.perf_counter() - began
+    self._manager.settle(programs=1)
+    drawn, beams = [], {}
+    for row, sample in call.samples.items():
+      sample.pending -= call.num_steps
+      if sample.completion is None and sample.sampling.num_beams > 1:
+        beams[row] = sample
+      elif sample.completion is None:  # otherwise the host ended it meanwhile
+        taken = np.arange(report.tokens.shape[1]) < report.counts[:, row, None]  # [K,W]
+        tokens = [*sample.tokens, *report.tokens[:, :, row][taken].tolist()]
+        logprobs = [*sample.logprobs, *report.logprobs[:, :, row][taken].tolist()]
+        ended, broken = report.remaining[row] == 0, report.broken[row]
+        drawn.append(Drawn(sample, tokens, logprobs, bool(ended), bool(broken)))
+    return drawn + _searched(report, beams)
+
+
+def _searched(report: program.Report, beams: dict[int, Sample]) -> list[Drawn]:
+  """The texts of beams, by row: at each step a row goes on with the text of its source."""
+  texts = {row: list(zip(sample.tokens, sample.logprobs)) for row, sample in beams.items()}
+  for sources, counts, tokens, logprobs in zip(
+    report.sources, report.counts, report.tokens[:, 0], report.logprobs[:, 0]
+  ):
+    texts = {
+      row: texts[sources[row]] + [(int(tokens[row]), float(logprobs[row]))] * int(counts[row])
+      for row in texts
+    }
+  drawn = []
+  for row, sample in beams.items():
+    sample.score, sample.ended = float(report.scores[row]), bool(report.remaining[row] == 0)
+    tokens, logprobs = zip(*texts[row]) if texts[row] else ((), ())
+    ended = all(report.remaining[each] == 0 for each in beams if beams[each].entry is sample.entry)
+    broken = bool(report.broken[row])
+    drawn.append(Drawn(sample, list(tokens), list(logprobs), ended, broken))
+  return drawn
+
+
+_run = jax.jit(
+  program.run,
+  donate_argnames=("cache", "rows", "past"),
+  static_argnames=("num_steps", "drafter", "num_beams"),
+)
+_read = jax.jit(program.read, donate_argnums=0)
+_give = jax.jit(program.give, donate_argnums=0)
+_take = jax.jit(program.take)
+
+
+def _probe(model: Any, cache: paged_jax.Cache) -> jax.Array:
+  one = jnp.zeros(1, jnp.int32)
+  hidden, _ = model(one, cache, paged_jax.plan(cache, one, one))
+  return model.logits(hidden)

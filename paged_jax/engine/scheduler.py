@@ -1,0 +1,328 @@
+"""Who runs: rows and pages for those first in line, taken from those behind them if need be.
+
+Nothing here looks at the device. What runs ahead of the reports is covered by bounds: a call is
+dispatched only when the pages that it, and every call in flight, may take are certainly there.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from paged_jax.engine.calls import Calls, Piece
+from paged_jax.engine.options import Counts, EngineConfig
+from paged_jax.engine.queue import Queue, Sample
+from paged_jax.host import Handle, Manager, Request, errors
+
+
+class Scheduler:
+  """Admission, preemption, and what samples leave behind."""
+
+  def __init__(self, manager: Manager, queue: Queue, calls: Calls, config: EngineConfig):
+    self.manager, self.queue, self.calls, self.config = manager, queue, calls, config
+    self.counts = Counts()
+    self.ended: list[Sample] = []  # they have their completion, and still hold something
+    self.swap_seconds = 0.0  # per page and way
+    self.prompt_seconds = 0.0  # per token
+    self._unstored: list[Sample] = []  # their prompt is in the cache, not in the prefix index
+    self._refused: tuple[Sample | None, int] = (None, 0)  # who, with how many pages to be had
+
+  # Room
+
+  def pages(self, num_tokens: int) -> int:
+    """Pages that so many tokens fill."""
+    return -(-num_tokens // self.config.cache.page_size)
+
+  def most_pages(self, sample: Sample, num_tokens: int) -> int:
+    """Most pages that a sample, or all beams of its search, hold at so many tokens each."""
+    shared = len(sample.entry.prompt) // self.config.cache.page_size
+    width = len(sample.beams)
+    return (
+      self.pages(num_tokens) if width == 1 else shared + width * (self.pages(num_tokens) - shared)
+    )
+
+  def growth(self, num_steps: int) -> int:
+    """Most pages that a call of so many steps may take, with those in flight."""
+    pages, lengths = 0, {}
+    for sample in self.queue.running.values():
+      steps = sample.pending + (num_steps if sample.draws else 0)
+      if not steps or sample is not sample.beams[0]:
+        continue
+      longest = max(beam.length for beam in sample.beams)
+      most = min(longest - 1 + steps * self.calls.width, sample.limit)
+      if len(sample.beams) > 1:
+        handles = [beam.handle for beam in sample.beams if beam.handle]
+        pages += self.manager.pages_to_search(handles, most, len(sample.entry.prompt))
+      else:
+        lengths[sample.handle] = most
+    return pages + self.manager.pages_to_reach(lengths)
+
+  def secure(self, num_steps: int) -> bool:
+    """Whether a call of so many steps certainly finds its pages."""
+    return self.growth(num_steps) <= self.manager.num_free
+
+  def make_room(self, num_steps: int) -> None:
+    """Sees to it that the next call finds its pages: evicts prefixes, then preempts.
+
+    All calls must have been read.
+    """
+    while (needed := self.growth(num_steps)) > self.manager.num_free:
+      self.manager.gc(needed)
+      if needed <= self.manager.num_free:
+        break
+      victim = self.queue.last()
+      if len(self.queue.running) == len(victim.beams) and self.manager.prefix_stats().entries:
+        self.manager.clear_prefixes()  # it may share its last page with nobody but the cache
+      else:
+        self.preempt(victim)
+
+  def _available(self) -> int:
+    """Pages that somebody new could hope for, were all reports read."""
+    ended = sum(self.pages(sample.length) for sample in self.ended if sample.row >= 0)
+    return self.manager.num_free + self.manager.num_idle + ended - self.growth(0)
+
+  # Admission
+
+  def _in_line(self) -> Iterator[Sample]:
+    """Those who wait, without those whose beginning somebody is just computing."""
+    share = self.config.options.prefix_cache
+    reading = [x for x in self.queue.running.values() if share and x.unread]
+    read = {x.entry.beginning for x in reading} - {None}
+    for sample in list(self.queue.waiting):
+      origin = sample.origin
+      soon = origin is not None and not (origin.decoding or origin.resting or origin.completion)
+      if sample.resting or (not sample.swapped and (soon or sample.entry.beginning in read)):
+        continue
+      yield sample
+      if sample.unread and share:
+        read |= {sample.entry.beginning} - {None}
+
+  def may_admit(self) -> bool:
+    """Whether to try: somebody waits, and there is more room than when that one was refused."""
+    first = next(self._in_line(), None)
+    if first is None:
+      return False
+    if self.queue.running and self.queue.last().order[0] > first.order[0]:
+      return True
+    ended = sum(sample.row >= 0 for sample in self.ended)
+    vacant = self.config.cache.num_rows - len(self.queue.running) + ended
+    sample, available = self._refused
+    return vacant >= len(first.beams) and (first is not sample or self._available() > available)
+
+  def admit(self) -> None:
+    """Rows and pages to those first in line, as long as there is room. All calls have been read."""
+    batch: list[Sample] = []
+    room = self._spare()
+    self._refused = (None, 0)
+    for sample in self._in_line():
+      needed = self.pages(sample.length + self.config.num_steps * self.calls.width) + 1
+      plain = sample.handle is None and sample.origin is None and len(sample.beams) == 1
+      vacant = self.config.cache.num_rows - len(self.queue.running) - len(batch)
+      if plain and vacant and needed <= room:
+        batch.append(sample)
+        room -= needed
+        continue
+      self._allocate(batch)
+      batch = []
+      if not self._begin(sample):
+        self._refused = (sample, self._available())
+        break
+      room = self._spare()
+    self._allocate(batch)
+    self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
+
+  def _spare(self) -> int:
+    """Free pages that the next call leaves."""
+    return self.manager.num_free - self.growth(self.config.num_steps)
+
+  def _allocate(self, samples: list[Sample]) -> None:
+    """Rows, and pages for the whole text, to samples for which there is room."""
+    texts = [np.array(sample.text, np.int32) for sample in samples]
+    requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
+    for sample, handle in zip(samples, self.manager.allocate_many(requests) if requests else ()):
+      self._run(sample, handle)
+
+  def _run(self, sample: Sample, handle: Handle) -> None:
+    """A sample has its row."""
+    sample.handle, sample.row = handle, handle.row
+    if not sample.decoding:
+      sample.prefilled = handle.num_cached
+      self.counts.cached_tokens += handle.num_cached
+      sample.entry.num_cached = max(sample.entry.num_cached, handle.num_cached)
+      if handle.last_logits is not None:
+        sample.entry.logits = handle.last_logits
+    self.queue.running[sample.row] = sample
+    self.calls.changed[sample.row] = sample
+    if sample in self.queue.waiting:
+      self.queue.waiting.remove(sample)
+
+  def _begin(self, sample: Sample) -> bool:
+    """Gives a waiting sample its row, from those behind it if need be; whether it could."""
+    while True:
+      try:
+        self._place(sample)
+        return True
+      except (errors.OutOfPages, errors.OutOfRows):
+        if self.queue.running:
+          victim = self.queue.last()
+          if victim.order[0] <= sample.order[0]:
+            return False
+          self.preempt(victim)
+        elif not self._drop_swapped(sample):
+          return False
+
+  def _place(self, sample: Sample) -> None:
+    """Rows and pages for what the sample already has, if there is room for its next call, too."""
+    manager, origin = self.manager, sample.origin
+    longest = max(beam.length for beam in sample.beams)
+    ahead = longest + self.config.num_steps * self.calls.width
+    if sample.swapped:
+      self._check_room(self.most_pages(sample, ahead))
+      handles = [beam.handle for beam in sample.beams if beam.handle]
+      manager.swap_in_many(handles)
+      for beam, handle in zip(sample.beams, handles):
+        beam.swapped = False
+        self._run(beam, handle)
+    elif origin is not None and origin.row >= 0 and origin.decoding and origin.handle:
+      self._check_room(self.pages(ahead) - self.pages(sample.length) + 2)
+      handle = manager.clone(origin.handle, sample.number, num_tokens=sample.length - 1)
+      sample.decoding = True
+      self._run(sample, handle)
+    else:
+      requests = [Request(sample.number, tokens=np.array(sample.text, np.int32))]
+      requests += [Request(beam.number) for beam in sample.beams[1:]]
+      handles = manager.allocate_many(requests)
+      try:
+        self._check_room(self.most_pages(sample, ahead) - self.pages(sample.length) + 1)
+      except errors.OutOfPages:
+        manager.deallocate_many([request.request_id for request in requests])
+        raise
+      for beam, handle in zip(sample.beams, handles):
+        self._run(beam, handle)
+
+  def _check_room(self, needed: int) -> None:
+    """Raises unless that many pages, and what the running samples may take, are to be had."""
+    needed += self.growth(self.config.num_steps)
+    if self.queue.running and self.manager.num_free < needed:
+      free = self.manager.free_pages
+      if free < needed:
+        raise errors.OutOfPages(needed=needed, free=free)
+
+  def _drop_swapped(self, but: Sample) -> bool:
+    """Turns some swapped sample into one to compute again, so that its pages come free."""
+    swapped = [x for x in self.queue.waiting if x.swapped and x is not but]
+    if swapped:
+      self.forget(max(swapped, key=lambda sample: sample.order))
+    return bool(swapped)
+
+  # Preemption
+
+  def preempt(self, sample: Sample) -> None:
+    """Takes a sample's row and pages; all calls have been read."""
+    decoding = all(beam.decoding for beam in sample.beams)
+    self.withdraw(sample)
+    if not (decoding and self.swaps(sample) and self._swap_out(sample)):
+      self.forget(sample)
+    self.queue.add(sample.beams)
+
+  def withdraw(self, sample: Sample) -> None:
+    """Takes a sample off its row; it keeps its pages."""
+    for beam in sample.beams:
+      del self.queue.running[beam.row]
+      self.calls.changed[beam.row] = None
+      beam.row = -1
+    if sample in self._unstored:
+      self._unstored.remove(sample)
+
+  def forget(self, sample: Sample) -> None:
+    """A sample gives up what it holds: it is to be computed again, a search from its prompt on."""
+    held = [beam for beam in sample.beams if beam.handle]
+    self.manager.deallocate_many([beam.handle.request_id for beam in held if beam.handle])
+    for beam in sample.beams:
+      beam.handle, beam.swapped, beam.decoding, beam.prefilled = None, False, False, 0
+      if len(sample.beams) > 1:
+        beam.tokens, beam.logprobs, beam.ended = [], [], False
+    self.counts.recomputations += 1
+
+  def swaps(self, sample: Sample) -> bool:
+    """Whether preemption moves the sample's pages to the host, and does not compute them again."""
+    choice = self.config.preemption
+    if choice == "auto":
+      swap = 2 * self.pages(sample.length - 1) * self.swap_seconds
+      choice = "swap" if swap <= (sample.length - 1) * self.prompt_seconds else "recompute"
+    return choice == "swap" and self.config.options.swapping
+
+  def _swap_out(self, sample: Sample) -> bool:
+    try:
+      self.manager.swap_out_many([beam.handle for beam in sample.beams if beam.handle])
+    except errors.OutOfHostPages:
+      return False
+    for beam in sample.beams:
+      beam.swapped = True
+    self.counts.swaps += 1
+    return True
+
+  # Calls
+
+  def pieces(self) -> list[Piece]:
+    """What the next call computes of texts that are not in the cache yet."""
+    budget, pieces = self.config.prompt_sizes[-1], []
+    for sample in sorted(self.queue.running.values(), key=lambda sample: sample.order):
+      reading = not sample.decoding and sample is sample.beams[0] and not sample.completion
+      if reading and (budget or not sample.unread):
+        pieces.append(Piece(sample, min(budget, sample.unread)))
+        budget -= pieces[-1].num_tokens
+    return pieces
+
+  def started(self, pieces: list[Piece]) -> None:
+    """These pieces are computed."""
+    self._unstored += [piece.sample for piece in pieces if piece.sample.decoding]
+
+  # Afterwards
+
+  def end(self, sample: Sample) -> None:
+    """What a sample with its completion holds is given back by `tidy`; it draws no more."""
+    if sample.handle is None:
+      self.queue.waiting = [x for x in self.queue.waiting if x is not sample]
+      return
+    if sample.row >= 0:
+      self.calls.changed[sample.row] = None
+    self.ended.append(sample)
+
+  def tidy(self) -> None:
+    """Gives back what ended samples hold, and lets others start on what is written.
+
+    All calls have been read.
+    """
+    if self.config.options.prefix_cache:
+      for sample in self.ended:
+        self._store_all(sample)
+      for sample in self._unstored:
+        self._store_prompt(sample)
+    self._unstored.clear()
+    if self.ended:
+      held = [sample.handle.request_id for sample in self.ended if sample.handle]
+      self.manager.deallocate_many(held)
+    for sample in self.ended:
+      if sample.row >= 0:
+        del self.queue.running[sample.row]
+      self.queue.waiting = [x for x in self.queue.waiting if x is not sample]
+      sample.handle, sample.row = None, -1
+    self.ended.clear()
+
+  def _store_all(self, sample: Sample) -> None:
+    """What others may start on when a sample has ended: its prompt, and its whole text."""
+    handle, entry = sample.handle, sample.entry
+    failed = sample.completion is None or sample.completion.error is not None
+    if handle is None or sample.row < 0 or not sample.decoding or failed:
+      return
+    if entry.logits is not None and handle.num_cached < len(entry.prompt):
+      self.manager.store_prefix(handle, entry.prompt, last_logits=entry.logits)
+      entry.logits = None
+    if len(sample.beams) == 1:
+      self.manager.store_prefix(handle, sample.text[:-1])
+
+  def _store_prompt(self, sample: Sample) -> None:
+    """The whole pages of a prompt, before anything has ended."""
+    whole = sample.prefilled // self.config.cache.page_size * self.config.cache.page_size
+    if whole and sample.row >= 0 and sample.completion is None:
+      self.manager.store_prefix(sample.handle, sample.text[:whole])
