@@ -88,6 +88,11 @@ class Sample:
     """Those that run only together: all of a beam search, or itself alone."""
     return self.entry.samples if self.sampling.num_beams > 1 else [self]
 
+  def could_share(self, origin: "Sample") -> bool:
+    """Whether all of its text but the last token is on the pages of `origin`'s row."""
+    shared = self.text[:-1]
+    return origin.row >= 0 and origin.decoding and origin.text[:-1][: len(shared)] == shared
+
   @property
   def order(self) -> tuple[int, int]:
     """Who comes first has the smaller one."""

@@ -182,7 +182,7 @@ class Scheduler:
       for beam, handle in zip(sample.beams, handles):
         beam.swapped = False
         self._run(beam, handle)
-    elif origin is not None and origin.row >= 0 and origin.decoding and origin.handle:
+    elif origin is not None and origin.handle and sample.could_share(origin):
       self._check_room(self.pages(ahead) - self.pages(sample.length) + 2)
       handle = manager.clone(origin.handle, sample.number, num_tokens=sample.length - 1)
       sample.decoding = True
@@ -323,6 +323,7 @@ class Scheduler:
 
   def _store_prompt(self, sample: Sample) -> None:
     """The whole pages of a prompt, before anything has ended."""
-    whole = sample.prefilled // self.config.cache.page_size * self.config.cache.page_size
+    size = self.config.cache.page_size
+    whole = (sample.length - 1) // size * size
     if whole and sample.row >= 0 and sample.completion is None:
       self.manager.store_prefix(sample.handle, sample.text[:whole])

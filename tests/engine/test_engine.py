@@ -10,52 +10,13 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import PROMPTS, SIZE, Words, engine, finish, force_preemption
 
 from paged_jax import jitted
-from paged_jax.engine import Engine, EngineConfig, Sampling, program
+from paged_jax.engine import PromptLookup, Sampling, program
 from paged_jax.engine import calls as calls_lib
 from paged_jax.host import Request, errors
 
-SIZE, NUM_PAGES, NUM_ROWS = 4, 40, 8
-
-
-class Words:
-  """A tokenizer: a letter per token."""
-
-  def decode(self, tokens):
-    return "".join(chr(97 + token) for token in tokens)
-
-
-def engine(
-  *, model=tiny.MODEL, num_steps=4, preemption="swap", eos=(), options=None, num_pages=NUM_PAGES
-):
-  """An engine on a pool of which others hold all but `num_pages` pages: one shape, one compilation."""
-  config = EngineConfig(
-    tiny.cache(num_pages=NUM_PAGES, num_rows=NUM_ROWS), tiny.options(**(options or {})),
-    num_steps=num_steps, prompt_sizes=(16,), eos=eos, preemption=preemption,
-  )  # fmt: skip
-  e = Engine(model, config, tokenizer=Words())
-  left = NUM_PAGES - num_pages
-  while left:
-    part = min(left, tiny.LONGEST // SIZE)
-    e.manager.allocate(Request(("outsider", left), part * SIZE))
-    left -= part
-  return e
-
-
-def finish(engine):
-  while engine.step():
-    pass
-  for handle in engine.manager.list_handles():
-    assert handle.request_id[0] == "outsider"
-    engine.manager.deallocate(handle.request_id)
-  report = engine.manager.audit()
-  assert report.clean, report
-  stats = engine.manager.stats()
-  assert stats.free_pages + stats.reclaimable_pages == stats.num_pages
-
-
-PROMPTS = [(1, 2, 3), (5,), tuple(range(4, 13)), (9, 8, 7, 6), (3,) * 17, (1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
@@ -76,6 +37,7 @@ def stories(draw):
     num_steps=draw(st.sampled_from([1, 4])),
     preemption=draw(st.sampled_from(["swap", "recompute"])),
     num_pages=draw(st.sampled_from([8, 9, 13, 24])),
+    drafter=draw(st.sampled_from([None, PromptLookup(3)])),
     options=dict(
       prefix_cache=draw(st.booleans()), num_host_pages=draw(st.sampled_from([0, 3, 64]))
     ),
@@ -86,7 +48,7 @@ def stories(draw):
     prompt = shared[: draw(st.integers(0, 10))] + tuple(
       draw(st.lists(st.integers(0, tiny.VOCABULARY - 1), min_size=1, max_size=9))
     )
-    most = 29 - len(prompt)  # eight pages, the rest is for a copied tail
+    most = 33 - len(prompt)  # eight pages
     requests.append(
       dict(
         arrival=draw(st.integers(0, 6)),
@@ -101,13 +63,6 @@ def stories(draw):
     )
   forced = draw(st.lists(st.booleans(), min_size=8, max_size=8))  # preempt the last one then
   return setting, requests, forced
-
-
-def force_preemption(e):
-  e._drain()
-  e._scheduler.tidy()
-  if e._queue.running:
-    e._scheduler.preempt(e._queue.last())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -176,6 +131,29 @@ def test_shared_beginnings_are_computed_once():
   again = e.generate([(*prompts[0], *got[0][0].tokens)], Sampling(max_new_tokens=3))
   assert again[0][0].tokens == tiny.greedy((*prompts[0], *got[0][0].tokens), 3)
   assert e.counts.prompt_tokens == 17 + 3 + 1  # generated text is found, too
+  finish(e)
+
+
+def test_a_prompt_that_is_cached_with_its_logits_is_not_computed_again():
+  e = engine()
+  prompts = [tuple(range(8)), tuple(range(10, 21))]  # one ends a page, one does not
+  first = e.generate(prompts, Sampling(max_new_tokens=6))
+  computed = e.counts.prompt_tokens
+  again = e.generate(prompts, Sampling(max_new_tokens=6))
+  assert [c[0].tokens for c in again] == [tiny.greedy(p, 6) for p in prompts]
+  assert again == first  # log-probabilities, too
+  assert e.counts.prompt_tokens == computed
+  hot = Sampling(max_new_tokens=6, temperature=2.0, seed=5)
+  assert e.generate(prompts, hot) == engine().generate(prompts, hot)
+  finish(e)
+
+
+def test_a_request_that_shares_its_last_page_with_the_cache_alone_gets_it():
+  e = engine(num_pages=3)
+  prompt = tuple(range(9))  # three pages, the last one is kept for whoever asks the same
+  e.generate([prompt], Sampling(max_new_tokens=1))
+  (done,) = e.generate([prompt], Sampling(max_new_tokens=4))[0]
+  assert done.tokens == tiny.greedy(prompt, 4)
   finish(e)
 
 
@@ -277,20 +255,13 @@ def seal(e, monkeypatch):
   state.cache, calls._rows, calls._past = map(Sealed, (state.cache, calls._rows, calls._past))
 
 
-def drive(e):
-  handles = [
-    e.submit(p, Sampling(max_new_tokens=12, num_samples=1 + i % 2)) for i, p in enumerate(PROMPTS)
-  ]
-  while e.step():
-    pass
-  return handles
-
-
 def test_nothing_of_the_device_is_read_but_reports(monkeypatch):
   e = engine()
   seal(e, monkeypatch)
-  for prompt, handle in zip(PROMPTS, drive(e)):
-    assert handle.tokens[0] == tiny.greedy(prompt, 12)
+  wanted = [Sampling(max_new_tokens=12, num_samples=1 + i % 2) for i in range(len(PROMPTS))]
+  for _ in range(2):  # the second time all prompts are cached, with their logits
+    for prompt, done in zip(PROMPTS, e.generate(PROMPTS, wanted)):
+      assert done[0].tokens == tiny.greedy(prompt, 12)
 
 
 @pytest.mark.parametrize(

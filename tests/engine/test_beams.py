@@ -1,0 +1,134 @@
+"""Beam search on the device against one by hand on the host."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from serving import PROMPTS, engine, finish, force_preemption
+
+from paged_jax.engine import Sampling, beams
+
+
+def test_one_step_by_hand():
+  choice = beams.choose(
+    jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]])),
+    groups=jnp.array([0, 0, 4, 0], jnp.int32),  # row 2 is alone
+    scores=jnp.log(jnp.array([0.4, 0.3, 0.0, 0.25])),
+    ended=jnp.array([False, False, False, True]),
+    num_beams=3,
+  )
+  # 0.27 = row 1 with token 0, 0.25 = row 3 as it is, 0.2 = row 0 with token 0
+  assert choice.sources.tolist() == [1, 3, 2, 0]
+  assert choice.grows.tolist() == [True, False, False, True]
+  assert [choice.tokens[0], choice.tokens[3]] == [0, 0]
+  np.testing.assert_allclose(jnp.exp(choice.scores), [0.27, 0.25, 0.0, 0.2], rtol=1e-5)
+
+
+def test_what_is_not_a_number_is_never_chosen():
+  choice = beams.choose(
+    jnp.array([[jnp.nan, jnp.nan], [0.0, jnp.nan]]), groups=jnp.zeros(2, jnp.int32),
+    scores=jnp.zeros(2), ended=jnp.zeros(2, bool), num_beams=2,
+  )  # fmt: skip
+  assert choice.sources.tolist() == [1, 1]
+  assert choice.grows.tolist() == [True, False]
+
+
+@functools.cache
+def logprobs(text: tuple[int, ...]) -> np.ndarray:
+  """Of the next token, from the whole text."""
+  tokens = np.zeros(tiny.LONGEST, np.int32)
+  tokens[: len(text)] = text
+  return np.asarray(jax.nn.log_softmax(tiny._dense(tiny.MODEL, tokens)[len(text) - 1]))
+
+
+def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0):
+  """Texts and their log-probabilities, best first."""
+  found = [((), 0.0, False)]
+  for _ in range(max_new_tokens):
+    candidates = [each for each in found if each[2]]
+    for text, score, ended in found:
+      if not ended:
+        gains = logprobs((*prompt, *text))
+        for token in np.argsort(-gains)[:num_beams].tolist():
+          candidates.append(((*text, token), score + float(gains[token]), token in stops))
+    found = sorted(candidates, key=lambda each: -each[1])[:num_beams]
+  ranked = sorted(found, key=lambda each: -each[1] / len(each[0]) ** length_penalty)
+  return [(list(text), score) for text, score, _ in ranked]
+
+
+def check(completions, wanted):
+  assert [c.tokens for c in completions] == [text for text, _ in wanted]
+  assert [sum(c.logprobs) for c in completions] == pytest.approx([x for _, x in wanted], abs=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_pages", [16, 40])
+def test_searches_find_what_they_find_alone(num_steps, num_pages):
+  e = engine(max_beams=4, num_steps=num_steps, num_pages=num_pages)
+  wanted = [Sampling(max_new_tokens=7, num_beams=1 + i % 4) for i in range(len(PROMPTS))]
+  for prompt, each, got in zip(PROMPTS, wanted, e.generate(PROMPTS, wanted)):
+    if each.num_beams == 1:
+      assert got[0].tokens == tiny.greedy(prompt, 7)
+    else:
+      check(got, search(prompt, each.num_beams, 7))
+  finish(e)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5])
+def test_texts_that_end_keep_their_place_and_are_ranked(length_penalty):
+  e = engine(max_beams=3)
+  for prompt in PROMPTS[:3]:
+    plain = search(prompt, 3, 8)
+    stops = (plain[0][0][2], plain[1][0][4])
+    wanted = Sampling(
+      max_new_tokens=8, num_beams=3, stop_tokens=stops, length_penalty=length_penalty
+    )
+    (got,) = e.generate([prompt], wanted)
+    check(got, search(prompt, 3, 8, stops, length_penalty))
+    assert {c.reason for c in got} <= {"stop", "length"}
+    assert any(c.reason == "stop" for c in got)
+  finish(e)
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_a_preempted_search_finds_the_same(preemption):
+  for moment in range(1, 6):
+    e = engine(max_beams=3, num_steps=1, preemption=preemption)
+    handle = e.submit(PROMPTS[2], Sampling(max_new_tokens=6, num_beams=3))
+    for _ in range(moment):
+      e.step()
+    force_preemption(e)
+    finish(e)
+    check(handle.completions, search(PROMPTS[2], 3, 6))
+
+
+def test_a_cancelled_search_gives_everything_back():
+  e = engine(max_beams=3)
+  handle = e.submit(PROMPTS[2], Sampling(max_new_tokens=20, num_beams=3))
+  e.step()
+  e.step()
+  handle.cancel()
+  finish(e)
+  assert [c.reason for c in handle.completions] == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize(
+  "text, fields",
+  [
+    ("num_beams must be at most max_beams=4, got 5", dict(num_beams=5)),
+    ("the request needs 48 pages, but there are 40", dict(num_beams=4, max_new_tokens=48)),
+  ],
+)
+def test_impossible_searches_are_refused(text, fields):
+  e = engine(max_beams=4)
+  with pytest.raises(ValueError, match=text):
+    e.submit((1,), Sampling(**(dict(max_new_tokens=4) | fields)))
+
+
+@pytest.mark.parametrize("fields", [dict(temperature=1.0), dict(num_samples=2), dict(stop=("a",))])
+def test_a_search_neither_draws_nor_stops_at_texts(fields):
+  with pytest.raises(ValueError, match="num_beams=2 goes with"):
+    Sampling(num_beams=2, **fields)

@@ -1,0 +1,85 @@
+"""Speculative decoding: the text is that of plain decoding, in fewer passes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+import tiny
+from serving import PROMPTS, engine, finish
+
+from paged_jax.engine import PromptLookup, Sampling
+
+
+@pytest.mark.parametrize(
+  "text, longest, drafts",
+  [
+    ([5, 6, 7, 8, 5, 6], 3, [7, 8, 5]),
+    ([5, 6, 1, 5, 6, 2, 9, 5, 6], 3, [2, 9, 5]),  # the latest of two
+    ([1, 5, 6, 3, 2, 5, 6, 4, 1, 5, 6], 3, [3, 2, 5]),  # the longest ending
+    ([1, 5, 6, 3, 2, 5, 6, 4, 1, 5, 6], 2, [4, 1, 5]),
+    ([1, 2, 3], 3, [3, 3, 3]),  # nothing like it before
+    ([7, 7], 3, [7, 7, 7]),  # past the end: the last token
+    ([4], 3, [4, 4, 4]),
+  ],
+)
+def test_prompt_lookup_repeats_what_followed(text, longest, drafts):
+  texts = jnp.array([text + [9] * (12 - len(text))] * 2, jnp.int32)
+  got = PromptLookup(3, longest)(texts, jnp.array([len(text)] * 2, jnp.int32))
+  assert got.tolist() == [drafts] * 2
+
+
+@pytest.mark.parametrize("field", ["num_drafts", "longest"])
+def test_a_drafter_that_drafts_nothing_is_refused(field):
+  with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+    PromptLookup(**{field: 0})
+
+
+@dataclasses.dataclass(frozen=True)
+class Stubborn:
+  """Drafts one token for ever."""
+
+  num_drafts: int
+  token: int
+
+  def __call__(self, texts, lengths):
+    return jnp.full((texts.shape[0], self.num_drafts), self.token, jnp.int32)
+
+
+@pytest.mark.parametrize("drafter", [PromptLookup(3), Stubborn(2, 3)])
+@pytest.mark.parametrize("num_pages", [9, 24])
+def test_text_is_that_of_plain_decoding(drafter, num_pages):
+  e = engine(drafter=drafter, num_pages=num_pages)
+  got = e.generate(PROMPTS, Sampling(max_new_tokens=12))
+  assert [c[0].tokens for c in got] == [tiny.greedy(p, 12) for p in PROMPTS]
+  finish(e)
+
+
+def test_drawn_text_and_its_logprobs_are_those_of_plain_decoding():
+  hot = [
+    Sampling(max_new_tokens=14, temperature=1.5, repetition_penalty=1.3, seed=i, top_k=9)
+    for i in range(len(PROMPTS))
+  ]
+  plain = engine().generate(PROMPTS, hot)
+  for got, want in zip(engine(drafter=PromptLookup(3)).generate(PROMPTS, hot), plain):
+    assert got[0].tokens == want[0].tokens
+    assert got[0].logprobs == pytest.approx(want[0].logprobs, abs=1e-4)
+
+
+def test_stops_are_found_among_accepted_drafts():
+  text = tiny.greedy(PROMPTS[4], 24)
+  for stop in {*text[6:]}:
+    wanted = Sampling(max_new_tokens=24, stop_tokens=(stop,))
+    (done,) = engine(drafter=PromptLookup(3)).generate([PROMPTS[4]], wanted)[0]
+    assert done.tokens == text[: text.index(stop) + 1]
+
+
+def test_repetition_is_drawn_in_fewer_steps():
+  prompt, calls = (3,) * 17, {}
+  (text,) = (tiny.greedy(prompt, 28),)
+  assert len({*text[-12:]}) < 6  # the tiny model comes to repeat itself
+  for drafter in (None, PromptLookup(3)):
+    e = engine(drafter=drafter, num_steps=1)
+    assert e.generate([prompt], Sampling(max_new_tokens=28))[0][0].tokens == text
+    calls[drafter] = e.counts.calls
+    finish(e)
+  assert calls[PromptLookup(3)] < 0.7 * calls[None]
