@@ -17,17 +17,19 @@ import tokenizers
 import typer
 
 import paged_jax
-from paged_jax import attention, demo, generation, jitted, models
-from paged_jax.generation import Request, Update
+from paged_jax import attention, demo, models, progress
+from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
+from paged_jax.progress import Update
 from paged_jax.text import Text
-from paged_jax.types import Cache
 
 # The base class, which typer takes from its own click or from another, by version.
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 Abort = typer.Abort
 
 _MAX_ROWS = 32  # samples at once, unless one prompt asks for more
+_PROMPT_SIZES = (32, 128, 512)  # the smallest that takes all prompts, or the largest
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="A paged KV cache for JAX.")
 app.command("demo")(demo.run)
@@ -104,23 +106,20 @@ def generate(
   if stop and (tokenizer is None or not all(stop)):
     raise ValueError("--stop needs a text, and a model with a tokenizer")
   texts = [Text(tokenizer, prompt, tuple(stop or ())) for prompt in ids]
-  requests = [
-    Request(
-      prompt=text.prompt, max_new_tokens=max_new_tokens, num_samples=num_samples,
-      temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-      stop=text.end if stop else generation.never,
-    )
-    for text in texts
-  ]  # fmt: skip
+  wanted = Sampling(
+    max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=temperature, top_k=top_k,
+    top_p=top_p, seed=seed, stop=tuple(stop or ()),
+  )  # fmt: skip
   if output_ids:
     output_ids.touch()
 
   with rich.console.Console(stderr=True).status("loading and compiling"):
     decoder = models.load(folder, dtype)
-    requests = [_fit(x, i, decoder.config.max_length) for i, x in enumerate(requests, start=1)]
-    cache = _init(decoder, requests, page_size, num_pages)
-    updates = generation.stream(decoder, cache, requests, eos=models.eos_tokens(folder))
+    requests = [_fit(x, i, wanted, decoder.config.max_length) for i, x in enumerate(ids, start=1)]
+    engine = _engine(decoder, requests, page_size, num_pages, models.eos_tokens(folder), tokenizer)
+    updates = progress.follow(engine, requests)
     last = next(updates)
+    engine.warm_up()
   samples = [text for text in texts for _ in range(num_samples)]
   writer = Writer(samples, _labels(len(texts), num_samples))
   for update in updates:
@@ -220,34 +219,51 @@ def _read_ids(file: Path) -> list[tuple[int, ...]]:
   return [tuple(prompt) for prompt in ids]
 
 
-def _fit(request: Request, number: int, max_length: int) -> Request:
-  """The request with no more new tokens than the model has positions for."""
-  room = max_length - len(request.prompt)
+def _fit(
+  prompt: tuple[int, ...], number: int, wanted: Sampling, max_length: int
+) -> tuple[tuple[int, ...], Sampling]:
+  """The prompt, to be continued with no more new tokens than the model has positions for."""
+  room = max_length - len(prompt)
   if room < 1:
     raise ValueError(
-      f"prompt {number} has {len(request.prompt)} tokens, but the model takes {max_length},"
+      f"prompt {number} has {len(prompt)} tokens, but the model takes {max_length},"
       " new ones included"
     )
-  return dataclasses.replace(request, max_new_tokens=min(request.max_new_tokens, room))
+  most = min(wanted.max_new_tokens, room)
+  return prompt, dataclasses.replace(wanted, max_new_tokens=most)
 
 
-def _init(
-  decoder: Decoder, requests: list[Request], page_size: int, num_pages: int | None
-) -> Cache:
-  """An empty cache for requests with the same number of samples each."""
-  num_samples = requests[0].num_samples
+def _engine(
+  decoder: Decoder,
+  requests: list[tuple[tuple[int, ...], Sampling]],
+  page_size: int,
+  num_pages: int | None,
+  eos: Sequence[int],
+  tokenizer: tokenizers.Tokenizer | None,
+) -> Engine:
+  """An engine on a cache that is large enough for as many of these requests as have rows at once."""
+  num_samples = requests[0][1].num_samples
   at_once = max(1, min(len(requests), _MAX_ROWS // num_samples))
-  needs = sorted(generation.pages_for(request, page_size) for request in requests)
+  lengths = [len(prompt) - 1 + sampling.max_new_tokens for prompt, sampling in requests]
+  shared = [(len(prompt) - 1) // page_size for prompt, _ in requests]  # by all samples
+  needs = sorted(s + num_samples * (-(-n // page_size) - s) for n, s in zip(lengths, shared))
   config = models.cache_config(
     decoder.config,
     num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
     num_rows=at_once * num_samples,
     page_size=page_size,
-    max_length=max(request.num_tokens for request in requests),
+    max_length=max(lengths),
     dtype=decoder.embed_tokens.weight.dtype,
-  )
+  ).stored_for(jax.default_backend())
+  total = sum(len(prompt) for prompt, _ in requests)
+  budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
+  options = ManagerConfig(prefix_cache=len(requests) > 1)
   try:
-    return jax.block_until_ready(jitted.init(config.stored_for(jax.default_backend())))
+    return Engine(
+      decoder,
+      EngineConfig(config, options, prompt_sizes=(budget,), eos=tuple(eos)),
+      tokenizer=tokenizer,
+    )
   except jax.errors.JaxRuntimeError:
     size = config.num_pages * config.page_bytes
     raise ValueError(f"there is no memory for a cache of {size:,} bytes") from None

@@ -10,8 +10,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 
-from paged_jax import generation, jitted, models, viz
-from paged_jax.generation import Request, Update
+from paged_jax import models, progress, viz
+from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.host import ManagerConfig
+from paged_jax.progress import Update
 from paged_jax.text import Text
 
 PROMPTS = (
@@ -52,15 +54,28 @@ def start(decoder: models.Decoder, texts: list[Text]) -> Iterator[Update]:
     decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE, max_length=256,
     dtype=decoder.embed_tokens.weight.dtype,
   )  # fmt: skip
-  requests = [
-    Request(
-      text.prompt, max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95,
-      seed=100 * i, stop=text.end,
-    )
-    for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
-  ]  # fmt: skip
-  cache = jitted.init(config.stored_for(jax.default_backend()))
-  return generation.stream(decoder, cache, requests, num_steps=4)
+  engine = Engine(
+    decoder,
+    EngineConfig(
+      config.stored_for(jax.default_backend()), ManagerConfig(prefix_cache=False), num_steps=4,
+      prompt_sizes=(128,),
+    ),
+    tokenizer=texts[0].tokenizer,
+  )  # fmt: skip
+  engine.warm_up()
+  return progress.follow(
+    engine,
+    [
+      (
+        text.prompt,
+        Sampling(
+          max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95, seed=100 * i,
+          stop=text.stops,
+        ),
+      )
+      for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
+    ],
+  )  # fmt: skip
 
 
 def events(before: Update, after: Update) -> list[str]:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from paged_jax import cli, models
 from paged_jax.commands import Writer
-from paged_jax.generation import Summary, Update
+from paged_jax.progress import Summary, Update
 from paged_jax.text import Text
 
 # A model with one token per byte, small enough to compile in seconds.
@@ -165,10 +165,10 @@ BAD = [
   (["generate", "--prompt-ids", "text.json"], "text.json must hold whole numbers, got 'a'"),
   (["generate", "--prompt-ids", "none.json"], "none.json has no prompt"),
   (["generate", "--prompt-ids", "empty.json"], "prompt 2 is empty"),
-  (["generate", "--prompt-ids", "large.json"], "prompt 1 has token 256, but the vocabulary has"),
-  (["generate", "--prompt-ids", "negative.json"], "prompt 2 has token -1, but the vocabulary has"),
+  (["generate", "--prompt-ids", "large.json"], "request 1: prompt has token 256, but the vocabulary has"),
+  (["generate", "--prompt-ids", "negative.json"], "request 2: prompt has token -1, but the vocabulary has"),
   (["generate", "a", "--output-ids", "no/file.json"], "[Errno 2] No such file or directory"),
-  (["generate", "a", "--num-pages", "2"], "prompt 1 needs 4 pages, but 2 are free"),
+  (["generate", "a", "--num-pages", "2"], "request 1: the request needs 4 pages, but there are 2"),
   (["generate", "a", "--num-pages", "0"], "Invalid value for '--num-pages'"),
   (["generate", "a", "--page-size", "0"], "Invalid value for '--page-size'"),
   (["generate", "a", "--temperature", "-1"], "temperature is out of range: -1.0"),

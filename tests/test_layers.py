@@ -19,7 +19,7 @@ LAYERS = {
   "jitted": 4, "sharding": 4,
   "testing": 5, "models": 5, "host": 5,
   "engine": 6, "viz": 6,
-  "generation": 7,
+  "progress": 7,
   "demo": 8,
   "commands": 9,
   "cli": 10,

@@ -76,19 +76,25 @@ class Calls:
     self._eos, self._drafter, self._max_beams = eos, drafter, max_beams
     self._config: CacheConfig = manager.config
     self.vocab_size = jax.eval_shape(_probe, model, manager.cache).shape[1]
-    self.seconds_waited = 0.0
+    self.seconds_waited = 0.0  # for reports: what the device takes beyond the host's own work
+    self.copies = 0  # pages that calls copied on write
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
+    # Placed for good from the start: what is placed later compiles everything again.
+    self._where = manager.cache.num_free.sharding
     s, longest = self._config.num_rows, self._config.pages_per_row * self._config.page_size + 1
-    self._rows = jax.device_put(self._row_arrays({}))
+    self._rows = jax.device_put(self._row_arrays({}), self._where)
     self._past = jax.device_put(
       program.Past(
         seen=jnp.zeros((s, self.vocab_size), bool),
         texts=jnp.zeros((s, longest if drafter else 0), jnp.int32),
         logits=jnp.zeros((s, self.vocab_size), jnp.float32),
-      )
+      ),
+      self._where,
     )
-    self._unchanged = jax.device_put(program.Edits(np.zeros(s, bool), self._row_arrays({})))
+    self._unchanged = jax.device_put(
+      program.Edits(np.zeros(s, bool), self._row_arrays({})), self._where
+    )
 
   def __len__(self) -> int:
     return len(self._calls)
@@ -149,7 +155,8 @@ class Calls:
       if count == sample.unread:
         starts[[beam.row for beam in sample.beams]] = True
         last[sample.row] = at - 1 if count else size
-    return program.Prompts(tokens, rows, positions, starts, last)
+    prompts = program.Prompts(tokens, rows, positions, starts, last)
+    return jax.device_put(prompts, self._where)
 
   def _edits(self) -> program.Edits:
     """The rows whose sample has changed since the last call."""
@@ -165,7 +172,7 @@ class Calls:
         self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
         sample.handle.last_logits = None
     self.changed.clear()
-    return program.Edits(changed, self._row_arrays(samples))
+    return jax.device_put(program.Edits(changed, self._row_arrays(samples)), self._where)
 
   def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
     s, vocab = self._config.num_rows, self.vocab_size
@@ -196,6 +203,7 @@ class Calls:
     began = time.perf_counter()
     report = jax.device_get(call.report)
     self.seconds_waited += time.perf_counter() - began
+    self.copies += int(report.copies)
     self._manager.settle(programs=1)
     drawn, beams = [], {}
     for row, sample in call.samples.items():

@@ -52,14 +52,20 @@ class RequestHandle:
     return [list(sample.tokens) for sample in self._entry.samples]
 
   @property
-  def completions(self) -> list[Completion]:
-    """Those of its samples that have ended."""
-    return [sample.completion for sample in self._entry.samples if sample.completion]
+  def completions(self) -> list[Completion | None]:
+    """Of each sample, None while it goes on; of a beam search the best one first."""
+    return [sample.completion for sample in self._entry.samples]
 
   @property
   def num_cached(self) -> int:
     """Tokens of its prompt that were not computed, because the prefix cache had them."""
     return self._entry.num_cached
+
+  @property
+  def rows(self) -> dict[int, int]:
+    """Which sample is in which row, for those that run."""
+    samples = list(self._entry.samples)
+    return {sample.row: sample.nth for sample in samples if sample.row >= 0}
 
   def cancel(self) -> None:
     """Ends it before the next call; what it has drawn stays readable."""
@@ -140,6 +146,11 @@ class Engine:
   def counts(self) -> Counts:
     """What it has done."""
     return self._scheduler.counts
+
+  @property
+  def num_copies(self) -> int:
+    """Pages copied on write."""
+    return self._calls.copies + self.manager.num_copies
 
   @property
   def vocab_size(self) -> int:
@@ -306,7 +317,7 @@ class Engine:
     if not all(handle.done for handle in handles):
       needed = self._scheduler.pages(self._queue.waiting[0].length)
       raise errors.OutOfPages(needed=needed, free=self.manager.free_pages)
-    return [handle.completions for handle in handles]
+    return [[done for done in handle.completions if done] for handle in handles]
 
   # Streams
 
@@ -338,7 +349,7 @@ class Engine:
       if not handle.done:
         handle.cancel()
     for completion in handle.completions:
-      if completion.error is not None:
+      if completion and completion.error is not None:
         raise RuntimeError(completion.error)
 
   def start(self) -> None:

@@ -73,6 +73,7 @@ class Report(NamedTuple):
   remaining: jax.Array  # i32[S] tokens still to draw
   scores: jax.Array  # f32[S]
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
+  copies: jax.Array  # i32[] pages copied on write
 
 
 class _State(NamedTuple):
@@ -137,6 +138,7 @@ def run(
       remaining=rows.remaining,
       scores=rows.scores,
       broken=jnp.zeros(s, bool),
+      copies=jnp.zeros((), jnp.int32),
     ),
     growth=jnp.zeros((num_steps, s), jnp.int32),
     kept=jnp.full((num_steps, s), -1, jnp.int32),
@@ -171,6 +173,7 @@ def _step(
   starts = jnp.zeros(s, bool) if prompts is None else prompts.starts
   tokens, widths = _batch(drafter, rows, past, cache.lengths)
   widths = jnp.where(starts, 0, widths)
+  copies = jnp.sum(paged_jax.pages_needed(cache, widths) - _new_pages(cache, widths))
   cache, info = paged_jax.extend(cache, widths)
   widths = jnp.where(info.ok, widths, 0)
   growth = state.growth.at[step].set(widths)
@@ -235,6 +238,7 @@ def _step(
       remaining=rows.remaining,
       scores=rows.scores,
       broken=report.broken | broken,
+      copies=report.copies + copies,
     ),
     growth=growth,
     kept=state.kept.at[step].set(kept),
@@ -253,6 +257,12 @@ def _batch(
     alone = rows.groups == rows.groups.shape[0]
     widths = jnp.where(alone, jnp.minimum(rows.remaining, tokens.shape[1]), widths)
   return tokens, widths
+
+
+def _new_pages(cache: Cache, num_tokens: jax.Array) -> jax.Array:
+  """Pages i32[S] behind a row's last one that so many more tokens reach."""
+  size, lengths = cache.ledger.page_size, cache.lengths
+  return (lengths + num_tokens + size - 1) // size - (lengths + size - 1) // size
 
 
 def _logits(

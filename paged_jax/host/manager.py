@@ -445,9 +445,7 @@ class Manager:
     taker.writers = giver.writers[:num_tokens]
     self._event("forked", taker.request_id, -(-num_tokens // size), num_tokens)
 
-  def clone(
-    self, handle: Handle, request_id: Hashable, *, num_tokens: int | None = None
-  ) -> Handle:
+  def clone(self, handle: Handle, request_id: Hashable, *, num_tokens: int | None = None) -> Handle:
     """A new sequence that shares the pages of `handle`'s first `num_tokens`, by default of all."""
     with self._transition():
       sequence, row = self._running(handle)
@@ -506,6 +504,16 @@ class Manager:
   def num_free(self) -> int:
     """Free pages."""
     return self._state.num_free
+
+  @property
+  def num_copies(self) -> int:
+    """Pages copied on write by the manager's own verbs; programs count theirs."""
+    return self._count["copies"]
+
+  @property
+  def num_mapped(self) -> int:
+    """Pages that rows map, a shared one once for each: what they would take, were none shared."""
+    return int(np.count_nonzero(self._state.block_tables < self.config.num_pages))
 
   @property
   def num_idle(self) -> int:
