@@ -259,7 +259,7 @@ class Engine:
       loop.call_soon_threadsafe(arrived.put_nowait, (nth, tokens, logprobs))
 
     handle = self.submit(prompt, sampling, priority=priority, on_token=on_token)
-    self._start()
+    self.start()
     try:
       seen = 0
       while not (handle.done and seen == sum(map(len, handle.tokens))):
@@ -274,7 +274,8 @@ class Engine:
       if completion.error is not None:
         raise RuntimeError(completion.error)
 
-  def _start(self) -> None:
+  def start(self) -> None:
+    """Starts the engine's own thread, if it has none; it does the steps until `close`."""
     with self._lock:
       if self._thread is None:
         self._stopping = False
