@@ -151,6 +151,9 @@ def serve(
     int | None, typer.Option(min=2, help="Longest text in tokens; default: the model's.")
   ] = None,
   num_steps: Annotated[int, typer.Option(min=1, help="Tokens per sample and call.")] = 8,
+  prompt_size: Annotated[
+    list[int], typer.Option(min=1, help="Prompt tokens of a call; repeatable.")
+  ] = [32, 128, 512],  # noqa: B006 (typer makes a list of its own)
   max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
   dtype: Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")] = None,
 ) -> None:
@@ -175,7 +178,7 @@ def serve(
         decoder,
         EngineConfig(
           config.stored_for(jax.default_backend()), num_steps=num_steps,
-          eos=models.eos_tokens(folder),
+          prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
         ),
         tokenizer=tokenizer,
       )  # fmt: skip
