@@ -24,6 +24,7 @@ from paged_jax import attention, demo, generation, jitted, models
 from paged_jax.config import CacheConfig
 from paged_jax.engine import Engine, EngineConfig
 from paged_jax.generation import Request, Update
+from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
 from paged_jax.text import Text
 from paged_jax.types import Cache
@@ -146,6 +147,9 @@ def serve(
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
   ] = None,
+  num_host_pages: Annotated[
+    int, typer.Option(min=0, help="Pages in host memory, for samples that must wait.")
+  ] = 512,
   num_rows: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
   max_length: Annotated[
     int | None, typer.Option(min=2, help="Longest text in tokens; default: the model's.")
@@ -177,14 +181,13 @@ def serve(
       engine = Engine(
         decoder,
         EngineConfig(
-          config.stored_for(jax.default_backend()), num_steps=num_steps,
+          config.stored_for(jax.default_backend()),
+          ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
           prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
         ),
         tokenizer=tokenizer,
       )  # fmt: skip
-    with rich.progress.Progress(console=console, transient=True) as progress:
-      task = progress.add_task("compiling")
-      engine.warm_up(lambda done, total: progress.update(task, completed=done, total=total))
+    _warm_up(engine, console)
     name = name or folder.resolve().name
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
     shown = f"[{host}]" if ":" in host else host
@@ -320,6 +323,13 @@ def _init(
   )
   with _memory_for(config):
     return jax.block_until_ready(jitted.init(config.stored_for(jax.default_backend())))
+
+
+def _warm_up(engine: Engine, console: rich.console.Console) -> None:
+  """Compiles the engine's programs behind a progress bar."""
+  with rich.progress.Progress(console=console, transient=True) as progress:
+    task = progress.add_task("compiling")
+    engine.warm_up(lambda done, total: progress.update(task, completed=done, total=total))
 
 
 @contextlib.contextmanager

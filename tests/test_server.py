@@ -226,7 +226,7 @@ def test_what_neutral_or_null_fields_ask_for_is_nothing(client, served):
 
 def test_without_max_tokens_there_are_16_or_what_is_left(client):
   wanted = dict(model=NAME, temperature=0)
-  assert client.completions.create(prompt=[1], **wanted).usage.completion_tokens == 16
+  assert client.completions.create(prompt=PROMPTS[0], **wanted).usage.completion_tokens == 16
   assert client.completions.create(prompt=[1] * 125, **wanted).usage.completion_tokens == 3
 
 
@@ -463,7 +463,7 @@ def folder(tmp_path):
 
 def test_the_command_serves_until_interrupted(folder):
   command = [sys.executable, "-m", "paged_jax.cli", "serve", "--model", folder, "--port", "0"]
-  command += ["--prompt-size", "16", "--num-rows", "4"]
+  command += ["--prompt-size", "16", "--num-rows", "4", "--num-host-pages", "0"]
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   ) as process:
