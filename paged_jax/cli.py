@@ -6,19 +6,27 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-_DEMO = ("typer", "rich", "flax", "safetensors", "tokenizers")  # packages of the extra
+_EXTRAS = {  # that bring a package
+  **dict.fromkeys(("typer", "rich", "flax", "safetensors", "tokenizers"), "demo"),
+  **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; exits with 2 after bad input."""
   _avoid_miscompilation()
   try:
-    from paged_jax import commands
+    _run(argv)
   except ModuleNotFoundError as error:
     package = str(error.name).split(".")[0]
-    if package not in _DEMO:
+    if package not in _EXTRAS:
       raise
-    _fail(f"{package} is not installed; try: pip install 'paged_jax[demo]'")
+    _fail(f"{package} is not installed; try: pip install 'paged_jax[{_EXTRAS[package]}]'")
+
+
+def _run(argv: Sequence[str] | None) -> NoReturn:
+  from paged_jax import commands  # not earlier: it needs an extra
+
   try:
     sys.exit(commands.run(argv))
   except commands.UsageError as error:

@@ -1,11 +1,13 @@
 """The subcommands of `paged-jax`: what they take, and what they print."""
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import json
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, cast
@@ -13,11 +15,13 @@ from typing import Annotated, cast
 import jax
 import jax.numpy as jnp
 import rich.console
+import rich.progress
 import tokenizers
 import typer
 
 import paged_jax
 from paged_jax import attention, demo, models, progress
+from paged_jax.config import CacheConfig
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
@@ -98,9 +102,7 @@ def generate(
 
   Text goes to standard output as it comes, a summary to standard error.
   """
-  folder = models.embedded() if model is None else model
-  if not folder.is_dir():
-    raise ValueError(f"there is no model folder {folder}")
+  folder = _folder(model)
   tokenizer = models.tokenizer(folder)
   ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer)
   if stop and (tokenizer is None or not all(stop)):
@@ -130,6 +132,69 @@ def generate(
   print(last.summary, file=sys.stderr)
 
 
+@app.command()
+def serve(
+  model: Annotated[
+    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
+  ] = None,
+  name: Annotated[str | None, typer.Option(help="The model's; default: the folder's.")] = None,
+  host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+  port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  num_pages: Annotated[
+    int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
+  ] = None,
+  num_host_pages: Annotated[
+    int, typer.Option(min=0, help="Pages in host memory, for samples that must wait.")
+  ] = 512,
+  num_rows: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
+  max_length: Annotated[
+    int | None, typer.Option(min=2, help="Longest text in tokens; default: the model's.")
+  ] = None,
+  num_steps: Annotated[int, typer.Option(min=1, help="Tokens per sample and call.")] = 8,
+  prompt_size: Annotated[
+    list[int], typer.Option(min=1, help="Prompt tokens of a call; repeatable.")
+  ] = [32, 128, 512],  # noqa: B006 (typer makes a list of its own)
+  max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
+  dtype: Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")] = None,
+) -> None:
+  """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
+  from paged_jax import server  # not earlier: it needs an extra of its own
+
+  folder = _folder(model)
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  with socket.create_server((host, port), family=family) as listener:
+    tokenizer, console = models.tokenizer(folder), rich.console.Console(stderr=True)
+    with console.status("loading"):
+      decoder = models.load(folder, dtype)
+    longest = decoder.config.max_length
+    config = models.cache_config(
+      decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
+      max_length=min(max_length or longest, longest), dtype=decoder.embed_tokens.weight.dtype,
+    )  # fmt: skip
+    if num_pages is None:
+      config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)
+    with _memory_for(config):
+      engine = Engine(
+        decoder,
+        EngineConfig(
+          config.stored_for(jax.default_backend()),
+          ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
+          prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
+        ),
+        tokenizer=tokenizer,
+      )  # fmt: skip
+    _warm_up(engine, console)
+    name = name or folder.resolve().name
+    application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
+    try:
+      server.run(application, listener)
+    finally:
+      engine.close()
+
+
 @dataclasses.dataclass
 class Writer:
   """Writes samples one after another, the first unfinished one as it grows."""
@@ -153,6 +218,14 @@ class Writer:
         break
       self.current, self.num_chars = self.current + 1, 0
     return added
+
+
+def _folder(model: Path | None) -> Path:
+  """Where the model is."""
+  folder = models.embedded() if model is None else model
+  if not folder.is_dir():
+    raise ValueError(f"there is no model folder {folder}")
+  return folder
 
 
 def _labels(num_prompts: int, num_samples: int) -> list[str]:
@@ -258,12 +331,26 @@ def _engine(
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
   options = ManagerConfig(prefix_cache=len(requests) > 1)
-  try:
+  with _memory_for(config):
     return Engine(
       decoder,
       EngineConfig(config, options, prompt_sizes=(budget,), eos=tuple(eos)),
       tokenizer=tokenizer,
     )
+
+
+def _warm_up(engine: Engine, console: rich.console.Console) -> None:
+  """Compiles the engine's programs behind a progress bar."""
+  with rich.progress.Progress(console=console, transient=True) as bar:
+    task = bar.add_task("compiling")
+    engine.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+@contextlib.contextmanager
+def _memory_for(config: CacheConfig) -> Iterator[None]:
+  """Says how large a cache is that there is no memory for."""
+  try:
+    yield
   except jax.errors.JaxRuntimeError:
     size = config.num_pages * config.page_bytes
     raise ValueError(f"there is no memory for a cache of {size:,} bytes") from None

@@ -36,7 +36,7 @@ class Update(NamedTuple):
   tokens: list[list[int]]  # all new tokens of each sample so far, an end token included
   done: list[bool]  # which samples are complete
   rows: dict[int, int]  # sample in each busy row
-  cache: Cache | None  # valid until the next update is asked for
+  cache: Cache  # valid until the next update is asked for
   summary: Summary
 
 

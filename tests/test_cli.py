@@ -181,6 +181,9 @@ BAD = [
   (["generate", "a", "--stop", ""], "--stop needs a text"),
   (["generate", "a", "--dtype", "int4"], "Invalid value for '--dtype'"),
   (["generate", "a", "--colour"], "No such option"),
+  (["serve", "--model", "nowhere"], "there is no model folder nowhere"),
+  (["serve", "--port", "65536"], "Invalid value for '--port'"),
+  (["serve", "--port", "1", "--host", "192.0.2.1"], "[Errno 99] Cannot assign requested address"),
   (["dance"], "No such command 'dance'"),
   ([], "Missing command"),
 ]
@@ -231,15 +234,22 @@ def test_an_interrupt_ends_without_traceback(paged_jax, monkeypatch):
   assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "flax", "tokenizers"])
-def test_a_missing_extra_is_named_with_its_cure(missing):
+@pytest.mark.parametrize(
+  ("command", "missing"),
+  [
+    *(("demo", package) for package in ("typer", "rich", "flax", "tokenizers")),
+    *(("serve", package) for package in ("starlette", "uvicorn", "prometheus_client")),
+  ],
+)
+def test_a_missing_extra_is_named_with_its_cure(command, missing):
   code = (
-    f"import sys; sys.modules[{missing!r}] = None; from paged_jax import cli; cli.main(['demo'])"
+    f"import sys; sys.modules[{missing!r}] = None; from paged_jax import cli; "
+    f"cli.main([{command!r}])"
   )
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert result.returncode == 2
   assert result.stderr == (
-    f"error: {missing} is not installed; try: pip install 'paged_jax[demo]'\n"
+    f"error: {missing} is not installed; try: pip install 'paged_jax[{command}]'\n"
   )
 
 

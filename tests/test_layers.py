@@ -20,7 +20,7 @@ LAYERS = {
   "testing": 5, "models": 5, "host": 5,
   "engine": 6, "viz": 6,
   "progress": 7,
-  "demo": 8,
+  "demo": 8, "server": 8,
   "commands": 9,
   "cli": 10,
 }  # fmt: skip

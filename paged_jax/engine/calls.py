@@ -168,7 +168,7 @@ class Calls:
         tokens = np.zeros(self._config.pages_per_row * self._config.page_size + 1, np.int32)
         tokens[: sample.length] = sample.text
         self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
-      if sample.handle.last_logits is not None:  # all of the prompt was cached
+      if sample.handle and sample.handle.last_logits is not None:  # all of the prompt was cached
         self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
         sample.handle.last_logits = None
     self.changed.clear()

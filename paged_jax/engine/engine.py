@@ -353,7 +353,7 @@ class Engine:
         raise RuntimeError(completion.error)
 
   def start(self) -> None:
-    """Starts the engine's own thread, which does the steps from now on, if there is none."""
+    """Starts the engine's own thread, if it has none; it does the steps until `close`."""
     with self._lock:
       if self._thread is None:
         self._stopping = False
@@ -365,10 +365,25 @@ class Engine:
       with self._lock:
         if self._stopping:
           return
-      if not self.step():
+      try:
+        going = self.step()
+      except Exception as error:  # whoever listens must hear of it
+        _log.exception("a round failed; all requests end")
+        self._fail(error)
+        raise
+      if not going:
         with self._lock:
           if not (self._stopping or self._arrivals or self._commands):
             self._lock.wait(timeout=0.05 if self._queue.waiting else None)
+
+  def _fail(self, error: Exception) -> None:
+    """Every request ends, the pages stay as they are: nobody knows what the device holds."""
+    self._take_arrivals()
+    for sample in [*self._queue.running.values(), *self._queue.waiting]:
+      for each in sample.beams:
+        if each.completion is None:
+          each.completion = Completion(each.tokens, each.logprobs, "error", None, repr(error))
+          self._tell(each, len(each.tokens))
 
   def close(self) -> None:
     """Stops the engine's own thread, if it has one, after the round it is in."""

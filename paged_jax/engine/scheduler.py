@@ -325,5 +325,5 @@ class Scheduler:
     """The whole pages of a prompt, before anything has ended."""
     size = self.config.cache.page_size
     whole = (sample.length - 1) // size * size
-    if whole and sample.row >= 0 and sample.completion is None:
+    if whole and sample.handle and sample.row >= 0 and sample.completion is None:
       self.manager.store_prefix(sample.handle, sample.text[:whole])

@@ -18,7 +18,6 @@ from paged_jax.engine import calls as calls_lib
 from paged_jax.host import Request, errors
 
 
-
 @pytest.mark.parametrize("num_steps", [1, 4])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("num_pages", [8, 11, 24])
