@@ -141,6 +141,7 @@ class Engine:
     self._arrivals: list[Entry] = []
     self._thread: threading.Thread | None = None
     self._stopping = False
+    self._failure: Exception | None = None  # of a round in the engine's own thread
 
   @property
   def counts(self) -> Counts:
@@ -188,7 +189,10 @@ class Engine:
 
     Raises:
       ValueError: The request could never run; the message says why.
+      RuntimeError: A round has failed in the engine's own thread.
     """
+    if self._failure is not None:
+      raise RuntimeError("the engine has failed") from self._failure
     sampling = Sampling() if sampling is None else sampling
     prompt = tuple(prompt)
     self._check(prompt, sampling)
@@ -369,15 +373,15 @@ class Engine:
         going = self.step()
       except Exception as error:  # whoever listens must hear of it
         _log.exception("a round failed; all requests end")
-        self._fail(error)
-        raise
+        return self._fail(error)
       if not going:
         with self._lock:
           if not (self._stopping or self._arrivals or self._commands):
             self._lock.wait(timeout=0.05 if self._queue.waiting else None)
 
   def _fail(self, error: Exception) -> None:
-    """Every request ends, the pages stay as they are: nobody knows what the device holds."""
+    """Every request ends, and no other is taken: nobody knows what the device holds."""
+    self._failure = error
     self._take_arrivals()
     for sample in [*self._queue.running.values(), *self._queue.waiting]:
       for each in sample.beams:

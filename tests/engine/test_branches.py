@@ -56,7 +56,6 @@ def test_commit_makes_a_branch_the_request():
   e = engine(num_steps=1)
   handle = e.submit(PROMPTS[0], hot(0))
   steps(e, handle, 4)
-  shared = handle.tokens[0]
   branches = handle.fork(3, [hot(1), hot(2), hot(3)])
   steps(e, branches[1], 9)
   chosen = branches[1].tokens[0]

@@ -192,6 +192,23 @@ def test_streams_run_side_by_side_and_a_listener_that_leaves_cancels():
   finish(e)
 
 
+def test_a_round_that_fails_ends_all_streams(monkeypatch):
+  e = engine()
+
+  def broken():
+    raise MemoryError("no more")
+
+  async def listen():
+    async for _ in e.stream(PROMPTS[0], Sampling(max_new_tokens=12)):
+      monkeypatch.setattr(e._scheduler, "pieces", broken)
+
+  with pytest.raises(RuntimeError, match="no more"):
+    asyncio.run(asyncio.wait_for(listen(), 60))
+  with pytest.raises(RuntimeError, match="the engine has failed"):
+    e.submit(PROMPTS[1])
+  e.close()
+
+
 # What a call costs
 
 
