@@ -30,10 +30,10 @@ def engine(model, num_steps: int) -> Engine:
 def run(e: Engine) -> tuple[float, float]:
   """Seconds of a run, and those not waited."""
   prompts = [list(range(1, 2 + i)) for i in range(ROWS)]
-  began, waited = time.perf_counter(), e.seconds_waited
+  began, waited = time.perf_counter(), e._calls.seconds_waited
   e.generate(prompts, Sampling(max_new_tokens=NEW_TOKENS))
   seconds = time.perf_counter() - began
-  return seconds, seconds - (e.seconds_waited - waited)
+  return seconds, seconds - (e._calls.seconds_waited - waited)
 
 
 def main():

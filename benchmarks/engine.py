@@ -141,7 +141,7 @@ def run_dense(dense: Dense, work, *, continuous: bool) -> dict:
 
 
 def run_engine(engine: Engine, work) -> dict:
-  began, waited = time.perf_counter(), engine.seconds_waited
+  began, waited = time.perf_counter(), engine._calls.seconds_waited
   engine.counts.peak_running = 0
   times = [[] for _ in work]
 
@@ -154,7 +154,7 @@ def run_engine(engine: Engine, work) -> dict:
   while engine.step():
     pass
   seconds = time.perf_counter() - began
-  host = seconds - (engine.seconds_waited - waited)
+  host = seconds - (engine._calls.seconds_waited - waited)
   return summary(times, seconds) | {
     "most_at_once": engine.counts.peak_running,
     "host_share": host / seconds,

@@ -165,8 +165,14 @@ BAD = [
   (["generate", "--prompt-ids", "text.json"], "text.json must hold whole numbers, got 'a'"),
   (["generate", "--prompt-ids", "none.json"], "none.json has no prompt"),
   (["generate", "--prompt-ids", "empty.json"], "prompt 2 is empty"),
-  (["generate", "--prompt-ids", "large.json"], "request 1: prompt has token 256, but the vocabulary has"),
-  (["generate", "--prompt-ids", "negative.json"], "request 2: prompt has token -1, but the vocabulary has"),
+  (
+    ["generate", "--prompt-ids", "large.json"],
+    "request 1: prompt has token 256, but the vocabulary has",
+  ),
+  (
+    ["generate", "--prompt-ids", "negative.json"],
+    "request 2: prompt has token -1, but the vocabulary has",
+  ),
   (["generate", "a", "--output-ids", "no/file.json"], "[Errno 2] No such file or directory"),
   (["generate", "a", "--num-pages", "2"], "request 1: the request needs 4 pages, but there are 2"),
   (["generate", "a", "--num-pages", "0"], "Invalid value for '--num-pages'"),

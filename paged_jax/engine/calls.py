@@ -92,9 +92,7 @@ class Calls:
       ),
       self._where,
     )
-    self._unchanged = jax.device_put(
-      program.Edits(np.zeros(s, bool), self._row_arrays({})), self._where
-    )
+    self._unchanged = self._placed(np.zeros(s, bool), {})
 
   def __len__(self) -> int:
     return len(self._calls)
@@ -155,8 +153,8 @@ class Calls:
       if count == sample.unread:
         starts[[beam.row for beam in sample.beams]] = True
         last[sample.row] = at - 1 if count else size
-    prompts = program.Prompts(tokens, rows, positions, starts, last)
-    return jax.device_put(prompts, self._where)
+    arrays: Any = (tokens, rows, positions, starts, last)
+    return jax.device_put(program.Prompts(*arrays), self._where)
 
   def _edits(self) -> program.Edits:
     """The rows whose sample has changed since the last call."""
@@ -172,28 +170,29 @@ class Calls:
         self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
         sample.handle.last_logits = None
     self.changed.clear()
+    return self._placed(changed, samples)
+
+  def _placed(self, changed: Any, samples: dict[int, Sample]) -> program.Edits:
     return jax.device_put(program.Edits(changed, self._row_arrays(samples)), self._where)
 
   def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
     s, vocab = self._config.num_rows, self.vocab_size
-    stops = np.full((s, 2 * sampling.MAX_STOP_TOKENS), vocab, np.int32)
-    tokens, remaining = np.zeros((2, s), np.int32)
-    groups, scores = np.full(s, s, np.int32), np.zeros(s, np.float32)
-    for row, sample in samples.items():
-      tokens[row] = sample.text[-1]
-      remaining[row] = 0 if sample.ended else sample.remaining
-      ends = [*self._eos, *sample.sampling.stop_tokens]
-      stops[row, : len(ends)] = ends
-      if len(sample.beams) > 1:
-        groups[row], scores[row] = sample.beams[0].row, sample.score
-    return program.Rows(
-      tokens=tokens,
-      remaining=remaining,
-      stop_tokens=stops,
-      groups=groups,
-      scores=scores,
-      draws=sampling.draws({row: (x.sampling, x.nth) for row, x in samples.items()}, s, vocab),
+    arrays: dict[str, Any] = dict(
+      tokens=np.zeros(s, np.int32),
+      remaining=np.zeros(s, np.int32),
+      stop_tokens=np.full((s, 2 * sampling.MAX_STOP_TOKENS), vocab, np.int32),
+      groups=np.full(s, s, np.int32),
+      scores=np.zeros(s, np.float32),
     )
+    for row, sample in samples.items():
+      arrays["tokens"][row] = sample.text[-1]
+      arrays["remaining"][row] = 0 if sample.ended else sample.remaining
+      ends = [*self._eos, *sample.sampling.stop_tokens]
+      arrays["stop_tokens"][row, : len(ends)] = ends
+      if len(sample.beams) > 1:
+        arrays["groups"][row], arrays["scores"][row] = sample.beams[0].row, sample.score
+    drawn = {row: (sample.sampling, sample.nth) for row, sample in samples.items()}
+    return program.Rows(**arrays, draws=sampling.draws(drawn, s, vocab))
 
   # Reports
 

@@ -26,11 +26,11 @@ from paged_jax.types import Cache, Log
 class Rows:
   """What each row decodes. Lives on the device from call to call."""
 
-  tokens: sampling.Array  # i32[S] the row's last token, not in the cache yet
-  remaining: sampling.Array  # i32[S] tokens still to draw, 0 = idle
-  stop_tokens: sampling.Array  # i32[S,E] V = none
-  groups: sampling.Array  # i32[S] rows with the same number are the beams of one search, S = none
-  scores: sampling.Array  # f32[S] log-probability of a beam's new tokens, -inf = it has no text
+  tokens: jax.Array  # i32[S] the row's last token, not in the cache yet
+  remaining: jax.Array  # i32[S] tokens still to draw, 0 = idle
+  stop_tokens: jax.Array  # i32[S,E] V = none
+  groups: jax.Array  # i32[S] rows with the same number are the beams of one search, S = none
+  scores: jax.Array  # f32[S] log-probability of a beam's new tokens, -inf = it has no text
   draws: sampling.Draws
 
 
@@ -49,18 +49,18 @@ class Past:
 class Edits:
   """Rows that the host changes before a call."""
 
-  changed: sampling.Array  # bool[S]
+  changed: jax.Array  # bool[S]
   rows: Rows
 
 
 class Prompts(NamedTuple):
   """Pieces of prompts, each row's in one piece, whose pages are there; S pads `rows`."""
 
-  tokens: sampling.Array  # i32[C]
-  rows: sampling.Array  # i32[C]
-  positions: sampling.Array  # i32[C]
-  starts: sampling.Array  # bool[S] rows whose prompt ends here: they draw their first token
-  last: sampling.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
+  tokens: jax.Array  # i32[C]
+  rows: jax.Array  # i32[C]
+  positions: jax.Array  # i32[C]
+  starts: jax.Array  # bool[S] rows whose prompt ends here: they draw their first token
+  last: jax.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
 
 
 class Report(NamedTuple):

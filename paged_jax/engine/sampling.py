@@ -6,12 +6,12 @@ Axis letters: S rows, V vocabulary, W biased tokens per row, E stop tokens per r
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
 MAX_BIASES = 16
 MAX_STOP_TOKENS = 8
 
@@ -87,20 +87,20 @@ def _whole(value) -> bool:
 class Draws:
   """How each row draws."""
 
-  temperature: Array  # f32[S] 0 = the most likely token
-  top_k: Array  # i32[S] tokens to draw from
-  top_p: Array  # f32[S] mass to draw from, infinity = all
-  min_p: Array  # f32[S]
-  penalty: Array  # f32[S] 1 = none
-  seeds: Array  # u32[S]
-  bias_tokens: Array  # i32[S,W] V = none
-  biases: Array  # f32[S,W]
+  temperature: jax.Array  # f32[S] 0 = the most likely token
+  top_k: jax.Array  # i32[S] tokens to draw from
+  top_p: jax.Array  # f32[S] mass to draw from, infinity = all
+  min_p: jax.Array  # f32[S]
+  penalty: jax.Array  # f32[S] 1 = none
+  seeds: jax.Array  # u32[S]
+  bias_tokens: jax.Array  # i32[S,W] V = none
+  biases: jax.Array  # f32[S,W]
 
 
 def draws(rows: Mapping[int, tuple[Sampling, int]], num_rows: int, vocab_size: int) -> Draws:
   """How each row draws, as NumPy arrays: row r as sample n of a request, for r: (sampling, n)."""
   s, w = num_rows, MAX_BIASES
-  drawn = Draws(
+  drawn: dict[str, Any] = dict(
     temperature=np.zeros(s, np.float32),
     top_k=np.full(s, np.iinfo(np.int32).max, np.int32),
     top_p=np.full(s, np.inf, np.float32),
@@ -111,16 +111,14 @@ def draws(rows: Mapping[int, tuple[Sampling, int]], num_rows: int, vocab_size: i
     biases=np.zeros((s, w), np.float32),
   )
   for row, (wanted, nth) in rows.items():
-    drawn.temperature[row] = wanted.temperature
-    if wanted.top_k is not None:
-      drawn.top_k[row] = wanted.top_k
-    if wanted.top_p < 1:
-      drawn.top_p[row] = wanted.top_p
-    drawn.min_p[row], drawn.penalty[row] = wanted.min_p, wanted.repetition_penalty
-    drawn.seeds[row] = wanted.seed + nth
-    drawn.bias_tokens[row, : len(wanted.logit_bias)] = list(wanted.logit_bias)
-    drawn.biases[row, : len(wanted.logit_bias)] = list(wanted.logit_bias.values())
-  return drawn
+    drawn["temperature"][row] = wanted.temperature
+    drawn["top_k"][row] = drawn["top_k"][row] if wanted.top_k is None else wanted.top_k
+    drawn["top_p"][row] = wanted.top_p if wanted.top_p < 1 else np.inf
+    drawn["min_p"][row], drawn["penalty"][row] = wanted.min_p, wanted.repetition_penalty
+    drawn["seeds"][row] = wanted.seed + nth
+    drawn["bias_tokens"][row, : len(wanted.logit_bias)] = list(wanted.logit_bias)
+    drawn["biases"][row, : len(wanted.logit_bias)] = list(wanted.logit_bias.values())
+  return Draws(**drawn)
 
 
 def adjust(logits: jax.Array, draws: Draws, seen: jax.Array) -> jax.Array:

@@ -300,7 +300,14 @@ def test_a_call_has_no_host_callback():
   calls = e._calls
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    (e.manager.cache, tiny.MODEL, calls._rows, calls._past, calls._unchanged, calls.prompts([], 16)),
+    (
+      e.manager.cache,
+      tiny.MODEL,
+      calls._rows,
+      calls._past,
+      calls._unchanged,
+      calls.prompts([], 16),
+    ),
   )
   traced = str(jax.make_jaxpr(functools.partial(program.run, num_steps=4))(*shapes))
   assert "callback" not in traced
