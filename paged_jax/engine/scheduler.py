@@ -11,7 +11,7 @@ import numpy as np
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.options import Counts, EngineConfig
 from paged_jax.engine.queue import Queue, Sample
-from paged_jax.host import Handle, Manager, Request, errors
+from paged_jax.host import Handle, Manager, Prefix, Request, errors
 
 
 class Scheduler:
@@ -294,10 +294,10 @@ class Scheduler:
     All calls have been read.
     """
     if self.config.options.prefix_cache:
-      for sample in self.ended:
-        self._store_all(sample)
-      for sample in self._unstored:
-        self._store_prompt(sample)
+      each = [self._whole(sample) for sample in self.ended]
+      each += [self._beginning(sample) for sample in self._unstored]
+      if prefixes := [prefix for several in each for prefix in several]:
+        self.manager.store_prefixes(prefixes)
     self._unstored.clear()
     if self.ended:
       held = [sample.handle.request_id for sample in self.ended if sample.handle]
@@ -309,21 +309,24 @@ class Scheduler:
       sample.handle, sample.row = None, -1
     self.ended.clear()
 
-  def _store_all(self, sample: Sample) -> None:
-    """What others may start on when a sample has ended: its prompt, and its whole text."""
+  def _whole(self, sample: Sample) -> list[Prefix]:
+    """What others may start on when a sample has ended: its prompt, and its text."""
     handle, entry = sample.handle, sample.entry
     failed = sample.completion is None or sample.completion.error is not None
     if handle is None or sample.row < 0 or not sample.decoding or failed:
-      return
+      return []
+    prefixes = []
     if entry.logits is not None and handle.num_cached < len(entry.prompt):
-      self.manager.store_prefix(handle, entry.prompt, last_logits=entry.logits)
+      prefixes.append(Prefix(handle, entry.prompt, entry.logits))
       entry.logits = None
     if len(sample.beams) == 1:
-      self.manager.store_prefix(handle, sample.text[:-1])
+      prefixes.append(Prefix(handle, sample.text[:-1]))
+    return prefixes
 
-  def _store_prompt(self, sample: Sample) -> None:
-    """The whole pages of a prompt, before anything has ended."""
+  def _beginning(self, sample: Sample) -> list[Prefix]:
+    """The whole pages of a text that goes on; a page that is still written is not shared."""
     size = self.config.cache.page_size
     whole = (sample.length - 1) // size * size
     if whole and sample.handle and sample.row >= 0 and sample.completion is None:
-      self.manager.store_prefix(sample.handle, sample.text[:whole])
+      return [Prefix(sample.handle, sample.text[:whole])]
+    return []

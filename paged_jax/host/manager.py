@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,16 @@ class _Sequence:
   def cache_id(self) -> int:
     """Unique to this sequence."""
     return self.handle.cache_id
+
+
+class Prefix(NamedTuple):
+  """What `store_prefixes` keeps of a sequence; see `store_prefix`."""
+
+  handle: Handle
+  tokens: Sequence[int] | np.ndarray | None = None
+  last_logits: Any = None
+  ttl: float | None = None
+  pinned: bool = False
 
 
 class Manager:
@@ -725,35 +735,61 @@ class Manager:
     Raises:
       UnmappedToken: The sequence does not hold that many tokens, or has slid.
     """
+    return self.store_prefixes([Prefix(handle, tokens, last_logits, ttl, pinned)])[0]
+
+  def store_prefixes(self, prefixes: Sequence[Prefix]) -> list[bool]:
+    """Keeps the pages of several prefixes, in order; one call of each verb for all of them.
+
+    Returns:
+      Which were stored; see `store_prefix`.
+
+    Raises:
+      UnmappedToken: A sequence does not hold that many tokens, or has slid; nothing is stored.
+    """
     with self._transition():
-      sequence, row = self._running(handle)
-      state, size = self._state, self.config.page_size
-      length = int(state.lengths[row])
-      tokens = self._recorded(row, length) if tokens is None else tokens
-      key, count = encoded(tokens), len(tokens)
-      if count > length or state.starts[row]:
-        raise errors.UnmappedToken(sequence.request_id, count // size, count)
-      if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
-        raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
-      if self._kept.prefixes.full(sequence.namespace, key):
-        evicted = self._kept.prefixes.evict_entry(self._kept.busy)
-        if evicted is None:
-          return False
-        self._kept.evicted(evicted)
-      pages = state.block_tables[row, : -(-count // size)].tolist()
-      held, fresh = self._kept.holds.at(pages)
-      released = self._kept.prefixes.store(
-        sequence.namespace, key, held, last_logits=last_logits, ttl=ttl, pinned=pinned,
-        busy=self._kept.busy,
-      )  # fmt: skip
-      wanted = [page for page in fresh if self._kept.holds.by_page[page].kept]
-      self._kept.apply_ids("hold", wanted)
-      unwanted = [self._kept.holds.by_page[page] for page in fresh if page not in set(wanted)]
-      self._kept.holds.forget(unwanted)
-      self._kept.drop([each for each in released or () if each not in unwanted])
-      if released is not None:
-        self._event("stored", sequence.request_id, len(wanted), count)
-      return released is not None
+      keys = [self._key(prefix) for prefix in prefixes]
+      held: list[int] = []
+      dropped: list[int] = []
+      stored = [self._store(*each, held, dropped) for each in zip(prefixes, keys)]
+      self._kept.apply_ids("hold", held)
+      self._kept.apply_ids("drop", dropped)
+      self._kept.scrub(dropped)
+      return stored
+
+  def _key(self, prefix: Prefix) -> bytes:
+    """The encoded tokens of a prefix that its sequence holds."""
+    sequence, row = self._running(prefix.handle)
+    length, ttl = int(self._state.lengths[row]), prefix.ttl
+    tokens = self._recorded(row, length) if prefix.tokens is None else prefix.tokens
+    if len(tokens) > length or self._state.starts[row]:
+      page = len(tokens) // self.config.page_size
+      raise errors.UnmappedToken(sequence.request_id, page, len(tokens))
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
+      raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
+    return encoded(tokens)
+
+  def _store(self, prefix: Prefix, key: bytes, held: list[int], dropped: list[int]) -> bool:
+    """Notes a prefix, and the pages to `hold` and to `drop` for it; whether it was stored."""
+    kept, sequence = self._kept, self._running(prefix.handle)[0]
+    if kept.prefixes.full(sequence.namespace, key):
+      evicted = kept.prefixes.evict_entry(kept.busy)
+      if evicted is None:
+        return False
+      dropped += kept.given_up(evicted)
+    count = len(key) // TOKEN_BYTES
+    mapped = self._state.block_tables[sequence.row, : -(-count // self.config.page_size)]
+    pages, fresh = kept.holds.at(mapped.tolist())
+    released = kept.prefixes.store(
+      sequence.namespace, key, pages, last_logits=prefix.last_logits, ttl=prefix.ttl,
+      pinned=prefix.pinned, busy=kept.busy,
+    )  # fmt: skip
+    unwanted = {page for page in fresh if not kept.holds.by_page[page].kept}
+    kept.holds.forget(kept.holds.by_page[page] for page in sorted(unwanted))
+    held += [page for page in fresh if page not in unwanted]
+    dropped += kept.holds.forget(each for each in released or () if each.page not in unwanted)
+    if released is not None:
+      self._event("stored", sequence.request_id, len(fresh) - len(unwanted), count)
+    return released is not None
 
   def pin(
     self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None, *, pinned: bool = True

@@ -68,7 +68,8 @@ class Residency:
 
   def busy(self, held: Held) -> bool:
     """Whether a row uses a kept page."""
-    return held.page is not None and int(self.state.refcount[held.page]) > 1
+    state = self.state  # a hold that is noted, and not yet applied, makes no difference
+    return held.page is not None and bool(state.refcount[held.page] > state.holds[held.page])
 
   def stranded(self, held: Held) -> bool:
     """Whether only swapped sequences need a device page."""
@@ -110,10 +111,16 @@ class Residency:
 
   def evicted(self, held: list[Held]) -> None:
     """Lets go of what the prefix index gave up."""
+    pages = self.given_up(held)
+    self.apply_ids("drop", pages)
+    self.scrub(pages)
+
+  def given_up(self, held: list[Held]) -> list[int]:
+    """Forgets what the prefix index gave up; returns the pages to drop."""
     if held:
       self.count["evicted_pages"] += sum(each.page is not None for each in held)
       self._event("evicted", len(held))
-      self.drop(list(dict.fromkeys(held)))
+    return self.holds.forget(dict.fromkeys(held))
 
   def reclaimable(self, guard: set[Held]) -> int:
     """Device pages that could become free now, without those in `guard`.
