@@ -5,27 +5,31 @@ csv; drawn from its quantiles without), all there at the start; KV memory of 8 d
 tokens (8,192 of the trace). `static`: dense rows, a batch runs until its last sample ends, as Flax,
 Gemma and Tunix loops do. `continuous`: dense rows, a row is refilled when its sample ends. `ours`:
 the engine, pages of 16. All prefill prompts alone or in pieces of the same compiled sizes and decode
-8 steps per dispatch.
+8 steps per dispatch. `--transformers` adds Hugging Face's continuous batching in torch, if it is
+installed: the same weights, requests and KV memory, in float32 pages of its own size.
 
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
-`vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: the part of the time
-that the engine does not wait for a report. TTFT and TPOT (seconds to the first token, and per token
-after it) count from the start of the run.
+`vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
+work adds, as a part of the time: 1 - (seconds of the same device programs and verbs, recorded and
+dispatched again back to back) / (seconds of the engine). TTFT and TPOT (seconds to the first token,
+and per token after it) count from the start of the run.
 """
 
 import measure  # first: it sets XLA's flags
 
 import jax  # isort: skip
 import functools
+import os
 import pathlib
 import time
+import types
 
 import jax.numpy as jnp
 import lengths
 import numpy as np
 
 from paged_jax import models
-from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.engine import Engine, EngineConfig, Sampling, calls
 from paged_jax.host import ManagerConfig
 
 SCALE, LONGEST, DENSE_ROWS, SIZE, ROWS, STEPS = 16, 512, 8, 16, 64, 8
@@ -137,11 +141,12 @@ def run_dense(dense: Dense, work, *, continuous: bool) -> dict:
       times[number] += [now] * int((drawn[:, row] >= 0).sum())
       if len(times[number]) == work[number][1]:
         del running[row]
-  return summary(times, time.perf_counter() - began) | {"most_at_once": DENSE_ROWS}
+  seconds = time.perf_counter() - began
+  return summary(times, seconds) | {"most_at_once": DENSE_ROWS, "seconds": seconds}
 
 
 def run_engine(engine: Engine, work) -> dict:
-  began, waited = time.perf_counter(), engine._calls.seconds_waited
+  began = time.perf_counter()
   engine.counts.peak_running = 0
   times = [[] for _ in work]
 
@@ -154,11 +159,76 @@ def run_engine(engine: Engine, work) -> dict:
   while engine.step():
     pass
   seconds = time.perf_counter() - began
-  host = seconds - (engine._calls.seconds_waited - waited)
   return summary(times, seconds) | {
-    "most_at_once": engine.counts.peak_running,
-    "host_share": host / seconds,
-  }
+    "most_at_once": engine.counts.peak_running, "seconds": seconds
+  }  # fmt: skip
+
+
+class Tape:
+  """Everything that an engine dispatches, to be dispatched again without it."""
+
+  def __init__(self, engine: Engine):
+    self.engine, self.played = engine, []
+    self._state = engine.manager._state
+    self._run, self._verbs = calls._run, self._state.verbs
+
+  def record(self, work) -> None:
+    """Runs the requests, and notes each call with what it takes besides the device's own state."""
+    names = [name for name in vars(self._verbs) if callable(getattr(self._verbs, name))]
+    recording = {name: functools.partial(self._verb, name) for name in names}
+    calls._run, self._state.verbs = self._program, types.SimpleNamespace(**recording)
+    run_engine(self.engine, work)
+    calls._run, self._state.verbs = self._run, self._verbs
+
+  def _verb(self, name, cache, *operands):
+    self.played.append((name, operands, {}))
+    return getattr(self._verbs, name)(cache, *operands)
+
+  def _program(self, cache, model, rows, past, *operands, **statics):
+    self.played.append((None, (model, *operands), statics))
+    return self._run(cache, model, rows, past, *operands, **statics)
+
+  def seconds(self) -> float:
+    """How long the device takes for all of it, nothing in between; the engine's own state stays."""
+    kept = (self._state.cache, self.engine._calls._rows, self.engine._calls._past)
+    cache, rows, past = jax.block_until_ready(jax.tree.map(jnp.copy, kept))
+    began = time.perf_counter()
+    for name, operands, statics in self.played:
+      if name is None:
+        model, *rest = operands
+        cache, _, (rows, past, _) = self._run(cache, model, rows, past, *rest, **statics)
+      else:
+        cache = getattr(self._verbs, name)(cache, *operands)[0]
+    jax.block_until_ready(cache)
+    return time.perf_counter() - began
+
+
+def run_transformers(work) -> dict:
+  """Hugging Face's continuous batching; times are those of whole requests."""
+  import torch
+  import transformers
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    models.embedded(), dtype=torch.float32, attn_implementation="sdpa_paged"
+  )
+  config = transformers.GenerationConfig(
+    max_new_tokens=LONGEST, do_sample=False, eos_token_id=-1, pad_token_id=0,
+    num_blocks=DENSE_ROWS * LONGEST // 32, block_size=32, max_batch_tokens=PROMPT_SIZES[-1],
+  )  # fmt: skip
+  manager = model.init_continuous_batching(generation_config=config)
+  manager.start()
+  began = time.perf_counter()
+  for number, (prompt, new_tokens) in enumerate(work):
+    manager.add_request(prompt, request_id=str(number), max_new_tokens=new_tokens)
+  tokens, first = 0, []
+  for _ in work:
+    result = manager.get_result(timeout=600)
+    tokens += len(result.generated_tokens)
+    first.append(time.perf_counter() - began)
+  seconds = time.perf_counter() - began
+  manager.stop(block=True)
+  return {"tokens_per_s": tokens / seconds, "seconds": seconds}
 
 
 def summary(times, seconds: float) -> dict:
@@ -174,6 +244,7 @@ def main():
     __doc__.splitlines()[0],
     trace=(pathlib.Path, None, "csv of the trace"),
     requests=(int, 200, "how many"),
+    transformers=(int, 0, "runs of Hugging Face's continuous batching, 0 for none"),
   )
   model = models.load(models.embedded())
   work = requests(args.trace, args.requests)
@@ -184,29 +255,40 @@ def main():
   options = ManagerConfig(prefix_cache=False)
   engine = Engine(model, EngineConfig(config, options, num_steps=STEPS, prompt_sizes=PROMPT_SIZES))
   engine.warm_up()
-  dense = Dense(model)
+  dense, tape = Dense(model), Tape(engine)
+  tape.record(work)  # compiles what is left
+  tape.played.clear()
+  tape.record(work)
   contenders = {
     "ours": lambda: run_engine(engine, work),
+    "bare": lambda: {"seconds": tape.seconds()},
     "static": lambda: run_dense(dense, work, continuous=False),
     "continuous": lambda: run_dense(dense, work, continuous=True),
   }
   runs = {name: [] for name in contenders}
-  for turn in range(1 + max(3, args.rounds // 5)):
+  for turn in range(1 + max(3, args.rounds // 3)):
     for name, run in contenders.items():
       result = run()
       if turn:  # the first one compiles
         runs[name].append(result)
-  rows = [
-    {"what": name} | {key: float(np.median([r[key] for r in each])) for key in each[0]}
+  if args.transformers:
+    runs["transformers"] = [run_transformers(work) for _ in range(1 + args.transformers)][1:]
+  median = {
+    name: {key: float(np.median([r[key] for r in each])) for key in each[0]}
     for name, each in runs.items()
-  ]
-  ours, static, continuous = rows
+  }
+  ours = median["ours"]
+  shares = [1 - bare["seconds"] / own["seconds"] for own, bare in zip(runs["ours"], runs["bare"])]
   report = {
     "concurrency_vs_dense": ours["most_at_once"] / DENSE_ROWS,
-    "vs_static_dense": ours["tokens_per_s"] / static["tokens_per_s"],
-    "vs_continuous_dense": ours["tokens_per_s"] / continuous["tokens_per_s"],
-    "bookkeeping_share": ours["host_share"],
+    "vs_static_dense": ours["tokens_per_s"] / median["static"]["tokens_per_s"],
+    "vs_continuous_dense": ours["tokens_per_s"] / median["continuous"]["tokens_per_s"],
+    "bookkeeping_share": float(np.median(shares)),
   }
+  if args.transformers:
+    theirs = median["transformers"]["tokens_per_s"]
+    report["vs_transformers"] = ours["tokens_per_s"] / theirs
+  rows = [{"what": name} | each for name, each in median.items()]
   measure.report(rows, report, as_json=args.json)
 
 

@@ -18,6 +18,7 @@ import paged_jax
 from paged_jax.config import CacheConfig
 from paged_jax.engine import program, sampling
 from paged_jax.engine.drafts import Drafter
+from paged_jax.engine.options import Counts
 from paged_jax.engine.queue import Queue, Sample
 from paged_jax.host import Manager
 
@@ -60,6 +61,7 @@ class Calls:
     eos: Tokens that end every sample.
     drafter: Guesses tokens, None for none.
     max_beams: The widest beam search.
+    counts: What is counted here, too.
   """
 
   def __init__(
@@ -71,13 +73,13 @@ class Calls:
     eos: tuple[int, ...],
     drafter: Drafter | None,
     max_beams: int,
+    counts: Counts,
   ):
     self._manager, self._model, self._queue = manager, model, queue
+    self._counts = counts
     self._eos, self._drafter, self._max_beams = eos, drafter, max_beams
     self._config: CacheConfig = manager.config
     self.vocab_size = jax.eval_shape(_probe, model, manager.cache).shape[1]
-    self.seconds_waited = 0.0  # for reports: what the device takes beyond the host's own work
-    self.copies = 0  # pages that calls copied on write
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
     # Placed for good from the start: what is placed later compiles everything again.
@@ -201,8 +203,9 @@ class Calls:
     call = self._calls.popleft()
     began = time.perf_counter()
     report = jax.device_get(call.report)
-    self.seconds_waited += time.perf_counter() - began
-    self.copies += int(report.copies)
+    self._counts.seconds_waited += time.perf_counter() - began
+    self._counts.copies += int(report.copies)
+    self._counts.row_steps += int((report.counts > 0).sum())
     self._manager.settle(programs=1)
     drawn, beams = [], {}
     for row, sample in call.samples.items():

@@ -130,12 +130,13 @@ class Engine:
   def __init__(self, model: Any, config: EngineConfig, *, tokenizer: Tokenizer | None = None):
     self.config, self.tokenizer = config, tokenizer
     self.manager = Manager(config.cache, config.options)
+    self.counts = Counts()
     self._queue = Queue()
     self._calls = Calls(
       self.manager, model, self._queue, eos=config.eos, drafter=config.drafter,
-      max_beams=config.max_beams,
+      max_beams=config.max_beams, counts=self.counts,
     )  # fmt: skip
-    self._scheduler = Scheduler(self.manager, self._queue, self._calls, config)
+    self._scheduler = Scheduler(self.manager, self._queue, self._calls, config, self.counts)
     self._lock = threading.Condition()
     self._commands: list[Callable[[], None]] = []  # to be done when all reports are read
     self._arrivals: list[Entry] = []
@@ -144,14 +145,9 @@ class Engine:
     self._failure: Exception | None = None  # of a round in the engine's own thread
 
   @property
-  def counts(self) -> Counts:
-    """What it has done."""
-    return self._scheduler.counts
-
-  @property
   def num_copies(self) -> int:
     """Pages copied on write."""
-    return self._calls.copies + self.manager.num_copies
+    return self.counts.copies + self.manager.num_copies
 
   @property
   def vocab_size(self) -> int:

@@ -49,10 +49,12 @@ class Counts:
   """What an engine has done."""
 
   calls: int = 0
-  steps: int = 0  # of calls that have been read
+  row_steps: int = 0  # steps in which a row drew something
   drawn_tokens: int = 0
   prompt_tokens: int = 0  # computed
   cached_tokens: int = 0  # found in the prefix cache
   swaps: int = 0  # preemptions
   recomputations: int = 0
+  copies: int = 0  # pages that calls copied on write
   peak_running: int = 0
+  seconds_waited: float = 0.0  # for reports: what the device takes beyond the host's own work

@@ -17,9 +17,11 @@ from paged_jax.host import Handle, Manager, Prefix, Request, errors
 class Scheduler:
   """Admission, preemption, and what samples leave behind."""
 
-  def __init__(self, manager: Manager, queue: Queue, calls: Calls, config: EngineConfig):
+  def __init__(
+    self, manager: Manager, queue: Queue, calls: Calls, config: EngineConfig, counts: Counts
+  ):
     self.manager, self.queue, self.calls, self.config = manager, queue, calls, config
-    self.counts = Counts()
+    self.counts = counts
     self.ended: list[Sample] = []  # they have their completion, and still hold something
     self.swap_seconds = 0.0  # per page and way
     self.prompt_seconds = 0.0  # per token
