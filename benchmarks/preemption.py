@@ -1,0 +1,179 @@
+"""From which page size on is swapping a sequence cheaper than computing it again?
+
+As in section 7.3, figure 19 of the PagedAttention paper (Kwon et al. 2023). Both ways take a running
+sequence's pages and row away and bring it back to where it was, and both end when its bytes are in
+the pool:
+
+    # swap         swap_out ─ swap_in                      the same bytes, page by page
+    # recompute    deallocate ─ allocate ─ one prefill     keys and values of its tokens again
+
+The prefill is one jitted call of exactly the sequence's length and computes no logits, which is as
+good as recomputation gets. Two models: the packaged one, and a random one of the same class with 8
+layers of width 512 (`--picture` draws both). `recompute/swap` is above 1 where swapping is cheaper.
+
+`ratio_16`, `ratio_64`: the median of it over the lengths, for each model. `swap_wins_from`: the
+smallest page size from which on this median is above 1, 0 for none.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import statistics
+
+import measure  # first: it sets XLA's flags
+
+import jax  # isort: skip
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from flax import nnx
+
+import paged_jax
+from paged_jax import models
+from paged_jax.host import Manager, ManagerConfig, Request
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+PAGE_SIZES = (4, 8, 16, 32, 64, 128)
+LENGTHS = (64, 128, 256, 480)
+ROWS, LONGEST = 8, 512
+COLORS = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")  # of each length
+
+
+def packaged() -> models.Decoder:
+  return models.load(models.embedded())
+
+
+def larger() -> models.Decoder:
+  """Random weights: 8 layers of width 512 with 8 heads, 4 of them for keys and values."""
+  config = dataclasses.replace(
+    packaged().config, hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8,
+    num_kv_heads=4, head_dim=64, windows=(None,) * 8, ropes=(models.Rope(),) * 8,
+  )  # fmt: skip
+  decoder = models.Decoder(config, rngs=nnx.Rngs(0))
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), decoder)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def prefill(cache, decoder, tokens, row):
+  """All tokens [B] of the sequence in the empty `row`, as `Manager.run` wants it."""
+  positions = jnp.arange(len(tokens), dtype=jnp.int32)
+  growth = jnp.zeros(cache.ledger.num_rows, jnp.int32).at[row].set(len(tokens))
+  cache, _ = paged_jax.extend(cache, growth)
+  plan = paged_jax.plan(cache, jnp.full_like(positions, row), positions)
+  cache = decoder(tokens, cache, plan)[1]
+  return cache, paged_jax.Log(((growth[None],),), ("extend",)), None
+
+
+class Sequence:
+  """One running sequence, which is preempted and comes back."""
+
+  def __init__(self, decoder: models.Decoder, page_size: int, length: int):
+    config = models.cache_config(
+      decoder.config, num_pages=2 * LONGEST // page_size, num_rows=ROWS, page_size=page_size,
+      max_length=LONGEST,
+    ).stored_for(jax.default_backend())  # fmt: skip
+    options = ManagerConfig(num_host_pages=config.pages_per_row, prefix_cache=False)
+    self.manager, self.decoder = Manager(config, options), decoder
+    self.tokens = np.random.default_rng(0).integers(0, decoder.config.vocab_size, length, np.int32)
+    self.begin()
+
+  def begin(self) -> None:
+    self.handle = self.manager.allocate(Request("it"))
+    row = np.int32(self.manager.row(self.handle))
+    self.manager.run(prefill, self.decoder, self.tokens, row)
+    self.manager.settle()
+
+  def swap(self) -> jax.Array:
+    self.manager.swap_out(self.handle)
+    self.manager.swap_in(self.handle)
+    return self.manager.cache.pages.kv
+
+  def recompute(self) -> jax.Array:
+    self.manager.deallocate("it")
+    self.begin()
+    return self.manager.cache.pages.kv
+
+
+def measured(name: str, decoder: models.Decoder, page_size: int, length: int, rounds: int) -> dict:
+  """One row of the table."""
+  swapped, computed = (Sequence(decoder, page_size, length) for _ in range(2))
+  times = measure.medians({"swap": swapped.swap, "recompute": computed.recompute}, rounds)
+  swap, recompute = times["swap"], times["recompute"]
+  return {
+    "model": name,
+    "page": page_size,
+    "tokens": length,
+    "swap ms": 1e3 * swap,
+    "recompute ms": 1e3 * recompute,
+    "recompute/swap": recompute / swap,
+  }
+
+
+def summary(rows: list[dict]) -> dict:
+  """The medians over the lengths at 16 and 64, and where swapping begins to win."""
+  found = {}
+  for name in dict.fromkeys(row["model"] for row in rows):
+    mine = [row for row in rows if row["model"] == name]
+    pages = sorted({row["page"] for row in mine})
+    ratios = {
+      page: statistics.median(row["recompute/swap"] for row in mine if row["page"] == page)
+      for page in pages
+    }
+    wins = [page for i, page in enumerate(pages) if all(ratios[x] > 1 for x in pages[i:])]
+    found |= {f"{name}_ratio_{page}": ratios[page] for page in (16, 64) if page in ratios}
+    found[f"{name}_swap_wins_from"] = min(wins, default=0)
+  return found
+
+
+def picture(rows: list[dict], path: pathlib.Path) -> None:
+  """Milliseconds over page size, a panel for each model, a colour for each length."""
+  names = list(dict.fromkeys(row["model"] for row in rows))
+  fig, axes = plt.subplots(
+    1, len(names), figsize=(4.6 * len(names), 4), layout="constrained", sharey=True, squeeze=False
+  )
+  for ax, name in zip(axes[0], names):
+    mine = [row for row in rows if row["model"] == name]
+    pages = sorted({row["page"] for row in mine})
+    for color, length in zip(COLORS, sorted({row["tokens"] for row in mine})):
+      of = [row for row in mine if row["tokens"] == length]
+      for what, style in (("swap", "-"), ("recompute", "--")):
+        times = [row[f"{what} ms"] for row in of]
+        ax.plot(pages, times, style, color=color, marker="o" if what == "swap" else None, ms=4)
+        end, at = (0, 5) if what == "swap" else (-1, -5)
+        ax.annotate(
+          f"{length:,}", (pages[end], times[end]), (-at, 0), textcoords="offset points",
+          ha="right" if what == "swap" else "left", va="center", color=color, fontsize=8,
+        )  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="tokens per page", title=f"{name} model")
+    ax.set_xticks(pages, map(str, pages))
+    ax.minorticks_off()
+    ax.margins(x=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[0][0].set_ylabel("milliseconds to preempt and resume")
+  fig.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None):
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+  parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
+  parser.add_argument("--picture", type=pathlib.Path, help="where to draw it")
+  parser.add_argument("--smoke", action="store_true", help="one model, one shape")
+  args = parser.parse_args(argv)
+  decoders = {"packaged": packaged()} | ({} if args.smoke else {"larger": larger()})
+  shapes = [(16, 64)] if args.smoke else [(page, x) for page in PAGE_SIZES for x in LENGTHS]
+  rows = [
+    measured(name, decoder, page_size, length, args.rounds)
+    for name, decoder in decoders.items()
+    for page_size, length in shapes
+  ]
+  if args.picture:
+    picture(rows, args.picture)
+  measure.report(rows, summary(rows), as_json=args.json)
+
+
+if __name__ == "__main__":
+  main()
