@@ -9,10 +9,12 @@ the pool:
 
 The prefill is one jitted call of exactly the sequence's length and computes no logits, which is as
 good as recomputation gets. Two models: the packaged one, and a random one of the same class with 8
-layers of width 512 (`--picture` draws both). `recompute/swap` is above 1 where swapping is cheaper.
+layers of width 512. `recompute/swap` is above 1 where swapping is cheaper. On CPU no bus lies between
+the pool and host memory, and arithmetic is slow: both make swapping look good.
 
 `ratio_16`, `ratio_64`: the median of it over the lengths, for each model. `swap_wins_from`: the
-smallest page size from which on this median is above 1, 0 for none.
+smallest page size from which on this median is above 1, 0 for none. `small_pages`: swapping with the
+smallest pages over swapping with pages of 64, which is the price of many small copies.
 """
 
 import argparse
@@ -36,10 +38,13 @@ from paged_jax.host import Manager, ManagerConfig, Request
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-PAGE_SIZES = (4, 8, 16, 32, 64, 128)
+PAGE_SIZES = (1, 4, 8, 16, 32, 64, 128)
 LENGTHS = (64, 128, 256, 480)
 ROWS, LONGEST = 8, 512
-COLORS = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")  # of each length
+SHADES = {
+  "swap": ("#9fbfe3", "#6d9bd1", "#3b6fb6", "#1d4580"),
+  "recompute": ("#f2c08a", "#e8a157", "#d9822b", "#a85a10"),
+}
 
 
 def packaged() -> models.Decoder:
@@ -113,44 +118,47 @@ def measured(name: str, decoder: models.Decoder, page_size: int, length: int, ro
 
 
 def summary(rows: list[dict]) -> dict:
-  """The medians over the lengths at 16 and 64, and where swapping begins to win."""
+  """For each model the medians over the lengths at some page sizes, and where swapping wins."""
   found = {}
   for name in dict.fromkeys(row["model"] for row in rows):
     mine = [row for row in rows if row["model"] == name]
-    pages = sorted({row["page"] for row in mine})
+    of = {page: [row for row in mine if row["page"] == page] for page in PAGE_SIZES}
     ratios = {
-      page: statistics.median(row["recompute/swap"] for row in mine if row["page"] == page)
-      for page in pages
+      page: statistics.median(row["recompute/swap"] for row in each)
+      for page, each in of.items()
+      if each
     }
-    wins = [page for i, page in enumerate(pages) if all(ratios[x] > 1 for x in pages[i:])]
+    wins = [page for page in ratios if all(ratios[x] > 1 for x in ratios if x >= page)]
     found |= {f"{name}_ratio_{page}": ratios[page] for page in (16, 64) if page in ratios}
     found[f"{name}_swap_wins_from"] = min(wins, default=0)
+    small = [x["swap ms"] / y["swap ms"] for x, y in zip(of[PAGE_SIZES[0]], of[64])]
+    if small:
+      found[f"{name}_small_pages"] = statistics.median(small)
   return found
 
 
 def picture(rows: list[dict], path: pathlib.Path) -> None:
-  """Milliseconds over page size, a panel for each model, a colour for each length."""
+  """Milliseconds over page size: a panel for each model, a shade for each length."""
   names = list(dict.fromkeys(row["model"] for row in rows))
   fig, axes = plt.subplots(
-    1, len(names), figsize=(4.6 * len(names), 4), layout="constrained", sharey=True, squeeze=False
+    1, len(names), figsize=(4.8 * len(names), 4.4), layout="constrained", sharey=True, squeeze=False
   )
   for ax, name in zip(axes[0], names):
     mine = [row for row in rows if row["model"] == name]
     pages = sorted({row["page"] for row in mine})
-    for color, length in zip(COLORS, sorted({row["tokens"] for row in mine})):
-      of = [row for row in mine if row["tokens"] == length]
-      for what, style in (("swap", "-"), ("recompute", "--")):
-        times = [row[f"{what} ms"] for row in of]
-        ax.plot(pages, times, style, color=color, marker="o" if what == "swap" else None, ms=4)
-        end, at = (0, 5) if what == "swap" else (-1, -5)
+    lengths = sorted({row["tokens"] for row in mine})
+    for what, shades in SHADES.items():
+      for shade, length in zip(shades, lengths):
+        times = [row[f"{what} ms"] for row in mine if row["tokens"] == length]
+        ax.plot(pages, times, color=shade, marker="o", ms=3.5)
+        text = f"{what}, {length} tokens" if length == lengths[-1] else str(length)
         ax.annotate(
-          f"{length:,}", (pages[end], times[end]), (-at, 0), textcoords="offset points",
-          ha="right" if what == "swap" else "left", va="center", color=color, fontsize=8,
-        )  # fmt: skip
+          text, (pages[0], times[0]), (0, 7), textcoords="offset points", color=shade, fontsize=8
+        )
     ax.set(xscale="log", yscale="log", xlabel="tokens per page", title=f"{name} model")
     ax.set_xticks(pages, map(str, pages))
     ax.minorticks_off()
-    ax.margins(x=0.12)
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.spines[["top", "right"]].set_visible(False)
   axes[0][0].set_ylabel("milliseconds to preempt and resume")
   fig.savefig(path, dpi=120)
