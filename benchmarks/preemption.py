@@ -102,19 +102,24 @@ class Sequence:
     return self.manager.cache.pages.kv
 
 
-def measured(name: str, decoder: models.Decoder, page_size: int, length: int, rounds: int) -> dict:
-  """One row of the table."""
-  swapped, computed = (Sequence(decoder, page_size, length) for _ in range(2))
-  times = measure.medians({"swap": swapped.swap, "recompute": computed.recompute}, rounds)
-  swap, recompute = times["swap"], times["recompute"]
-  return {
-    "model": name,
-    "page": page_size,
-    "tokens": length,
-    "swap ms": 1e3 * swap,
-    "recompute ms": 1e3 * recompute,
-    "recompute/swap": recompute / swap,
-  }
+def measured(name: str, decoder: models.Decoder, shapes: list, rounds: int) -> list[dict]:
+  """The lines of one model; all shapes take turns, so that noise falls on all alike."""
+  contenders = {}
+  for shape in shapes:
+    contenders[*shape, "swap"] = Sequence(decoder, *shape).swap
+    contenders[*shape, "recompute"] = Sequence(decoder, *shape).recompute
+  times = measure.medians(contenders, rounds)
+  return [
+    {
+      "model": name,
+      "page": page,
+      "tokens": length,
+      "swap ms": 1e3 * times[page, length, "swap"],
+      "recompute ms": 1e3 * times[page, length, "recompute"],
+      "recompute/swap": times[page, length, "recompute"] / times[page, length, "swap"],
+    }
+    for page, length in shapes
+  ]
 
 
 def summary(rows: list[dict]) -> dict:
@@ -151,10 +156,11 @@ def picture(rows: list[dict], path: pathlib.Path) -> None:
       for shade, length in zip(shades, lengths):
         times = [row[f"{what} ms"] for row in mine if row["tokens"] == length]
         ax.plot(pages, times, color=shade, marker="o", ms=3.5)
-        text = f"{what}, {length} tokens" if length == lengths[-1] else str(length)
-        ax.annotate(
-          text, (pages[0], times[0]), (0, 7), textcoords="offset points", color=shade, fontsize=8
-        )
+        first, look = (pages[0], times[0]), {"textcoords": "offset points", "color": shade}
+        if length == lengths[-1]:
+          ax.annotate(f"{what}, {length} tokens", first, (0, 8), fontsize=9, **look)
+        elif length == lengths[0]:
+          ax.annotate(str(length), first, (0, -13), fontsize=9, **look)
     ax.set(xscale="log", yscale="log", xlabel="tokens per page", title=f"{name} model")
     ax.set_xticks(pages, map(str, pages))
     ax.minorticks_off()
@@ -174,9 +180,9 @@ def main(argv: list[str] | None = None):
   decoders = {"packaged": packaged()} | ({} if args.smoke else {"larger": larger()})
   shapes = [(16, 64)] if args.smoke else [(page, x) for page in PAGE_SIZES for x in LENGTHS]
   rows = [
-    measured(name, decoder, page_size, length, args.rounds)
+    row
     for name, decoder in decoders.items()
-    for page_size, length in shapes
+    for row in measured(name, decoder, shapes, args.rounds)
   ]
   if args.picture:
     picture(rows, args.picture)

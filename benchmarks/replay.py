@@ -116,8 +116,8 @@ def table(samples: list[dict], pool: int) -> list[dict]:
   for part in np.array_split(np.arange(len(samples)), min(12, len(samples))):
     of = [samples[i] for i in part]
     mean = {name: float(np.mean([each[name] for each in of])) for name in GAUGES}
-    begin, end = samples[max(0, part[0] - 1)], of[-1]
-    count = {name: end[name] - begin[name] for name in COUNTS}
+    begin = samples[part[0] - 1] if part[0] else dict.fromkeys(COUNTS, 0)
+    count = {name: of[-1][name] - begin[name] for name in COUNTS}
     lines.append({
       "hours": EVERY * (part[-1] + 1) / 3600,
       "live %": 100 * mean["live"] / pool,
@@ -157,14 +157,14 @@ def summary(run: Simulation, seconds: float) -> dict:
 
 
 def picture(samples: list[dict], pool: int, path: pathlib.Path) -> None:
-  """Memory, sequences, throughput, preemptions and hits over simulated hours."""
+  """Memory and sequences (the most in each stretch of time), throughput, preemptions and hits."""
   width = -(-len(samples) // 150)  # samples in a point
   num_points = len(samples) // width
   parts = {
     name: np.array([each[name] for each in samples[: num_points * width]]).reshape(-1, width)
     for name in (*GAUGES, *COUNTS)
   }
-  gauge = {name: parts[name].mean(axis=1) for name in GAUGES}
+  gauge = {name: parts[name].max(axis=1) for name in GAUGES}
   count = {name: np.diff(parts[name][:, -1], prepend=0) for name in COUNTS}
   seconds = EVERY * width
   hours = seconds * (np.arange(num_points) + 0.5) / 3600
