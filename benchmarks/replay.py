@@ -10,7 +10,10 @@ they get no prefix cache. `simulation.py` says who runs when. A step takes, in s
     a + b * rows that decode + c * tokens that they attend to + d * tokens of prompts
 
 and each token that is swapped out or in takes e. `--costs a,b,c,d,e` gives them; without, they are
-fitted to measured steps of the packaged model on this machine.
+fitted to measured steps of the packaged model on this machine. The runs in `results/` have assumed
+ones: an 8B model in bfloat16 at 60% of an H100's data sheet and 25 GB/s to the host, that is
+8e-3,2.7e-5,6.5e-8,2.7e-5,5.2e-6 for Azure's hour, with a pool small enough to run out, and a third of
+each for Mooncake's.
 
 `page_utilisation`: live tokens over the tokens that the pages of running sequences could hold, shared
 ones counted once; `pool_in_use`: those pages over all. `hit_rate`: prompt tokens found in the cache
@@ -168,12 +171,16 @@ def picture(samples: list[dict], pool: int, path: pathlib.Path) -> None:
   count = {name: np.diff(parts[name][:, -1], prepend=0) for name in COUNTS}
   seconds = EVERY * width
   hours = seconds * (np.arange(num_points) + 0.5) / 3600
-  heights = [2, 1.4, 1, 0.8] + [0.8] * bool(count["hit"].any())
+  preempted, shared = (
+    bool((count["swaps"] + count["recomputations"]).any()),
+    bool(count["hit"].any()),
+  )
+  heights = [2, 1.4, 1] + [0.8] * (preempted + shared)
   fig, axes = plt.subplots(
     len(heights), 1, figsize=(9, 1.6 * sum(heights)), sharex=True, layout="constrained",
     height_ratios=heights,
   )  # fmt: skip
-  memory, number, speed, preempted, *hits = axes
+  memory, number, speed, *last = axes
 
   memory.axhline(pool / 1e3, color="gray", ls="--", lw=1, label="pool")
   if (gauge["used"] > gauge["mapped"]).any():
@@ -192,19 +199,19 @@ def picture(samples: list[dict], pool: int, path: pathlib.Path) -> None:
   lowest = max(1.0, np.median(count["drawn"] / seconds) / 10)
   speed.set(ylabel="tokens per second", yscale="log", ylim=(lowest, None))
 
-  bottom = np.zeros(num_points)
-  for name, color in (("swaps", GREEN), ("recomputations", ORANGE)):
-    if count[name].any():
-      preempted.bar(hours, count[name], seconds / 3600, bottom, color=color, lw=0, label=name)
-      bottom += count[name]
-  preempted.set(ylabel=f"preemptions\nin {seconds:.0f} s", ylim=(0, max(1, *bottom)))
-
-  for ax in hits:
-    ax.plot(hours, 100 * count["hit"] / np.maximum(1, count["asked"]), color=BLUE, lw=1.2)
-    ax.set(ylabel="prompt tokens\nhit, %", ylim=(0, None))
+  if preempted:
+    ax, bottom = last[0], np.zeros(num_points)
+    for name, color in (("swaps", GREEN), ("recomputations", ORANGE)):
+      if count[name].any():
+        ax.bar(hours, count[name], seconds / 3600, bottom, color=color, lw=0, label=name)
+        bottom += count[name]
+    ax.set(ylabel=f"preemptions\nin {seconds:.0f} s", ylim=(0, None))
+  if shared:
+    last[-1].plot(hours, 100 * count["hit"] / np.maximum(1, count["asked"]), color=BLUE, lw=1.2)
+    last[-1].set(ylabel="prompt tokens\nhit, %", ylim=(0, None))
   for ax in axes:
     ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0)
+    ax.set_xlim(0, seconds * num_points / 3600)
     if ax.get_legend_handles_labels()[0]:
       ax.legend(loc="lower left", bbox_to_anchor=(0, 0.98), ncols=4, frameon=False, fontsize=8,
                 handlelength=1.2, borderpad=0.2)  # fmt: skip
