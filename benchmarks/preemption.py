@@ -143,7 +143,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def picture(rows: list[dict], path: pathlib.Path) -> None:
-  """Milliseconds over page size: a panel for each model, a shade for each length."""
+  """Milliseconds over page size: a panel for each model, darker shades for more tokens."""
   names = list(dict.fromkeys(row["model"] for row in rows))
   fig, axes = plt.subplots(
     1, len(names), figsize=(4.8 * len(names), 4.4), layout="constrained", sharey=True, squeeze=False
@@ -156,13 +156,15 @@ def picture(rows: list[dict], path: pathlib.Path) -> None:
       for shade, length in zip(shades, lengths):
         times = [row[f"{what} ms"] for row in mine if row["tokens"] == length]
         ax.plot(pages, times, color=shade, marker="o", ms=3.5)
-        first, look = (pages[0], times[0]), {"textcoords": "offset points", "color": shade}
-        if length == lengths[-1]:
-          ax.annotate(f"{what}, {length} tokens", first, (0, 8), fontsize=9, **look)
-        elif length == lengths[0]:
-          ax.annotate(str(length), first, (0, -13), fontsize=9, **look)
+        if what == "recompute" or length == lengths[0]:  # swaps of all lengths are close
+          text = f"{what} {length}" if what == "recompute" else f"swap {lengths[0]}-{lengths[-1]}"
+          ax.annotate(
+            text, (pages[-1], times[-1]), (7, 0), textcoords="offset points", va="center",
+            color=shades[-1] if what == "swap" else shade, fontsize=8,
+          )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="tokens per page", title=f"{name} model")
     ax.set_xticks(pages, map(str, pages))
+    ax.set_xlim(pages[0] / 1.2, pages[-1] * 4)
     ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     ax.spines[["top", "right"]].set_visible(False)
