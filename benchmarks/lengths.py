@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,30 @@ def mooncake(path: pathlib.Path) -> list[list[int]]:
   From Mooncake's conversation trace (kvcache-ai/Mooncake, FAST'25, Apache-2.0).
   """
   return [json.loads(line)["hash_ids"] for line in path.read_text().splitlines()]
+
+
+class Trace(NamedTuple):
+  """Requests in order of arrival."""
+
+  times: np.ndarray  # f64[requests] seconds from the first one on
+  tokens: np.ndarray  # i64[requests,2] of prompt and output
+  blocks: list[list[int]] | None  # ids of the prompts' 512-token blocks, None if unknown
+
+
+def trace(path: pathlib.Path | None) -> Trace:
+  """Azure's csv, Mooncake's jsonl, or an hour like Azure's: Poisson arrivals, drawn lengths."""
+  if path is None:
+    tokens = azure(None)
+    gaps = np.random.default_rng(1).exponential(3600 / len(tokens), len(tokens))
+    return Trace(np.cumsum(gaps), tokens, None)
+  if path.suffix == ".csv":
+    with path.open() as file:
+      stamps = np.array([line["TIMESTAMP"] for line in csv.DictReader(file)], "datetime64[ns]")
+    return Trace((stamps - stamps[0]) / np.timedelta64(1, "s"), azure(path), None)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  times = np.array([line["timestamp"] for line in lines]) / 1000
+  tokens = np.array([[line["input_length"], line["output_length"]] for line in lines])
+  return Trace(times, tokens, mooncake(path))
 
 
 def like(

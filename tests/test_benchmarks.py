@@ -1,0 +1,52 @@
+"""The benchmarks that decide and count, rather than time, run in small and count right."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script, *arguments):
+  command = [sys.executable, FOLDER / script, "--json", *map(str, arguments)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_preemption_times_both_ways(tmp_path):
+  found = run("preemption.py", "--smoke", "--rounds", 2, "--picture", tmp_path / "it.png")
+  (row,) = found["rows"]
+  assert row["recompute/swap"] == pytest.approx(row["recompute ms"] / row["swap ms"])
+  assert (tmp_path / "it.png").stat().st_size > 0
+
+
+@pytest.fixture
+def trace(tmp_path):
+  """24 requests at once, whose prompts of 600 tokens have their first 512 in common."""
+  lines = [
+    {"timestamp": 0, "input_length": 600, "output_length": 400, "hash_ids": [0, i]}
+    for i in range(1, 25)
+  ]
+  path = tmp_path / "trace.jsonl"
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return path
+
+
+# 16 run at once, on 16 pages of 64 tokens each, 8 of which all but the first step's four share.
+@pytest.mark.parametrize(
+  "pool, preemption, preempted",
+  [(160, "swap", None), (128, "swap", "swaps"), (128, "recompute", "recomputations")],
+)
+def test_replay_preempts_only_where_pages_run_out(trace, tmp_path, pool, preemption, preempted):
+  found = run(
+    "replay.py", "--trace", trace, "--costs", "1e-2,1e-4,1e-7,1e-5,1e-6", "--num-rows", 16,
+    "--pool", 64 * pool, "--preemption", preemption, "--picture", tmp_path / "it.png",
+  )  # fmt: skip
+  assert found["requests"] == 24 and found["most_at_once"] == 16
+  assert {name for name in ("swaps", "recomputations") if found[name]} == {preempted} - {None}
+  assert found["hit_rate"] == pytest.approx(20 * 512 / (24 * 600))
+  assert (tmp_path / "it.png").stat().st_size > 0
