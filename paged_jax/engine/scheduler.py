@@ -4,8 +4,6 @@ Nothing here looks at the device. What runs ahead of the reports is covered by b
 dispatched only when the pages that it, and every call in flight, may take are certainly there.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from paged_jax.engine.calls import Calls, Piece
@@ -84,23 +82,27 @@ class Scheduler:
 
   # Admission
 
-  def _in_line(self) -> Iterator[Sample]:
-    """Those who wait, without those whose beginning somebody is just computing."""
-    share = self.config.options.prefix_cache
-    reading = [x for x in self.queue.running.values() if share and x.unread]
-    read = {x.entry.beginning for x in reading} - {None}
-    for sample in list(self.queue.waiting):
-      origin = sample.origin
-      soon = origin is not None and not (origin.decoding or origin.resting or origin.completion)
-      if sample.resting or (not sample.swapped and (soon or sample.entry.beginning in read)):
-        continue
-      yield sample
-      if sample.unread and share:
-        read |= {sample.entry.beginning} - {None}
+  def _beginnings(self) -> tuple[set, set]:
+    """First pages of texts on rows: those that are just computed, and others could share
+    afterwards, and those that were cached."""
+    if not self.config.options.prefix_cache:
+      return set(), set()
+    rows = [(x.entry.beginning, x) for x in self.queue.running.values() if x.handle]
+    size = self.config.cache.page_size
+    cached = {beginning for beginning, x in rows if x.handle and x.handle.num_cached >= size}
+    return {beginning for beginning, x in rows if x.unread} - cached - {None}, cached
+
+  def _may_begin(self, sample: Sample, being_read: set) -> bool:
+    """Whether a waiting sample need not wait for another one's text, to start on its pages."""
+    origin = sample.origin
+    soon = origin is not None and not (origin.decoding or origin.resting or origin.completion)
+    alone = sample.swapped or not (soon or sample.entry.beginning in being_read)
+    return alone and not sample.resting
 
   def may_admit(self) -> bool:
     """Whether to try: somebody waits, and there is more room than when that one was refused."""
-    first = next(self._in_line(), None)
+    being_read, _ = self._beginnings()
+    first = next((x for x in self.queue.waiting if self._may_begin(x, being_read)), None)
     if first is None:
       return False
     if self.queue.running and self.queue.last().order[0] > first.order[0]:
@@ -113,9 +115,16 @@ class Scheduler:
   def admit(self) -> None:
     """Rows and pages to those first in line, as long as there is room. All calls have been read."""
     batch: list[Sample] = []
-    room = self._spare()
+    room, (being_read, cached) = self._spare(), self._beginnings()
+    shares = self.config.options.prefix_cache
     self._refused = (None, 0)
-    for sample in self._in_line():
+    for sample in list(self.queue.waiting):
+      alike = [x for x in batch if shares and x.entry.beginning == sample.entry.beginning]
+      if alike and sample.entry.beginning not in cached | {None}:
+        batch = self._allocate(batch)  # one of them computes, or has, what this one could share
+        being_read, cached = self._beginnings()
+      if not self._may_begin(sample, being_read):
+        continue
       needed = self.pages(sample.length + self.config.num_steps * self.calls.width) + 1
       plain = sample.handle is None and sample.origin is None and len(sample.beams) == 1
       vacant = self.config.cache.num_rows - len(self.queue.running) - len(batch)
@@ -123,12 +132,11 @@ class Scheduler:
         batch.append(sample)
         room -= needed
         continue
-      self._allocate(batch)
-      batch = []
+      batch = self._allocate(batch)
       if not self._begin(sample):
         self._refused = (sample, self._available())
         break
-      room = self._spare()
+      room, (being_read, cached) = self._spare(), self._beginnings()
     self._allocate(batch)
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
 
@@ -136,12 +144,13 @@ class Scheduler:
     """Free pages that the next call leaves."""
     return self.manager.num_free - self.growth(self.config.num_steps)
 
-  def _allocate(self, samples: list[Sample]) -> None:
-    """Rows, and pages for the whole text, to samples for which there is room."""
+  def _allocate(self, samples: list[Sample]) -> list[Sample]:
+    """Rows, and pages for the whole text, to samples for which there is room; none are left."""
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
     for sample, handle in zip(samples, self.manager.allocate_many(requests) if requests else ()):
       self._run(sample, handle)
+    return []
 
   def _run(self, sample: Sample, handle: Handle) -> None:
     """A sample has its row."""

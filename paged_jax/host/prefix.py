@@ -343,7 +343,9 @@ class PrefixIndex:
 
     A page that also has the last tokens of a node above passes to that one.
     """
-    index = max(i for i, each in enumerate(node.held) if each.page is not None)
+    index = len(node.held) - 1
+    while node.held[index].page is None:
+      index -= 1
     released = self._drop_below(node)
     return released + self._forget(node, index)
 

@@ -175,7 +175,12 @@ class Residency:
     batch: list[Held] = []
     room = self.host_room(guard)
     leaving = set(guard)
-    while sum(each.page is not None for each in batch) < count:
+    counted = found = 0  # pages of the batch, and those of them on the device
+    while True:
+      found += sum(each.page is not None for each in batch[counted:])
+      counted = len(batch)
+      if found >= count:
+        break
       node = self.prefixes.candidate(self._ready(leaving))
       if node is None:
         break
