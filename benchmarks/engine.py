@@ -22,14 +22,14 @@ import functools
 import os
 import pathlib
 import time
-import types
 
 import jax.numpy as jnp
 import lengths
 import numpy as np
+import tape
 
 from paged_jax import models
-from paged_jax.engine import Engine, EngineConfig, Sampling, calls
+from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 
 SCALE, LONGEST, DENSE_ROWS, SIZE, ROWS, STEPS = 16, 512, 8, 16, 64, 8
@@ -164,45 +164,6 @@ def run_engine(engine: Engine, work) -> dict:
   }  # fmt: skip
 
 
-class Tape:
-  """Everything that an engine dispatches, to be dispatched again without it."""
-
-  def __init__(self, engine: Engine):
-    self.engine, self.played = engine, []
-    self._state = engine.manager._state
-    self._run, self._verbs = calls._run, self._state.verbs
-
-  def record(self, work) -> None:
-    """Runs the requests, and notes each call with what it takes besides the device's own state."""
-    names = [name for name in vars(self._verbs) if callable(getattr(self._verbs, name))]
-    recording = {name: functools.partial(self._verb, name) for name in names}
-    calls._run, self._state.verbs = self._program, types.SimpleNamespace(**recording)
-    run_engine(self.engine, work)
-    calls._run, self._state.verbs = self._run, self._verbs
-
-  def _verb(self, name, cache, *operands):
-    self.played.append((name, operands, {}))
-    return getattr(self._verbs, name)(cache, *operands)
-
-  def _program(self, cache, model, rows, past, *operands, **statics):
-    self.played.append((None, (model, *operands), statics))
-    return self._run(cache, model, rows, past, *operands, **statics)
-
-  def seconds(self) -> float:
-    """How long the device takes for all of it, nothing in between; the engine's own state stays."""
-    kept = (self._state.cache, self.engine._calls._rows, self.engine._calls._past)
-    cache, rows, past = jax.block_until_ready(jax.tree.map(jnp.copy, kept))
-    began = time.perf_counter()
-    for name, operands, statics in self.played:
-      if name is None:
-        model, *rest = operands
-        cache, _, (rows, past, _) = self._run(cache, model, rows, past, *rest, **statics)
-      else:
-        cache = getattr(self._verbs, name)(cache, *operands)[0]
-    jax.block_until_ready(cache)
-    return time.perf_counter() - began
-
-
 def run_transformers(work) -> dict:
   """Hugging Face's continuous batching; times are those of whole requests."""
   import torch
@@ -255,13 +216,12 @@ def main():
   options = ManagerConfig(prefix_cache=False)
   engine = Engine(model, EngineConfig(config, options, num_steps=STEPS, prompt_sizes=PROMPT_SIZES))
   engine.warm_up()
-  dense, tape = Dense(model), Tape(engine)
-  tape.record(work)  # compiles what is left
-  tape.played.clear()
-  tape.record(work)
+  dense = Dense(model)
+  run_engine(engine, work)  # compiles what is left
+  recording = tape.record(engine, lambda: run_engine(engine, work))
   contenders = {
     "ours": lambda: run_engine(engine, work),
-    "bare": lambda: {"seconds": tape.seconds()},
+    "bare": lambda: {"seconds": recording.seconds()},
     "static": lambda: run_dense(dense, work, continuous=False),
     "continuous": lambda: run_dense(dense, work, continuous=True),
   }

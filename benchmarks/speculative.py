@@ -1,10 +1,10 @@
 """How many drafted tokens are accepted, and how much faster is that?
 
-The packaged model goes on with Shakespeare (`--text FILE`; passages of the tokenizer's own training
-language without), greedily. `lookup`: prompt lookup drafts 2, 4 or 8 tokens, verified in one pass.
-`accepted_per_call`: tokens drawn per row and pass of the model, 1 without drafts. `speedup`: new
-tokens per second over plain decoding, one row and 8 rows at once. The texts are equal, or this
-script fails.
+The packaged model goes on greedily with passages of `--text FILE`, or with the demo's prompts, each
+said twice. Prompt lookup drafts 2, 4 or 8 tokens, verified in one pass. `accepted_per_call`: tokens
+drawn per row and pass of the model, 1 without drafts. `speedup`: new tokens per second over plain
+decoding, with one row and with 8 at once. The texts are equal, or this script fails. A CPU is
+limited by arithmetic, of which there is more with drafts: it gains with few rows alone.
 """
 
 import measure  # first: it sets XLA's flags
@@ -27,7 +27,7 @@ def texts(path: pathlib.Path | None, count: int) -> list[list[int]]:
   tokenizer = models.tokenizer(models.embedded())
   assert tokenizer is not None
   if path is None:
-    passages = [prompt * 2 for prompt in PROMPTS] * count  # a refrain, as songs and code have
+    passages = [prompt * 2 for prompt in PROMPTS] * count
   else:
     whole = path.read_text(encoding="utf-8")
     step = len(whole) // count
@@ -78,7 +78,8 @@ def main():
           "speedup": statistics.median(seconds[0]) / statistics.median(seconds[k]),
         }
       )
-    best = max(rows[-len(engines) :], key=lambda row: row["speedup"])
+    drafted = rows[1 - len(engines) :]
+    best = max(drafted, key=lambda row: row["speedup"])
     summary[f"speedup_{num_rows}_rows"] = best["speedup"]
     summary[f"accepted_per_call_{num_rows}_rows"] = best["accepted_per_call"]
   measure.report(rows, summary, as_json=args.json)
