@@ -1,4 +1,4 @@
-"""Every example that people read is run: docstrings, and the README's."""
+"""Every example that people read is run: docstrings, and those of pages."""
 
 import doctest
 import importlib
@@ -10,7 +10,7 @@ import pytest
 
 import paged_jax
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
   module.name for module in pkgutil.walk_packages(paged_jax.__path__, "paged_jax.")
   if not module.name.endswith("__main__")
@@ -30,9 +30,10 @@ def test_public_names_have_docstrings():
       assert value.__doc__, name
 
 
-def test_the_readme_example_runs():
-  blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+def test_examples_of_a_page_run(page):
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
   assert blocks
-  space = {}
+  space = {"__name__": "example"}
   for block in blocks:
     exec(block, space)
