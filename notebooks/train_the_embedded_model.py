@@ -40,7 +40,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from paged_jax import generation, models
+from paged_jax import models, progress
+from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.models import train
 
 # %% [markdown]
@@ -73,12 +74,14 @@ def write(decoder, tokenizer, prompt, *, max_new_tokens, num_samples=16):
   config = models.cache_config(
     decoder.config, num_pages=num_samples * 32, num_rows=num_samples, dtype=dtype
   )
-  cache = paged_jax.jitted.init(config.stored_for(jax.default_backend()))
-  request = generation.Request(
-    prompt=tuple(tokenizer.encode(prompt).ids), max_new_tokens=max_new_tokens,
-    num_samples=num_samples, temperature=0.8, top_p=0.95,
-  )  # fmt: skip
-  update = generation.generate(decoder, cache, [request], num_steps=64)
+  engine = Engine(
+    decoder,
+    EngineConfig(config.stored_for(jax.default_backend()), num_steps=64, prompt_sizes=(32,)),
+  )
+  wanted = Sampling(
+    max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=0.8, top_p=0.95
+  )
+  *_, update = progress.follow(engine, [(tokenizer.encode(prompt).ids, wanted)])
   print(update.summary)
   return [prompt + tokenizer.decode(tokens) for tokens in update.tokens]
 

@@ -1,5 +1,6 @@
 """Sampling: each rule by hand, and through an engine where the text so far matters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,43 @@ def draws(**fields):
 )
 def test_the_smallest_probability_kept(fields, kept):
   np.testing.assert_allclose(jnp.exp(sampling.cutoff(LOGITS, draws(**fields))), [kept], rtol=1e-5)
+
+
+def draw(logits, *rules, num_draws=512):
+  """Tokens drawn from the same logits at many positions, [num_draws, rows], a row for each rule."""
+  logits = jnp.broadcast_to(jnp.array(logits, jnp.float32), (len(rules), len(logits)))
+  rows = {row: (Sampling(**rule), 0) for row, rule in enumerate(rules)}
+  each = sampling.draws(rows, len(rules), logits.shape[1])
+  positions = jnp.arange(num_draws, dtype=jnp.int32)[:, None] + jnp.zeros(
+    (1, len(rules)), jnp.int32
+  )
+  return np.asarray(jax.lax.map(lambda p: sampling.draw(logits, each, p), positions))
+
+
+def test_draws_follow_the_distribution_of_each_row():
+  hot = [dict(), dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.0, top_k=3)]
+  rules = [rule | dict(seed=seed) for seed, rule in enumerate(hot)]
+  drawn = draw(np.log([0.1, 0.2, 0.3, 0.4]), *rules, num_draws=4096)
+  counts = np.stack([np.bincount(drawn[:, row], minlength=4) for row in range(4)]) / 4096
+  squares = np.array([1, 4, 9, 16]) / 30
+  expected = [[0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4], squares, [0, 2 / 9, 3 / 9, 4 / 9]]
+  np.testing.assert_allclose(counts, expected, atol=0.03)
+  assert not counts[3, 0]
+
+
+def test_the_most_likely_token_is_the_limit_of_every_rule():
+  logits = np.random.default_rng(0).normal(size=61)
+  limits = [dict(temperature=5.0, top_k=1), dict(temperature=5.0, top_p=1e-6)]
+  np.testing.assert_array_equal(draw(logits, {}, *limits), np.argmax(logits))
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+  logits = np.random.default_rng(0).normal(size=61)
+  drawn = draw(logits, *(dict(temperature=1.0, seed=seed) for seed in (5, 6, 5)))
+  again = draw(logits, {}, *(dict(temperature=1.0, seed=seed) for seed in (5, 6)))
+  np.testing.assert_array_equal(drawn[:, 0], drawn[:, 2])
+  np.testing.assert_array_equal(again[:, 1:], drawn[:, :2])
+  assert np.mean(drawn[:, 0] == drawn[:, 1]) < 0.5
 
 
 def test_bias_and_repetition_penalty_change_logits_by_hand():
@@ -68,7 +106,7 @@ def test_seen_tokens_of_prompt_and_text_are_penalised():
     ("max_new_tokens", 0), ("num_samples", 0), ("temperature", -1.0), ("temperature", float("nan")),
     ("top_k", 0), ("top_p", 0.0), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1),
     ("logit_bias", {1: float("nan")}), ("logit_bias", dict.fromkeys(range(17), 1.0)),
-    ("stop_tokens", tuple(range(9))), ("stop", "text"), ("stop", ("",)),
+    ("stop_tokens", tuple(range(9))), ("stop", "text"), ("stop", ("",)), ("num_beams", 0), ("length_penalty", float("inf")),
   ],
 )  # fmt: skip
 def test_a_field_out_of_range_is_named(name, value):
@@ -76,6 +114,18 @@ def test_a_field_out_of_range_is_named(name, value):
     Sampling(**{name: value})
 
 
-def test_too_many_end_tokens_are_refused():
-  with pytest.raises(ValueError, match=r"^eos must be at most 8"):
-    EngineConfig(tiny.cache(), eos=tuple(range(9)))
+@pytest.mark.parametrize(
+  "fields, text",
+  [
+    (dict(eos=tuple(range(9))), "eos must be at most 8 tokens"),
+    (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+    (dict(prompt_sizes=()), r"prompt_sizes must ascend, got \(\)"),
+    (dict(prompt_sizes=(8, 4)), r"prompt_sizes must ascend, got \(8, 4\)"),
+    (dict(prompt_sizes=(0, 4)), r"prompt_sizes must be positive, got \(0, 4\)"),
+    (dict(preemption="hope"), "preemption must be one of .*, got 'hope'"),
+    (dict(max_beams=5), r"max_beams must be in \[1, 4\], the number of rows, got 5"),
+  ],
+)
+def test_an_engine_that_makes_no_sense_is_refused(fields, text):
+  with pytest.raises(ValueError, match=f"^{text}"):
+    EngineConfig(tiny.cache(), **fields)
