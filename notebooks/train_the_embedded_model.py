@@ -28,7 +28,7 @@ try:
 except ImportError:
   # For Colab: put a checkout of the repository at /content/paged_jax first.
   # %pip install -q "/content/paged_jax[demo,train]"
-  import paged_jax
+  import paged_jax  # noqa: F401
 
 if metadata.version("jaxlib").startswith("0.10."):
   # This version computes some reductions wrongly on CPU, silently.
