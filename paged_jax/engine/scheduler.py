@@ -34,11 +34,9 @@ class Scheduler:
 
   def most_pages(self, sample: Sample, num_tokens: int) -> int:
     """Most pages that a sample, or all beams of its search, hold at so many tokens each."""
-    shared = len(sample.entry.prompt) // self.config.cache.page_size
-    width = len(sample.beams)
-    return (
-      self.pages(num_tokens) if width == 1 else shared + width * (self.pages(num_tokens) - shared)
-    )
+    searching = len(sample.beams) > 1
+    shared = len(sample.entry.prompt) // self.config.cache.page_size if searching else 0
+    return shared + len(sample.beams) * (self.pages(num_tokens) - shared)
 
   def growth(self, num_steps: int) -> int:
     """Most pages that a call of so many steps may take, with those in flight."""
@@ -105,7 +103,7 @@ class Scheduler:
     first = next((x for x in self.queue.waiting if self._may_begin(x, being_read)), None)
     if first is None:
       return False
-    if self.queue.running and self.queue.last().order[0] > first.order[0]:
+    if self.queue.running and self._yields(self.queue.last(), first):
       return True
     ended = sum(sample.row >= 0 for sample in self.ended)
     vacant = self.config.cache.num_rows - len(self.queue.running) + ended
@@ -175,11 +173,16 @@ class Scheduler:
       except (errors.OutOfPages, errors.OutOfRows):
         if self.queue.running:
           victim = self.queue.last()
-          if victim.order[0] <= sample.order[0]:
+          if not self._yields(victim, sample):
             return False
           self.preempt(victim)
         elif not self._drop_swapped(sample):
           return False
+
+  @staticmethod
+  def _yields(victim: Sample, sample: Sample) -> bool:
+    """Whether a running sample gives its place to a waiting one."""
+    return victim.resting or victim.order[0] > sample.order[0]
 
   def _place(self, sample: Sample) -> None:
     """Rows and pages for what the sample already has, if there is room for its next call, too."""

@@ -176,3 +176,19 @@ def test_a_request_of_several_samples_has_no_branches():
     handle.fork(2)
   finish(e)
   assert handle.tokens == [tiny.greedy(PROMPTS[0], 3)] * 2
+
+
+def test_those_who_rest_give_way_and_go_on_later():
+  e = engine(num_pages=8, options=dict(prefix_cache=False))
+  handle = e.submit(PROMPTS[2], hot(0))
+  steps(e, handle, 6)
+  shared = handle.tokens[0]
+  (branch,) = handle.fork(1, hot(3))
+  other = e.submit(PROMPTS[4], hot(4, 12))  # needs 7 of the 8 pages
+  for _ in range(100):
+    e.step()
+  assert other.done and branch.done and not handle.done
+  assert other.tokens == [alone(PROMPTS[4], 4, 12)]
+  handle.rollback(len(shared))
+  finish(e)
+  assert handle.tokens == [alone(PROMPTS[2], 0, MOST)]
