@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -9,11 +10,12 @@ import pytest
 from paged_jax import pool as pool_lib
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
 def taken(pool, count, chunk=4):
   size = 64
   return pool_lib.take(
     pool,
-    jnp.int32(count),
+    jnp.asarray(count, jnp.int32),
     lambda ids, ranks, pages: ids.at[ranks].set(pages, mode="drop"),
     jnp.full(size, pool.num_pages, jnp.int32),
     chunk=chunk,

@@ -171,11 +171,16 @@ def build(case: Case, seed: int = 0) -> Problem:
 
 def plan(rows, positions, num_rows: int, *, refused=()) -> Plan:
   """A plan made by hand: attention reads neither slots nor refcounts."""
-  rows, positions = jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32)
-  ok = np.ones(rows.shape[0], bool)
+  rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
+  ok = np.ones(len(rows), bool)
   ok[list(refused)] = False
+  return _plan(rows, positions, ok, num_rows)
+
+
+@partial(jax.jit, static_argnames="num_rows")
+def _plan(rows, positions, ok, num_rows: int) -> Plan:
   blocks, block_lengths, block_size = attention.schedule(rows, num_rows)
-  return Plan(rows, positions, positions, jnp.asarray(ok), blocks, block_lengths,
+  return Plan(rows, positions, positions, ok, blocks, block_lengths,
               block_size=block_size, implementation="reference")  # fmt: skip
 
 
