@@ -115,12 +115,25 @@ class Problem:
     plan = dataclasses.replace(p.plan, implementation=implementation)
     arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
     statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
-    return _attend(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
+    interpreted = attention.platform(implementation) not in (None, jax.default_backend())
+    run = _interpret if interpreted else _attend
+    return run(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
 
 
-@partial(jax.jit, static_argnames=("layer", "statics"))
-def _attend(q, pages, tables, plan, arrays, *, layer, statics):
+def _call(q, pages, tables, plan, arrays, *, layer, statics):
   return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
+
+
+# An interpreter runs once and on little data: most of its time would go to LLVM's optimizer.
+INTERPRETER = {"xla_backend_optimization_level": 0}
+_attend = jax.jit(_call, static_argnames=("layer", "statics"))
+_interpret = jax.jit(_call, static_argnames=("layer", "statics"), compiler_options=INTERPRETER)
+
+
+def forget():
+  """The programs so far: they may be another interpreter's."""
+  _attend.clear_cache()
+  _interpret.clear_cache()
 
 
 def build(case: Case, seed: int = 0) -> Problem:
@@ -186,7 +199,7 @@ def _plan(rows, positions, ok, num_rows: int) -> Plan:
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
   """Attention in float64 NumPy, token by token, straight from the definition."""
-  q = np.asarray(problem.q.astype(jnp.float32), np.float64)
+  q = np.asarray(problem.q, np.float64)
   out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
   scale = case.head_dim**-0.5 if case.scale is None else case.scale
   sinks = np.asarray(problem.options["sinks"], np.float64) if case.sinks else None
