@@ -1,7 +1,10 @@
 """Settings of the whole test run; they must be made before jax is imported."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 from importlib import metadata
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
@@ -9,6 +12,13 @@ if metadata.version("jaxlib").startswith("0.10."):
   # This version miscompiles some reductions on CPU, silently.
   flags.append("--xla_cpu_experimental_ynn_fusion_type=-reduce")
 os.environ["XLA_FLAGS"] = " ".join(flags)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  # What one process compiles the others of this run load: workers, notebooks, commands.
+  programs = tempfile.mkdtemp(prefix="programs-")
+  atexit.register(shutil.rmtree, programs, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -78,7 +78,7 @@ def test_a_history_traces_each_verb_once():
 
 def test_the_comparison_with_the_model_can_fail():
   def greedy_extend(cache, num_tokens):
-    cache, info = paged_jax.extend(cache, num_tokens)
+    cache, info = paged_jax.jitted.extend(cache, num_tokens)
     return cache, info._replace(ok=~info.ok)
 
   names = [*strategies.VERBS, "plan", "pages_needed", "init"]

@@ -16,15 +16,15 @@ from paged_jax.testing import invariants
 
 
 def test_a_ledger_without_bytes_makes_the_same_decisions_as_a_cache():
-  cache = paged_jax.init(config())
-  ledger = ledger_lib.init(config())
-  cache, _ = paged_jax.extend(cache, ids(5, 0, 9))
-  ledger, _, copies = ledger_lib.extend(ledger, ids(5, 0, 9))
+  cache = empty()
+  ledger = jitted.ledger.init(config())
+  cache, _ = jitted.extend(cache, ids(5, 0, 9))
+  ledger, _, copies = jitted.ledger.extend(ledger, ids(5, 0, 9))
   assert copies.num_pages.tolist() == [2, 0, 3] and int(copies.sources.min()) == 8
-  cache, _ = paged_jax.fork(cache, ids(0), ids(1), ids(5))
-  ledger, _ = ledger_lib.fork(ledger, ids(0), ids(1), ids(5))
-  cache, _ = paged_jax.extend(cache, ids(1, 1, 0))
-  ledger, info, copies = ledger_lib.extend(ledger, ids(1, 1, 0))
+  cache, _ = jitted.fork(cache, ids(0), ids(1), ids(5))
+  ledger, _ = jitted.ledger.fork(ledger, ids(0), ids(1), ids(5))
+  cache, _ = jitted.extend(cache, ids(1, 1, 0))
+  ledger, info, copies = jitted.ledger.extend(ledger, ids(1, 1, 0))
   chex.assert_trees_all_equal(ledger, cache.ledger)
   assert copies.sources[:, 0].tolist() == [1, 8, 8]  # row 0 copies page 1, row 1 keeps it
   assert int(info.num_free) == 2
@@ -34,11 +34,11 @@ def test_extending_all_rows_at_once_equals_extending_them_one_by_one():
   cache, _ = extend(empty(num_rows=5, num_pages=9), 6, 0, 3, 0, 0)
   cache, _ = jitted.fork(cache, ids(0, 0, 2), ids(1, 3, 4))
   ledger = cache.ledger
-  together, info, _ = ledger_lib.extend(ledger, ids(1, 3, 2, 1, 4))
+  together, info, _ = jitted.ledger.extend(ledger, ids(1, 3, 2, 1, 4))
   one_by_one = ledger
   for row, count in enumerate((1, 3, 2, 1, 4)):
     alone = jnp.zeros(5, jnp.int32).at[row].set(count)
-    one_by_one, each, _ = ledger_lib.extend(one_by_one, alone)
+    one_by_one, each, _ = jitted.ledger.extend(one_by_one, alone)
     assert bool(each.ok[row]) == bool(info.ok[row])
   chex.assert_trees_all_equal(together, one_by_one)
 
@@ -53,7 +53,7 @@ def test_equal_histories_give_equal_ledgers_under_vmap_and_scan():
   ledger = ledger_lib.init(config(num_pages=20))
   plain = story(ledger)
   chex.assert_trees_all_equal(plain, jax.jit(story)(ledger))
-  both = jax.vmap(story)(jax.tree.map(lambda x: jnp.stack([x, x]), ledger))
+  both = jax.jit(jax.vmap(story))(jax.tree.map(lambda x: jnp.stack([x, x]), ledger))
   chex.assert_trees_all_equal(plain, jax.tree.map(lambda x: x[1], both))
   scanned, _ = jax.lax.scan(lambda x, _: (story(x), None), ledger, None, length=1)
   chex.assert_trees_all_equal(plain, scanned)
@@ -75,7 +75,7 @@ def test_an_unshare_copies_a_page_whose_place_in_its_row_is_beyond_the_number_of
     cache, _ = write(cache, 0, [length] * 8, start=length - 8)
     cache, _ = jitted.slide(cache, ids(length - 1, 0))
   cache, _ = jitted.fork(cache, ids(0), ids(1))
-  _, _, copies = ledger_lib.unshare(cache.ledger, ids(24, 23))
+  _, _, copies = jitted.ledger.unshare(cache.ledger, ids(24, 23))
   assert copies.num_pages.tolist() == [0, 1] and int(copies.first[1]) == 5
   cache, info = jitted.unshare(cache, ids(24, 23))
   assert info.ok.all() and pages_of(cache, 0) != pages_of(cache, 1)
@@ -105,7 +105,7 @@ def test_audit_finds_each_broken_law(law):
   assert all(int(count) == 0 for count in jitted.audit(cache))
   invariants.check(cache)
   fault = FAULTS[law](cache.ledger)
-  assert int(getattr(ledger_lib.audit(fault), law)) > 0
+  assert int(getattr(jitted.ledger.audit(fault), law)) > 0
   with pytest.raises(AssertionError, match=law):
     invariants.check(fault)
 
@@ -113,34 +113,34 @@ def test_audit_finds_each_broken_law(law):
 def test_bits_beyond_the_last_page_are_audited_too():
   cache, _ = extend(empty(), 5, 0, 0)
   fault = broken(cache.ledger, "pool", free=cache.ledger.pool.free | jnp.uint32(1 << 31))
-  assert int(ledger_lib.audit(fault).bitmap) == 1
+  assert int(jitted.ledger.audit(fault).bitmap) == 1
 
 
 @pytest.mark.parametrize("num_pages", [9, 40])
 @pytest.mark.parametrize("seed", range(6))
 def test_replaying_a_log_of_extends_equals_extending_step_by_step(seed, num_pages):
   rng = np.random.default_rng(seed)
-  ledger = ledger_lib.init(config(num_rows=5, num_pages=num_pages))
-  ledger, *_ = ledger_lib.extend(ledger, jnp.asarray(rng.integers(0, 9, 5), jnp.int32))
+  ledger = jitted.ledger.init(config(num_rows=5, num_pages=num_pages))
+  ledger, *_ = jitted.ledger.extend(ledger, jnp.asarray(rng.integers(0, 9, 5), jnp.int32))
   if seed % 2:  # tail pages are shared
-    ledger, _ = ledger_lib.reorder(ledger, jnp.asarray(rng.integers(0, 5, 5), jnp.int32))
+    ledger, _ = jitted.ledger.reorder(ledger, jnp.asarray(rng.integers(0, 5, 5), jnp.int32))
   steps = rng.integers(-1 if seed == 4 else 0, 3, (6, 5)).astype(np.int32)
   expected = ledger
   for step in steps:
-    expected, *_ = ledger_lib.extend(expected, jnp.asarray(step))
+    expected, *_ = jitted.ledger.extend(expected, jnp.asarray(step))
   replayed = jitted.ledger.replay(ledger, paged_jax.Log(((steps,),), ("extend",)))
   chex.assert_trees_all_equal(replayed, expected)
 
 
 def test_replaying_a_log_of_several_verbs_runs_them_in_order_at_each_step():
-  ledger = ledger_lib.init(config())
+  ledger = jitted.ledger.init(config())
   grown, lengths = np.array([[5, 1, 0], [2, 0, 4]]), np.array([[3, 0, 0], [5, 0, 2]])
   expected = ledger
   for more, kept in zip(grown, lengths):
-    expected, *_ = ledger_lib.extend(expected, ids(*more))
-    expected, _ = ledger_lib.trim(expected, ids(*kept))
+    expected, *_ = jitted.ledger.extend(expected, ids(*more))
+    expected, _ = jitted.ledger.trim(expected, ids(*kept))
   log = paged_jax.Log(((grown,), (lengths,)), ("extend", "trim"))
-  chex.assert_trees_all_equal(ledger_lib.replay(ledger, log), expected)
+  chex.assert_trees_all_equal(jitted.ledger.replay(ledger, log), expected)
   assert expected.tables.lengths.tolist() == [5, 0, 2]
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -9,11 +10,12 @@ import pytest
 from paged_jax import pool as pool_lib
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
 def taken(pool, count, chunk=4):
   size = 64
   return pool_lib.take(
     pool,
-    jnp.int32(count),
+    jnp.asarray(count, jnp.int32),
     lambda ids, ranks, pages: ids.at[ranks].set(pages, mode="drop"),
     jnp.full(size, pool.num_pages, jnp.int32),
     chunk=chunk,
@@ -101,6 +103,7 @@ def test_equal_requests_give_equal_pages_under_every_transform():
   plain = some(pool)
   chex.assert_trees_all_equal(plain, jax.jit(some)(pool))
   two = jax.tree.map(lambda x: jnp.stack([x, x]), pool)
-  chex.assert_trees_all_equal(jax.tree.map(lambda x: jnp.stack([x, x]), plain), jax.vmap(some)(two))
+  both = jax.jit(jax.vmap(some))(two)
+  chex.assert_trees_all_equal(jax.tree.map(lambda x: jnp.stack([x, x]), plain), both)
   scanned = jax.lax.scan(lambda p, _: some(p), pool, None, length=1)
   chex.assert_trees_all_equal(plain, (scanned[0], scanned[1][0]))

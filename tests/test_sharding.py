@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from story import config, ids
 
 import paged_jax
+from paged_jax import jitted
 from paged_jax.sharding import shardings, specs
 
 HEADS = config(num_kv_heads=8, num_rows=3)
@@ -47,7 +48,7 @@ def operands():
 
 @pytest.fixture(scope="module")
 def alone():
-  return jax.jit(step)(paged_jax.init(HEADS), *operands())
+  return jax.jit(step)(jitted.init(HEADS), *operands())
 
 
 def check(got, alone):
@@ -58,7 +59,7 @@ def check(got, alone):
 def test_plain_jit_splits_heads_without_collectives(alone):
   where = mesh(AxisType.Auto)
   split = NamedSharding(where, PartitionSpec(None, "model"))
-  cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+  cache = jax.device_put(jitted.init(HEADS), shardings(HEADS, where))
   q, k = (jax.device_put(x, split) for x in operands())
   out = (shardings(HEADS, where), NamedSharding(where, PartitionSpec(None, None, "model")), None)
   compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(cache, q, k).compile()
@@ -80,7 +81,7 @@ def test_shard_map_runs_the_same_program_on_every_part_of_the_heads(alone, kind)
     out_specs=(spec, PartitionSpec(None, None, "model"), PartitionSpec()),
     check_vma=False,
   )
-  cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+  cache = jax.device_put(jitted.init(HEADS), shardings(HEADS, where))
   q, k = (jax.device_put(x, NamedSharding(where, heads)) for x in operands())
   compiled = jax.jit(run, donate_argnums=0).lower(cache, q, k).compile()
   assert not re.search(COLLECTIVES, compiled.as_text())
@@ -90,7 +91,7 @@ def test_shard_map_runs_the_same_program_on_every_part_of_the_heads(alone, kind)
 def test_plain_jit_with_explicit_axes(alone):
   where = mesh(AxisType.Explicit)
   with jax.set_mesh(where):
-    cache = jax.device_put(paged_jax.init(HEADS), shardings(HEADS, where))
+    cache = jax.device_put(jitted.init(HEADS), shardings(HEADS, where))
     q, k = (jax.device_put(x, PartitionSpec(None, "model")) for x in operands())
     run = jax.jit(step, donate_argnums=0)
     compiled = run.lower(cache, q, k).compile()

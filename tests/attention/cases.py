@@ -115,12 +115,25 @@ class Problem:
     plan = dataclasses.replace(p.plan, implementation=implementation)
     arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
     statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
-    return _attend(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
+    interpreted = attention.platform(implementation) not in (None, jax.default_backend())
+    run = _interpret if interpreted else _attend
+    return run(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
 
 
-@partial(jax.jit, static_argnames=("layer", "statics"))
-def _attend(q, pages, tables, plan, arrays, *, layer, statics):
+def _call(q, pages, tables, plan, arrays, *, layer, statics):
   return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
+
+
+# An interpreter runs once and on little data: most of its time would go to LLVM's optimizer.
+INTERPRETER = {"xla_backend_optimization_level": 0}
+_attend = jax.jit(_call, static_argnames=("layer", "statics"))
+_interpret = jax.jit(_call, static_argnames=("layer", "statics"), compiler_options=INTERPRETER)
+
+
+def forget():
+  """The programs so far: they may be another interpreter's."""
+  _attend.clear_cache()
+  _interpret.clear_cache()
 
 
 def build(case: Case, seed: int = 0) -> Problem:
@@ -171,17 +184,22 @@ def build(case: Case, seed: int = 0) -> Problem:
 
 def plan(rows, positions, num_rows: int, *, refused=()) -> Plan:
   """A plan made by hand: attention reads neither slots nor refcounts."""
-  rows, positions = jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32)
-  ok = np.ones(rows.shape[0], bool)
+  rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
+  ok = np.ones(len(rows), bool)
   ok[list(refused)] = False
+  return _plan(rows, positions, ok, num_rows)
+
+
+@partial(jax.jit, static_argnames="num_rows")
+def _plan(rows, positions, ok, num_rows: int) -> Plan:
   blocks, block_lengths, block_size = attention.schedule(rows, num_rows)
-  return Plan(rows, positions, positions, jnp.asarray(ok), blocks, block_lengths,
+  return Plan(rows, positions, positions, ok, blocks, block_lengths,
               block_size=block_size, implementation="reference")  # fmt: skip
 
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
   """Attention in float64 NumPy, token by token, straight from the definition."""
-  q = np.asarray(problem.q.astype(jnp.float32), np.float64)
+  q = np.asarray(problem.q, np.float64)
   out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
   scale = case.head_dim**-0.5 if case.scale is None else case.scale
   sinks = np.asarray(problem.options["sinks"], np.float64) if case.sinks else None

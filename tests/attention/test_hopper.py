@@ -67,7 +67,7 @@ def interpreted(monkeypatch):
   """Lets the backend "hopper" run interpreted; a race raises, and what is not set is NaN."""
   params = plgpu.InterpretGPUParams(detect_races=True)
   monkeypatch.setattr(hopper, "attend", functools.partial(hopper.attend, interpret=params))
-  cases._attend.clear_cache()
+  cases.forget()
   monkeypatch.setattr(plgpu, "wgmma", checked)
 
 

@@ -12,8 +12,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import paged_jax
+from paged_jax import jitted, pages_tpu
 from paged_jax import pages as pages_lib
-from paged_jax import pages_tpu
 from paged_jax.attention import tpu
 from paged_jax.types import Pages
 
@@ -40,7 +40,7 @@ def interpreted(monkeypatch):
     for name in ("attend", "write"):
       function = functools.partial(getattr(tpu, name), interpret=interpret)
       monkeypatch.setattr(tpu, name, function)
-    cases._attend.clear_cache()  # it may have the program of another interpreter
+    cases.forget()
 
   return use
 
@@ -50,7 +50,7 @@ def check(case):
   out, lse = problem.attend("tpu")
   for got, want in zip((out, lse), cases.dense(case, problem)):
     np.testing.assert_allclose(
-      np.asarray(got.astype(jnp.float32)), np.asarray(want, np.float32), case.tolerance,
+      np.asarray(got, np.float32), np.asarray(want, np.float32), case.tolerance,
       case.tolerance,
     )  # fmt: skip
 
@@ -117,11 +117,13 @@ each_size = pytest.mark.parametrize("block_size", [1, 4, 64])
 
 
 def check_write(w: Writes, block_size, interpret):
-  got = pages_tpu.write(
-    w.pages, jnp.int32(1), w.k, w.v, w.slots, block_size=block_size, interpret=interpret
-  )
-  want = pages_lib.write(w.pages, jnp.int32(1), w.k, w.v, w.slots)
+  write = functools.partial(pages_tpu.write, block_size=block_size, interpret=interpret)
+  got = jax.jit(write, compiler_options=cases.INTERPRETER)(w.pages, jnp.int32(1), w.k, w.v, w.slots)
+  want = scatter(w.pages, jnp.int32(1), w.k, w.v, w.slots)
   np.testing.assert_array_equal(got.kv, want.kv)
+
+
+scatter = jax.jit(pages_lib.write)
 
 
 @each_write
@@ -158,17 +160,18 @@ def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted):
     max_length=48, dtype="float32",
   )  # fmt: skip
   counts = (20, 0, 3)
-  cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array(counts, jnp.int32))
+  cache, _ = jitted.extend(jitted.init(config), jnp.array(counts, jnp.int32))
   rows = jnp.repeat(jnp.arange(3, dtype=jnp.int32), jnp.array(counts), total_repeat_length=23)
   positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in counts])
   k, v, q = jax.random.normal(jax.random.key(0), (3, 23, 2, 64))
 
-  def step(implementation):
+  def step(cache, implementation):
     plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
     assert plan.implementation == implementation
     written = paged_jax.write(cache, 1, k, v, plan)
     return written.pages.kv, paged_jax.attend(q, written, 1, plan)
 
-  (kernel_kv, kernel_out), (kv, out) = step("tpu"), step("xla")
+  run = jax.jit(step, static_argnames="implementation")
+  (kernel_kv, kernel_out), (kv, out) = run(cache, "tpu"), run(cache, "xla")
   np.testing.assert_array_equal(kernel_kv, kv)
   np.testing.assert_allclose(kernel_out, out, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import paged_jax
-from paged_jax import models
+from paged_jax import jitted, models
 from paged_jax.models import decoder as decoder_lib
 
 CONFIG = models.DecoderConfig(
@@ -28,14 +28,14 @@ def test_paged_equals_dense_for_ragged_rows_with_padding():
   lengths = np.int32([7, 0, 19])
   tokens = np.random.default_rng(0).integers(64, size=(3, 19), dtype=np.int32)
   sizes = {"num_pages": 16, "num_rows": 3, "page_size": 4, "max_length": 32}
-  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
-  cache, _ = paged_jax.extend(cache, lengths)
+  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+  cache, _ = jitted.extend(cache, lengths)
   rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
   positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
   batch = np.concatenate([tokens[2], tokens[0, :7], np.zeros(6, np.int32)])
 
-  x, _ = jax.jit(decoder)(batch, cache, paged_jax.plan(cache, rows, positions))
-  paged, dense = decoder.logits(x), jax.jit(decoder.dense)(tokens)
+  x, _ = jax.jit(decoder)(batch, cache, jitted.plan(cache, rows, positions))
+  paged, dense = jax.jit(decoder.logits)(x), jax.jit(decoder.dense)(tokens)
 
   np.testing.assert_allclose(paged[:19], dense[2], atol=1e-5)
   np.testing.assert_allclose(paged[19:26], dense[0, :7], atol=1e-5)
@@ -45,7 +45,7 @@ def test_paged_equals_dense_for_ragged_rows_with_padding():
 def test_decoder_compiles_once_for_all_batches_of_a_size():
   decoder = small()
   sizes = {"num_pages": 16, "num_rows": 2, "page_size": 4, "max_length": 32}
-  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
 
   @jax.jit
   @chex.assert_max_traces(n=1)
@@ -63,11 +63,13 @@ def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
   decoder = small()
   nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(decoder)))
   sizes = {"num_pages": 4, "num_rows": 1, "page_size": 4}
-  cache = paged_jax.init(models.cache_config(CONFIG, dtype=jnp.bfloat16, **sizes))
-  cache, _ = paged_jax.extend(cache, jnp.array([3], jnp.int32))
-  plan = paged_jax.plan(cache, jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
-  x, _ = decoder(jnp.arange(3, dtype=jnp.int32), cache, plan)
-  assert x.dtype == jnp.bfloat16 and decoder.logits(x).dtype == jnp.float32
+  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.bfloat16, **sizes))
+  cache, _ = jitted.extend(cache, jnp.array([3], jnp.int32))
+  plan = jitted.plan(cache, jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
+  x, _ = jax.jit(decoder)(jnp.arange(3, dtype=jnp.int32), cache, plan)
+  logits = jax.jit(decoder.logits)(x)
+  assert x.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+  assert np.isfinite(logits).all()
 
 
 def test_gradients_reach_every_parameter():
@@ -82,7 +84,7 @@ def test_gradients_reach_every_parameter():
 
 
 def test_token_outside_the_vocabulary_shows_as_nan():
-  logits = small().dense(np.int32([[3], [64]]))
+  logits = jax.jit(small().dense)(np.int32([[3], [64]]))
   assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
 
 
