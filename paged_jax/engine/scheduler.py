@@ -320,7 +320,7 @@ class Scheduler:
       if sample.row >= 0:
         del self.queue.running[sample.row]
       self.queue.waiting = [x for x in self.queue.waiting if x is not sample]
-      sample.handle, sample.row = None, -1
+      sample.handle, sample.row, sample.decoding = None, -1, False
     self.ended.clear()
 
   def _whole(self, sample: Sample) -> list[Prefix]:

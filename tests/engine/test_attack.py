@@ -1,0 +1,53 @@
+"""Texts, pages and promises under attack."""
+
+import dataclasses
+
+import tiny
+from serving import PROMPTS, engine, finish
+
+from paged_jax.engine import Sampling
+
+_plain = tiny.model(1)  # its texts do not end in one token for ever, as those of `tiny.MODEL` do
+VIVID = dataclasses.replace(_plain, out=3 * _plain.out, positions=3 * _plain.positions)
+
+
+def alone(text, seed, count):
+  """The next tokens of a text, drawn with a seed and nothing beside it."""
+  e = engine(model=VIVID, options=dict(prefix_cache=False))
+  wanted = Sampling(max_new_tokens=count, temperature=2.0, seed=seed)
+  return e.generate([text], wanted)[0][0].tokens
+
+
+def hot(seed, count=14):
+  return Sampling(max_new_tokens=count, temperature=2.0, seed=seed)
+
+
+def run(e):
+  """Runs what there is, but not for ever."""
+  for _ in range(1000):
+    if not e.step():
+      return
+  raise AssertionError("it never stops")
+
+
+def test_a_request_that_ended_long_ago_goes_on_from_its_text():
+  e = engine(model=VIVID)
+  handle = e.submit(PROMPTS[3], hot(0))
+  run(e)
+  text = handle.tokens[0]
+  handle.rollback(6, hot(9))
+  finish(e)
+  assert handle.tokens == [[*text[:6], *alone((*PROMPTS[3], *text[:6]), 9, 8)]]
+
+
+def test_a_request_goes_on_from_a_branch_that_ended_long_ago():
+  e = engine(model=VIVID)
+  handle = e.submit(PROMPTS[0], hot(0))
+  e.step()
+  e.step()
+  (branch,) = handle.fork(1, hot(5, 10))
+  run(e)
+  text = branch.tokens[0]
+  branch.commit()
+  finish(e)
+  assert handle.tokens == [[*text, *alone((*PROMPTS[0], *text), 0, 4)]]
