@@ -242,7 +242,7 @@ class Engine:
     for sample in samples:
       if not sample.completion:
         self._end(sample, "cancelled")
-        self._tell(sample, 0)
+        self._tell(sample, 0 if len(sample.beams) > 1 else len(sample.tokens))
 
   def _alone(self, entry: Entry) -> Sample:
     if len(entry.samples) > 1:

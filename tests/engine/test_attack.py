@@ -51,3 +51,16 @@ def test_a_request_goes_on_from_a_branch_that_ended_long_ago():
   branch.commit()
   finish(e)
   assert handle.tokens == [[*text, *alone((*PROMPTS[0], *text), 0, 4)]]
+
+
+def test_a_listener_hears_of_each_token_once_when_its_request_is_cancelled():
+  e, heard = engine(), []
+  handle = e.submit(
+    PROMPTS[0], Sampling(max_new_tokens=12), on_token=lambda n, tokens, _: heard.append(tokens)
+  )
+  e.step()
+  e.step()
+  handle.cancel()
+  finish(e)
+  assert handle.completions[0].reason == "cancelled"
+  assert sum(heard, []) == handle.tokens[0]
