@@ -330,7 +330,7 @@ class Scheduler:
     if handle is None or sample.row < 0 or not sample.decoding or failed:
       return []
     prefixes = []
-    if entry.logits is not None and handle.num_cached < len(entry.prompt):
+    if entry.logits is not None and handle.num_cached < len(entry.prompt) <= handle.num_tokens:
       prefixes.append(Prefix(handle, entry.prompt, entry.logits))
       entry.logits = None
     if len(sample.beams) == 1:

@@ -64,3 +64,14 @@ def test_a_listener_hears_of_each_token_once_when_its_request_is_cancelled():
   finish(e)
   assert handle.completions[0].reason == "cancelled"
   assert sum(heard, []) == handle.tokens[0]
+
+
+def test_a_request_cancelled_right_after_it_forgot_all_its_tokens_stores_what_it_holds():
+  e = engine(model=VIVID)
+  handle = e.submit(PROMPTS[2], hot(0))
+  e.step()
+  e.step()
+  handle.rollback(0)
+  handle.cancel()
+  finish(e)
+  assert handle.tokens == [[]]
