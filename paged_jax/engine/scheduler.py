@@ -106,7 +106,7 @@ class Scheduler:
     if self.queue.running and self._yields(self.queue.last(), first):
       return True
     ended = sum(sample.row >= 0 for sample in self.ended)
-    vacant = self.config.cache.num_rows - len(self.queue.running) + ended
+    vacant = self.manager.num_free_rows + ended
     sample, available = self._refused
     return vacant >= len(first.beams) and (first is not sample or self._available() > available)
 
@@ -125,8 +125,7 @@ class Scheduler:
         continue
       needed = self.pages(sample.length + self.config.num_steps * self.calls.width) + 1
       plain = sample.handle is None and sample.origin is None and len(sample.beams) == 1
-      vacant = self.config.cache.num_rows - len(self.queue.running) - len(batch)
-      if plain and vacant and needed <= room:
+      if plain and len(batch) < self.manager.num_free_rows and needed <= room:
         batch.append(sample)
         room -= needed
         continue

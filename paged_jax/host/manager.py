@@ -516,6 +516,11 @@ class Manager:
     return self._state.num_free
 
   @property
+  def num_free_rows(self) -> int:
+    """Rows without a sequence."""
+    return len(self._rows)
+
+  @property
   def num_copies(self) -> int:
     """Pages copied on write by the manager's own verbs; programs count theirs."""
     return self._count["copies"]

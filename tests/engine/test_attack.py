@@ -75,3 +75,11 @@ def test_a_request_cancelled_right_after_it_forgot_all_its_tokens_stores_what_it
   handle.cancel()
   finish(e)
   assert handle.tokens == [[]]
+
+
+def test_rows_that_others_hold_are_not_given_away():
+  e = engine(num_pages=24)  # others hold two rows
+  prompts = [(n, 1) for n in range(8)]
+  handles = [e.submit(prompt, Sampling(max_new_tokens=4)) for prompt in prompts]
+  finish(e)
+  assert [handle.tokens[0] for handle in handles] == [tiny.greedy(p, 4) for p in prompts]
