@@ -210,9 +210,11 @@ class Calls:
     drawn, beams = [], {}
     for row, sample in call.samples.items():
       sample.pending -= call.num_steps
-      if sample.completion is None and sample.sampling.num_beams > 1:
+      if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
+        continue
+      if sample.sampling.num_beams > 1:
         beams[row] = sample
-      elif sample.completion is None:  # otherwise the host ended it meanwhile
+      else:
         taken = np.arange(report.tokens.shape[1]) < report.counts[:, row, None]  # [K,W]
         tokens = [*sample.tokens, *report.tokens[:, :, row][taken].tolist()]
         logprobs = [*sample.logprobs, *report.logprobs[:, :, row][taken].tolist()]

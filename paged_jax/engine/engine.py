@@ -266,6 +266,7 @@ class Engine:
       self._check_branch(entry, num_tokens, each)
     with self._lock:
       made = branches.make(entry, num_tokens, sampling, self._queue.numbers)
+      sample.resting = True  # what calls in flight draw is not taken
     self._command(lambda: branches.fork(self._scheduler, entry, num_tokens, made))
     return [RequestHandle(self, branch) for branch in made]
 
@@ -281,6 +282,7 @@ class Engine:
     if not 0 <= num_tokens <= len(sample.tokens):
       raise ValueError(f"num_tokens must be in [0, {len(sample.tokens)}], got {num_tokens}")
     self._check_branch(entry, num_tokens, sampling or sample.sampling)
+    sample.resting = True  # what calls in flight draw is not taken
     self._command(lambda: branches.roll_back(self._scheduler, sample, num_tokens, sampling))
 
   def _commit(self, entry: Entry) -> None:
@@ -290,12 +292,13 @@ class Engine:
     def commit():
       if entry.parent is not None and entry in entry.parent.branches:
         (parent,) = entry.parent.samples
+        known = len(parent.tokens)
         for sample in branches.commit(self._scheduler, entry):
           if sample is parent:
             self._end(sample, "stop" if sample.completion else "length")
-            self._tell(sample, 0)
           else:
             self._cancel([sample])
+        self._tell(parent, known)
 
     self._command(commit)
 

@@ -71,8 +71,8 @@ def test_commit_makes_a_branch_the_request():
 
 
 def test_a_branch_that_has_ended_can_be_committed():
-  e = engine()
-  handle = e.submit(PROMPTS[0], hot(0))
+  e, told = engine(), []
+  handle = e.submit(PROMPTS[0], hot(0), on_token=lambda nth, tokens, logprobs: told.extend(tokens))
   e.step()
   e.step()
   (branch,) = handle.fork(1, hot(5, 12))
@@ -84,6 +84,7 @@ def test_a_branch_that_has_ended_can_be_committed():
     pass
   text = branch.tokens[0]
   assert handle.tokens == [[*text, *alone((*PROMPTS[0], *text), 0, MOST - 12)]]
+  assert told == handle.tokens[0]
   finish(e)
 
 
