@@ -22,6 +22,7 @@ from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
 from paged_jax.host import Manager, Request, errors
+from paged_jax.host.options import whole
 from paged_jax.text import Text, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class Engine:
     if self._failure is not None:
       raise RuntimeError("the engine has failed") from self._failure
     sampling = Sampling() if sampling is None else sampling
-    prompt = tuple(prompt)
+    prompt, priority = tuple(prompt), whole("priority", priority)
     self._check(prompt, sampling)
     entry = Entry(
       tuple(map(int, prompt)), priority, on_token, page_size=self.config.cache.page_size
@@ -255,7 +256,7 @@ class Engine:
     self, entry: Entry, count: int, sampling: Sampling | Sequence[Sampling] | None
   ) -> list[RequestHandle]:
     sample = self._alone(entry)
-    if count < 1:
+    if whole("count", count) < 1:
       raise ValueError(f"count must be at least 1, got {count}")
     if not isinstance(sampling, Sequence):
       sampling = branches.seeds(sampling or sample.sampling, count)
@@ -279,7 +280,7 @@ class Engine:
 
   def _roll_back(self, entry: Entry, num_tokens: int, sampling: Sampling | None) -> None:
     sample = self._alone(entry)
-    if not 0 <= num_tokens <= len(sample.tokens):
+    if not 0 <= whole("num_tokens", num_tokens) <= len(sample.tokens):
       raise ValueError(f"num_tokens must be in [0, {len(sample.tokens)}], got {num_tokens}")
     self._check_branch(entry, num_tokens, sampling or sample.sampling)
     sample.resting = True  # what calls in flight draw is not taken

@@ -5,7 +5,7 @@ Axis letters: S rows, V vocabulary, W biased tokens per row, E stop tokens per r
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,23 +49,32 @@ class Sampling:
     limits = {
       "max_new_tokens": _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
       "num_samples": _whole(self.num_samples) and self.num_samples >= 1,
-      "temperature": 0 <= self.temperature < math.inf,
+      "temperature": _number(self.temperature) and 0 <= self.temperature < math.inf,
       "top_k": self.top_k is None or (_whole(self.top_k) and self.top_k >= 1),
-      "top_p": 0 < self.top_p <= 1,
-      "min_p": 0 <= self.min_p <= 1,
-      "repetition_penalty": 0 < self.repetition_penalty < math.inf,
-      "logit_bias": len(self.logit_bias) <= MAX_BIASES
-      and all(_whole(t) and t >= 0 and not math.isnan(x) for t, x in self.logit_bias.items()),
-      "seed": _whole(self.seed) and 0 <= self.seed <= 2**32 - self.num_samples,
-      "stop_tokens": len(self.stop_tokens) <= MAX_STOP_TOKENS
+      "top_p": _number(self.top_p) and 0 < self.top_p <= 1,
+      "min_p": _number(self.min_p) and 0 <= self.min_p <= 1,
+      "repetition_penalty": _number(self.repetition_penalty)
+      and 0 < self.repetition_penalty < math.inf,
+      "logit_bias": isinstance(self.logit_bias, Mapping)
+      and len(self.logit_bias) <= MAX_BIASES
+      and all(
+        _whole(t) and t >= 0 and _number(x) and x < math.inf for t, x in self.logit_bias.items()
+      ),
+      "seed": _whole(self.seed) and 0 <= self.seed < 2**32,
+      "stop_tokens": isinstance(self.stop_tokens, Sequence)
+      and len(self.stop_tokens) <= MAX_STOP_TOKENS
       and all(map(_whole, self.stop_tokens)),
-      "stop": not isinstance(self.stop, str) and all(self.stop),
+      "stop": isinstance(self.stop, Sequence)
+      and not isinstance(self.stop, str)
+      and all(isinstance(text, str) and text for text in self.stop),
       "num_beams": _whole(self.num_beams) and self.num_beams >= 1,
-      "length_penalty": math.isfinite(self.length_penalty),
+      "length_penalty": _number(self.length_penalty) and abs(self.length_penalty) <= 16,
     }
     for name, ok in limits.items():
       if not ok:
         raise ValueError(f"{name} is out of range: {getattr(self, name)!r}")
+    if self.seed + self.width > 2**32:
+      raise ValueError(f"seed is out of range for {self.width} samples: {self.seed}")
     if self.num_beams > 1 and (self.temperature or self.num_samples > 1 or self.stop):
       raise ValueError(
         f"num_beams={self.num_beams} goes with no temperature ({self.temperature}), one sample"
@@ -80,6 +89,10 @@ class Sampling:
 
 def _whole(value) -> bool:
   return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _number(value) -> bool:
+  return _whole(value) or (isinstance(value, float | np.floating) and not math.isnan(value))
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +125,7 @@ def draws(rows: Mapping[int, tuple[Sampling, int]], num_rows: int, vocab_size: i
   )
   for row, (wanted, nth) in rows.items():
     drawn["temperature"][row] = wanted.temperature
-    drawn["top_k"][row] = drawn["top_k"][row] if wanted.top_k is None else wanted.top_k
+    drawn["top_k"][row] = min(wanted.top_k or vocab_size, vocab_size)
     drawn["top_p"][row] = wanted.top_p if wanted.top_p < 1 else np.inf
     drawn["min_p"][row], drawn["penalty"][row] = wanted.min_p, wanted.repetition_penalty
     drawn["seeds"][row] = wanted.seed + nth

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import tiny
 from serving import PROMPTS, engine, finish
 
@@ -83,3 +84,46 @@ def test_rows_that_others_hold_are_not_given_away():
   handles = [e.submit(prompt, Sampling(max_new_tokens=4)) for prompt in prompts]
   finish(e)
   assert [handle.tokens[0] for handle in handles] == [tiny.greedy(p, 4) for p in prompts]
+
+
+_ODD = (None, True, "x", float("nan"), float("inf"), (1,), {1: None}, object())
+
+
+@pytest.mark.parametrize(
+  "name, values",
+  [
+    ("max_new_tokens", _ODD),
+    ("num_samples", _ODD),
+    ("temperature", _ODD),
+    ("top_k", _ODD[1:]),
+    ("top_p", _ODD),
+    ("min_p", _ODD),
+    ("repetition_penalty", _ODD),
+    ("logit_bias", (*_ODD, {1: float("inf")})),
+    ("seed", _ODD),
+    ("stop_tokens", (*_ODD[:3], {1})),
+    ("stop", (*_ODD[:6], {1})),
+    ("num_beams", _ODD),
+    ("length_penalty", (*_ODD, 400.0, -400.0)),
+  ],
+)
+def test_what_is_no_value_of_a_field_is_refused_by_its_name(name, values):
+  for value in values:
+    with pytest.raises(ValueError, match=name):
+      Sampling(**{name: value})
+
+
+def test_what_would_fail_in_a_round_is_refused_before():
+  e = engine(max_beams=3)
+  with pytest.raises(ValueError, match="seed"):
+    Sampling(num_beams=3, seed=2**32 - 1)
+  with pytest.raises(ValueError, match="priority"):
+    e.submit(PROMPTS[0], priority="high")
+  handle = e.submit(PROMPTS[0], Sampling(max_new_tokens=5, top_k=2**40))
+  for _ in range(3):
+    e.step()
+  with pytest.raises(ValueError, match="num_tokens"):
+    handle.rollback(1.5)
+  with pytest.raises(ValueError, match="count"):
+    handle.fork(1.5)
+  finish(e)
