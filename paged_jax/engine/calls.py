@@ -120,7 +120,8 @@ class Calls:
     searching = any(sample.sampling.num_beams > 1 for sample in samples.values())
     report = self.run(prompts, num_steps, searching=searching)
     for sample in starting:
-      if sample.entry.logits is None and self._manager.options.prefix_cache:
+      fresh = sample.entry.logits is None and not sample.tokens  # they follow the prompt itself
+      if fresh and self._manager.options.prefix_cache:
         sample.entry.logits = _take(self._past, np.int32(sample.row))
     for sample in samples.values():
       sample.pending += num_steps

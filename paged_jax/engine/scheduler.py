@@ -156,7 +156,7 @@ class Scheduler:
       sample.prefilled = handle.num_cached
       self.counts.cached_tokens += handle.num_cached
       sample.entry.num_cached = max(sample.entry.num_cached, handle.num_cached)
-      if handle.last_logits is not None:
+      if handle.last_logits is not None and not sample.tokens:
         sample.entry.logits = handle.last_logits
     self.queue.running[sample.row] = sample
     self.calls.changed[sample.row] = sample

@@ -127,3 +127,15 @@ def test_what_would_fail_in_a_round_is_refused_before():
   with pytest.raises(ValueError, match="count"):
     handle.fork(1.5)
   finish(e)
+
+
+def test_a_prompt_is_not_stored_with_the_logits_of_a_longer_text():
+  e = engine(model=VIVID)
+  handle = e.submit(PROMPTS[2], hot(0))
+  run(e)
+  e.manager.clear_prefixes()
+  handle.rollback(3)  # the prompt and three tokens are read again
+  run(e)
+  (done,) = e.generate([PROMPTS[2]], hot(0))[0]
+  finish(e)
+  assert done.tokens == alone(PROMPTS[2], 0, 14)
