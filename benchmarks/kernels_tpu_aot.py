@@ -144,6 +144,7 @@ def main():
     generations=(str, "v5e,v6e,tpu7x", "TPUs to compile for"),
     models=(int, len(MODELS), "how many models' attention to compile"),
   )
+  tpu_compiler.keep_bundles()
   rows, ours = [], {}
 
   def add(compiled, config, cores, **columns):

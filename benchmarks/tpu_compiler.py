@@ -1,7 +1,7 @@
 """The real TPU compiler, without a TPU: whole programs for v5e, v6e and others, ahead of time.
 
 Needs the `libtpu` wheel. Import it before jax: it sets the environment that keeps libtpu from
-looking for a device, and, with `dump_to`, makes it write down its final instruction bundles.
+looking for a device.
 """
 
 import collections
@@ -22,7 +22,6 @@ os.environ |= {
   "TPU_MIN_LOG_LEVEL": "3",
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true",
 }
 
 import jax  # noqa: E402
@@ -36,6 +35,11 @@ _TOPOLOGIES = {
   "v6e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1))},
   "tpu7x": {1: ("1x1x1", (1, 1, 1)), 4: ("2x1x1", (2, 1, 1))},  # two cores per chip
 }
+
+
+def keep_bundles() -> None:
+  """Makes the compiler write down its final instruction bundles. Call it before `cores`."""
+  os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true"
 
 
 def cores(generation: str, count: int = 1) -> Mesh:
@@ -55,7 +59,6 @@ def shapes(mesh: Mesh, tree, specs=None):
     lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
     tree,
     specs,
-    is_leaf=lambda x: x is None,
   )
 
 
@@ -76,6 +79,12 @@ class Compiled:
     self.alias_bytes = memory.alias_size_in_bytes
 
   @property
+  def aliased_outputs(self) -> set[int]:
+    """Which outputs, counted through all leaves, are where a donated argument was."""
+    header = self.text[self.text.index("input_output_alias=") :].splitlines()[0]
+    return {int(output) for output in re.findall(r"\{(\d+)\}: \(\d+, \{\}", header)}
+
+  @property
   def collectives(self) -> dict[str, int]:
     """How many of each collective there are."""
     names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -84,7 +93,8 @@ class Compiled:
   def bundles(self, kernel: str, trips: int) -> int:
     """Bundles of one turn of the loop around the kernel's main loop, and `trips` of the main one.
 
-    The main loop is the one with most bundles; loops beside it are taken not to run.
+    The main loop is the one with most bundles; loops beside it are taken not to run. Needs
+    `keep_bundles`.
     """
     paths = [
       path
