@@ -64,7 +64,7 @@ def test_a_listener_hears_of_each_token_once_when_its_request_is_cancelled():
   handle.cancel()
   finish(e)
   assert handle.completions[0].reason == "cancelled"
-  assert sum(heard, []) == handle.tokens[0]
+  assert [token for tokens in heard for token in tokens] == handle.tokens[0]
 
 
 def test_a_request_cancelled_right_after_it_forgot_all_its_tokens_stores_what_it_holds():
