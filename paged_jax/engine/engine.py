@@ -387,7 +387,7 @@ class Engine:
       for each in sample.beams:
         if each.completion is None:
           each.completion = Completion(each.tokens, each.logprobs, "error", None, repr(error))
-          self._tell(each, len(each.tokens))
+          self._tell(each, 0 if len(each.beams) > 1 else len(each.tokens))
 
   def close(self) -> None:
     """Stops the engine's own thread, if it has one, after the round it is in."""

@@ -1,5 +1,6 @@
 """Texts, pages and promises under attack."""
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -139,3 +140,35 @@ def test_a_prompt_is_not_stored_with_the_logits_of_a_longer_text():
   (done,) = e.generate([PROMPTS[2]], hot(0))[0]
   finish(e)
   assert done.tokens == alone(PROMPTS[2], 0, 14)
+
+
+def test_a_round_that_fails_ends_the_stream_of_a_search(monkeypatch):
+  e = engine(max_beams=3)
+
+  async def listen():
+    async for _ in e.stream(PROMPTS[0], Sampling(max_new_tokens=12, num_beams=3)):
+      pass
+
+  rounds, pieces = iter(range(99)), e._scheduler.pieces
+
+  def broken():
+    if next(rounds) > 2:
+      raise MemoryError("no more")
+    return pieces()
+
+  monkeypatch.setattr(e._scheduler, "pieces", broken)
+  try:
+    with pytest.raises(RuntimeError, match="no more"):
+      asyncio.run(asyncio.wait_for(listen(), 90))
+  finally:
+    e.close()
+
+
+@pytest.mark.xfail(strict=True, reason="a fork that was asked for and not yet done is forgotten")
+def test_a_round_that_fails_ends_branches_that_were_just_asked_for(monkeypatch):
+  e = engine()
+  handle = e.submit(PROMPTS[0], hot(0))
+  e.step()
+  (branch,) = handle.fork(1)
+  e._fail(MemoryError("no more"))
+  assert handle.done and branch.done
