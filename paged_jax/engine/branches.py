@@ -9,7 +9,7 @@ them writes. These functions run between calls, when all reports have been read.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from paged_jax.engine.queue import Entry, Sample
 from paged_jax.engine.sampling import Sampling
@@ -21,7 +21,9 @@ def seeds(sampling: Sampling, count: int) -> list[Sampling]:
   return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
 
 
-def make(parent: Entry, num_tokens: int, samplings: Sequence[Sampling], numbers) -> list[Entry]:
+def make(
+  parent: Entry, num_tokens: int, samplings: Sequence[Sampling], numbers: Iterator[int]
+) -> list[Entry]:
   """Branches that share the parent's prompt and first `num_tokens` new tokens."""
   (origin,) = parent.samples
   entries = []
@@ -31,6 +33,7 @@ def make(parent: Entry, num_tokens: int, samplings: Sequence[Sampling], numbers)
     own = (list(tokens), list(logprobs))
     entry.samples.append(Sample(next(numbers), 0, entry, sampling, *own, origin=origin))
     entries.append(entry)
+  parent.branches += entries
   return entries
 
 
@@ -41,7 +44,6 @@ def fork(scheduler: Scheduler, parent: Entry, num_tokens: int, entries: list[Ent
   origin.resting = True
   if origin.row >= 0:
     scheduler.calls.changed[origin.row] = origin
-  parent.branches += entries
   scheduler.queue.add([entry.samples[0] for entry in entries])
 
 
@@ -52,6 +54,7 @@ def roll_back(
   sample.completion, sample.resting = None, False
   sample.sampling = sampling or sample.sampling
   del sample.tokens[num_tokens:], sample.logprobs[num_tokens:]
+  sample.told = min(sample.told, num_tokens)
   scheduler.ended = [each for each in scheduler.ended if each is not sample]
   if sample.row >= 0 and sample.decoding and sample.handle is not None:
     if sample.handle.num_tokens >= sample.length:
@@ -70,11 +73,11 @@ def commit(scheduler: Scheduler, branch: Entry) -> list[Sample]:
   _release(scheduler, to)
   scheduler.ended = [each for each in scheduler.ended if each not in (to, source)]
   waits = source in scheduler.queue.waiting or source.handle is None
-  scheduler.queue.waiting = [x for x in scheduler.queue.waiting if x is not source]
+  scheduler.queue.remove(source)
   to.tokens, to.logprobs = list(source.tokens), list(source.logprobs)
   to.handle, to.row, to.swapped = source.handle, source.row, source.swapped
   to.decoding, to.prefilled, to.resting = source.decoding, source.prefilled, False
-  source.handle, source.row = None, -1
+  source.let_go()
   stopped = source.completion is not None and source.completion.reason == "stop"
   to.completion = source.completion if stopped else None
   if to.row >= 0:
@@ -95,4 +98,4 @@ def _release(scheduler: Scheduler, sample: Sample) -> None:
     scheduler.withdraw(sample)
   if sample.handle is not None:
     scheduler.forget(sample)
-  scheduler.queue.waiting = [x for x in scheduler.queue.waiting if x is not sample]
+  scheduler.queue.remove(sample)

@@ -117,7 +117,7 @@ class Calls:
         beam.decoding, beam.score = True, 0.0 if beam is sample else -np.inf
         self.changed[beam.row] = beam
     samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
-    searching = any(sample.sampling.num_beams > 1 for sample in samples.values())
+    searching = any(sample.searching for sample in samples.values())
     report = self.run(prompts, num_steps, searching=searching)
     for sample in starting:
       fresh = sample.entry.logits is None and not sample.tokens  # they follow the prompt itself
@@ -192,7 +192,7 @@ class Calls:
       arrays["remaining"][row] = 0 if sample.ended else sample.remaining
       ends = [*self._eos, *sample.sampling.stop_tokens]
       arrays["stop_tokens"][row, : len(ends)] = ends
-      if len(sample.beams) > 1:
+      if sample.searching:
         arrays["groups"][row], arrays["scores"][row] = sample.beams[0].row, sample.score
     drawn = {row: (sample.sampling, sample.nth) for row, sample in samples.items()}
     return program.Rows(**arrays, draws=sampling.draws(drawn, s, vocab))
@@ -213,7 +213,7 @@ class Calls:
       sample.pending -= call.num_steps
       if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
         continue
-      if sample.sampling.num_beams > 1:
+      if sample.searching:
         beams[row] = sample
       else:
         taken = np.arange(report.tokens.shape[1]) < report.counts[:, row, None]  # [K,W]

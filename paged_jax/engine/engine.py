@@ -78,7 +78,7 @@ class RequestHandle:
     """Branches that start with all that this request's `tokens` are now, on the same pages.
 
     The request itself rests, and keeps its pages for further forks, until a branch is committed or
-    it is rolled back.
+    it is rolled back. A branch may be forked, too.
 
     Args:
       count: How many.
@@ -107,7 +107,8 @@ class RequestHandle:
   def commit(self) -> None:
     """The request that this one was forked from goes on with this one's text and pages.
 
-    This branch and the others of that request end as cancelled, unless they are done.
+    This branch and the others of that request end as cancelled, unless they are done; branches of
+    theirs go on by themselves.
 
     Raises:
       ValueError: It is no branch, or another one was committed.
@@ -188,8 +189,6 @@ class Engine:
       ValueError: The request could never run; the message says why.
       RuntimeError: A round has failed in the engine's own thread.
     """
-    if self._failure is not None:
-      raise RuntimeError("the engine has failed") from self._failure
     sampling = Sampling() if sampling is None else sampling
     prompt, priority = tuple(prompt), whole("priority", priority)
     self._check(prompt, sampling)
@@ -197,6 +196,8 @@ class Engine:
       tuple(map(int, prompt)), priority, on_token, page_size=self.config.cache.page_size
     )
     with self._lock:
+      if self._failure is not None:
+        raise RuntimeError("the engine has failed") from self._failure
       numbers = self._queue.numbers
       entry.samples += [Sample(next(numbers), i, entry, sampling) for i in range(sampling.width)]
       if sampling.num_beams == 1:
@@ -243,7 +244,7 @@ class Engine:
     for sample in samples:
       if not sample.completion:
         self._end(sample, "cancelled")
-        self._tell(sample, 0 if len(sample.beams) > 1 else len(sample.tokens))
+        self._tell(sample)
 
   def _alone(self, entry: Entry) -> Sample:
     if len(entry.samples) > 1:
@@ -293,13 +294,12 @@ class Engine:
     def commit():
       if entry.parent is not None and entry in entry.parent.branches:
         (parent,) = entry.parent.samples
-        known = len(parent.tokens)
         for sample in branches.commit(self._scheduler, entry):
           if sample is parent:
             self._end(sample, "stop" if sample.completion else "length")
           else:
             self._cancel([sample])
-        self._tell(parent, known)
+        self._tell(parent)
 
     self._command(commit)
 
@@ -312,7 +312,7 @@ class Engine:
 
     Raises:
       ValueError: A request could never run.
-      OutOfPages: Pages that others hold are missing.
+      OutOfPages: Pages or rows that others hold are missing.
     """
     each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
     handles = [self.submit(*pair) for pair in zip(prompts, each, strict=True)]
@@ -381,13 +381,16 @@ class Engine:
 
   def _fail(self, error: Exception) -> None:
     """Every request ends, and no other is taken: nobody knows what the device holds."""
-    self._failure = error
+    with self._lock:
+      self._failure = error
     self._take_arrivals()
-    for sample in [*self._queue.running.values(), *self._queue.waiting]:
+    samples = [*self._queue.running.values(), *self._queue.waiting]
+    branches = [entry for sample in samples for entry in sample.entry.branches]
+    for sample in [*samples, *(entry.samples[0] for entry in branches)]:
       for each in sample.beams:
         if each.completion is None:
           each.completion = Completion(each.tokens, each.logprobs, "error", None, repr(error))
-          self._tell(each, 0 if len(each.beams) > 1 else len(each.tokens))
+          self._tell(each)
 
   def close(self) -> None:
     """Stops the engine's own thread, if it has one, after the round it is in."""
@@ -483,15 +486,13 @@ class Engine:
 
   def _collect(self) -> None:
     """Reads the oldest report and hands out its tokens."""
-    told = []
-    for drawn in self._calls.collect():
-      sample, known = drawn.sample, len(drawn.sample.tokens)
+    collected = self._calls.collect()
+    for drawn in collected:
+      known = len(drawn.sample.tokens)
       self._take(drawn)
-      self.counts.drawn_tokens += len(sample.tokens) - known
-      if sample.sampling.num_beams == 1 or sample.completion:
-        told.append((sample, known if sample.sampling.num_beams == 1 else 0))
-    for sample, known in told:
-      self._tell(sample, known)
+      self.counts.drawn_tokens += len(drawn.sample.tokens) - known
+    for drawn in collected:
+      self._tell(drawn.sample)
 
   def _take(self, drawn: Drawn) -> None:
     """A sample has what a call drew for it."""
@@ -500,7 +501,7 @@ class Engine:
       count = self._text(sample).end(drawn.tokens)
     sample.tokens, sample.logprobs = drawn.tokens[:count], drawn.logprobs[:count]
     ends = {*self.config.eos, *sample.sampling.stop_tokens}
-    if drawn.broken and (drawn.ended or len(sample.beams) == 1):
+    if drawn.broken and (drawn.ended or not sample.searching):
       self._end(sample, "error", "the model's logits are not numbers")
     elif count is not None or drawn.ended:
       stopped = count is not None or sample.tokens[-1] in ends
@@ -514,15 +515,18 @@ class Engine:
     text = None if self.tokenizer is None else self._text(sample).decode(sample.tokens)
     sample.completion = Completion(list(sample.tokens), list(sample.logprobs), reason, text, error)
     self._scheduler.end(sample)
-    if len(sample.beams) > 1 and sample.entry.done:
+    if sample.searching and sample.entry.done:
       sample.entry.samples.sort(key=_rank)
       for nth, beam in enumerate(sample.entry.samples):
         beam.nth = nth
 
-  def _tell(self, sample: Sample, known: int) -> None:
-    """Calls back about the tokens after the first `known` ones, and about the end."""
-    on_token = sample.entry.on_token
-    if on_token is None or not (len(sample.tokens) > known or sample.completion):
+  def _tell(self, sample: Sample) -> None:
+    """Calls back about tokens that have not been told, and about the end."""
+    known, on_token = sample.told, sample.entry.on_token
+    if (sample.searching or len(sample.tokens) == known) and not sample.completion:
+      return
+    sample.told = len(sample.tokens)
+    if on_token is None:
       return
     try:
       on_token(sample.nth, sample.tokens[known:], sample.logprobs[known:])

@@ -6,6 +6,7 @@ from paged_jax.config import CacheConfig
 from paged_jax.engine.drafts import Drafter
 from paged_jax.engine.sampling import MAX_STOP_TOKENS
 from paged_jax.host import ManagerConfig
+from paged_jax.host.options import whole
 
 PREEMPTIONS = ("auto", "swap", "recompute")
 
@@ -28,12 +29,14 @@ class EngineConfig:
   max_beams: int = 1  # the widest beam search that may be asked for
 
   def __post_init__(self):
-    if self.num_steps < 1:
+    if whole("num_steps", self.num_steps) < 1:
       raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
     if not self.prompt_sizes or sorted({*self.prompt_sizes}) != [*self.prompt_sizes]:
       raise ValueError(f"prompt_sizes must ascend, got {self.prompt_sizes}")
     if self.prompt_sizes[0] < 1:
       raise ValueError(f"prompt_sizes must be positive, got {self.prompt_sizes}")
+    for token in self.eos:
+      whole("eos", token, 0)
     if len(self.eos) > MAX_STOP_TOKENS:
       raise ValueError(f"eos must be at most {MAX_STOP_TOKENS} tokens, got {self.eos}")
     if self.preemption not in PREEMPTIONS:

@@ -50,6 +50,7 @@ class Sample:
   decoding: bool = False  # its text but for the last token is in the cache, or about to be
   prefilled: int = 0  # tokens of its text written or about to be, while it is not decoding
   pending: int = 0  # steps of calls in flight in which it draws
+  told: int = 0  # new tokens that whoever listens has heard of
   completion: Completion | None = None
 
   @property
@@ -84,9 +85,19 @@ class Sample:
     return going and min(beam.remaining for beam in self.beams) > self.pending
 
   @property
+  def searching(self) -> bool:
+    """Whether it is one of the texts that a beam search keeps."""
+    return self.sampling.num_beams > 1
+
+  @property
   def beams(self) -> "list[Sample]":
     """Those that run only together: all of a beam search, or itself alone."""
-    return self.entry.samples if self.sampling.num_beams > 1 else [self]
+    return self.entry.samples if self.searching else [self]
+
+  def let_go(self) -> None:
+    """It holds nothing any more."""
+    self.handle, self.row, self.swapped = None, -1, False
+    self.decoding, self.prefilled = False, 0
 
   def could_share(self, origin: "Sample") -> bool:
     """Whether all of its text but the last token is on the pages of `origin`'s row."""
@@ -137,6 +148,10 @@ class Queue:
     """Samples come to wait, each where it is in line; beams as one, by the first of them."""
     self.waiting += [sample for sample in samples if sample is sample.beams[0]]
     self.waiting.sort(key=lambda sample: sample.order)
+
+  def remove(self, sample: Sample) -> None:
+    """A sample waits no more, if it did."""
+    self.waiting = [each for each in self.waiting if each is not sample]
 
   def last(self) -> Sample:
     """Who must yield first of those running: whoever rests, then whoever came last."""

@@ -34,8 +34,7 @@ class Scheduler:
 
   def most_pages(self, sample: Sample, num_tokens: int) -> int:
     """Most pages that a sample, or all beams of its search, hold at so many tokens each."""
-    searching = len(sample.beams) > 1
-    shared = len(sample.entry.prompt) // self.config.cache.page_size if searching else 0
+    shared = len(sample.entry.prompt) // self.config.cache.page_size if sample.searching else 0
     return shared + len(sample.beams) * (self.pages(num_tokens) - shared)
 
   def growth(self, num_steps: int) -> int:
@@ -47,7 +46,7 @@ class Scheduler:
         continue
       longest = max(beam.length for beam in sample.beams)
       most = min(longest - 1 + steps * self.calls.width, sample.limit)
-      if len(sample.beams) > 1:
+      if sample.searching:
         handles = [beam.handle for beam in sample.beams if beam.handle]
         pages += self.manager.pages_to_search(handles, most, len(sample.entry.prompt))
       else:
@@ -85,10 +84,9 @@ class Scheduler:
     afterwards, and those that were cached."""
     if not self.config.options.prefix_cache:
       return set(), set()
-    rows = [(x.entry.beginning, x) for x in self.queue.running.values() if x.handle]
-    size = self.config.cache.page_size
-    cached = {beginning for beginning, x in rows if x.handle and x.handle.num_cached >= size}
-    return {beginning for beginning, x in rows if x.unread} - cached - {None}, cached
+    size, rows = self.config.cache.page_size, self.queue.running.values()
+    cached = {x.entry.beginning for x in rows if x.handle and x.handle.num_cached >= size}
+    return {x.entry.beginning for x in rows if x.unread} - cached - {None}, cached
 
   def _may_begin(self, sample: Sample, being_read: set) -> bool:
     """Whether a waiting sample need not wait for another one's text, to start on its pages."""
@@ -124,7 +122,7 @@ class Scheduler:
       if not self._may_begin(sample, being_read):
         continue
       needed = self.pages(sample.length + self.config.num_steps * self.calls.width) + 1
-      plain = sample.handle is None and sample.origin is None and len(sample.beams) == 1
+      plain = not (sample.handle or sample.origin or sample.searching)
       if plain and len(batch) < self.manager.num_free_rows and needed <= room:
         batch.append(sample)
         room -= needed
@@ -160,8 +158,7 @@ class Scheduler:
         sample.entry.logits = handle.last_logits
     self.queue.running[sample.row] = sample
     self.calls.changed[sample.row] = sample
-    if sample in self.queue.waiting:
-      self.queue.waiting.remove(sample)
+    self.queue.remove(sample)
 
   def _begin(self, sample: Sample) -> bool:
     """Gives a waiting sample its row, from those behind it if need be; whether it could."""
@@ -251,8 +248,8 @@ class Scheduler:
     held = [beam for beam in sample.beams if beam.handle]
     self.manager.deallocate_many([beam.handle.request_id for beam in held if beam.handle])
     for beam in sample.beams:
-      beam.handle, beam.swapped, beam.decoding, beam.prefilled = None, False, False, 0
-      if len(sample.beams) > 1:
+      beam.let_go()
+      if sample.searching:
         beam.tokens, beam.logprobs, beam.ended = [], [], False
     self.counts.recomputations += 1
 
@@ -294,12 +291,11 @@ class Scheduler:
 
   def end(self, sample: Sample) -> None:
     """What a sample with its completion holds is given back by `tidy`; it draws no more."""
-    if sample.handle is None:
-      self.queue.waiting = [x for x in self.queue.waiting if x is not sample]
-      return
+    self.queue.remove(sample)
     if sample.row >= 0:
       self.calls.changed[sample.row] = None
-    self.ended.append(sample)
+    if sample.handle is not None:
+      self.ended.append(sample)
 
   def tidy(self) -> None:
     """Gives back what ended samples hold, and lets others start on what is written.
@@ -318,8 +314,7 @@ class Scheduler:
     for sample in self.ended:
       if sample.row >= 0:
         del self.queue.running[sample.row]
-      self.queue.waiting = [x for x in self.queue.waiting if x is not sample]
-      sample.handle, sample.row, sample.decoding = None, -1, False
+      sample.let_go()
     self.ended.clear()
 
   def _whole(self, sample: Sample) -> list[Prefix]:
@@ -332,7 +327,7 @@ class Scheduler:
     if entry.logits is not None and handle.num_cached < len(entry.prompt) <= handle.num_tokens:
       prefixes.append(Prefix(handle, entry.prompt, entry.logits))
       entry.logits = None
-    if len(sample.beams) == 1:
+    if not sample.searching:
       prefixes.append(Prefix(handle, sample.text[:-1]))
     return prefixes
 

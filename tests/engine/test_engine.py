@@ -205,7 +205,7 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
   with pytest.raises(RuntimeError, match="no more"):
     asyncio.run(asyncio.wait_for(listen(), 60))
   with pytest.raises(RuntimeError, match="the engine has failed"):
-    e.submit(PROMPTS[1])
+    e.submit(PROMPTS[1], Sampling(max_new_tokens=12))
   e.close()
 
 
