@@ -158,6 +158,15 @@ def run(
   return state.cache, log, (state.rows, state.past, state.report)
 
 
+class _Pass(NamedTuple):
+  """What one pass of the model gives, and whom it is for."""
+
+  tokens: jax.Array  # i32[S,W] of the rows, in the cache now
+  widths: jax.Array  # i32[S] how many of them
+  logits: jax.Array  # f32[S,W,V] after each
+  draws: jax.Array  # bool[S] rows that draw
+
+
 def _step(
   model: Any,
   state: _State,
@@ -168,9 +177,8 @@ def _step(
 ) -> _State:
   """The next tokens of each running row, and the prompts' in the same pass."""
   cache, rows, past, report, step = state.cache, state.rows, state.past, state.report, state.step
-  s = cache.ledger.num_rows
-  everyone = jnp.arange(s, dtype=jnp.int32)
-  starts = jnp.zeros(s, bool) if prompts is None else prompts.starts
+  everyone = jnp.arange(cache.ledger.num_rows, dtype=jnp.int32)
+  starts = jnp.zeros(everyone.shape, bool) if prompts is None else prompts.starts
   tokens, widths = _batch(drafter, rows, past, cache.lengths)
   widths = jnp.where(starts, 0, widths)
   copies = jnp.sum(paged_jax.pages_needed(cache, widths) - _new_pages(cache, widths))
@@ -179,52 +187,17 @@ def _step(
   growth = state.growth.at[step].set(widths)
   logits, cache = _logits(model, cache, tokens, widths, prompts)
   if prompts is not None:
-    given = (prompts.starts & (prompts.last == prompts.tokens.shape[0]))[:, None]
+    given = (starts & (prompts.last == prompts.tokens.shape[0]))[:, None]
     logits = logits.at[:, 0].set(jnp.where(given, past.logits, logits[:, 0]))
-    kept = jnp.where(starts[:, None], logits[:, 0], past.logits)
-    past = dataclasses.replace(past, logits=kept)
+    past = dataclasses.replace(past, logits=jnp.where(starts[:, None], logits[:, 0], past.logits))
 
-  adjusted = sampling.adjust(logits[:, 0], rows.draws, past.seen)
-  draws = (widths > 0) | starts
-  sources, searched, broken = everyone, None, jnp.zeros(s, bool)
+  made = _Pass(tokens, widths, logits, draws=(widths > 0) | starts)
+  choice = None
   if num_beams > 1:
-    begun = (rows.groups < s) & (rows.scores > -jnp.inf)
-    searched = beams.choose(
-      jax.nn.log_softmax(adjusted), rows.groups, rows.scores, begun & ~draws, num_beams=num_beams
-    )
-    sources = searched.sources
-    cache, _ = paged_jax.reorder(cache, sources)
-    rows = dataclasses.replace(
-      rows, tokens=rows.tokens[sources], remaining=rows.remaining[sources], scores=searched.scores
-    )
-    past = dataclasses.replace(past, seen=past.seen[sources], texts=past.texts[sources])
-    logits, adjusted, widths = logits[sources], adjusted[sources], widths[sources]
-    searches = rows.groups < s
-    broken = searches & draws & (rows.scores == -jnp.inf)
-    draws = jnp.where(searches, searched.grows, draws)
-
-  first = cache.lengths - jnp.maximum(widths - 1, 0)  # where the next token will be
-  counts = jnp.zeros(s, jnp.int32)
-  for nth in range(tokens.shape[1]):
-    if nth:
-      draws &= (nth < widths) & (rows.remaining > 0) & (tokens[:, nth] == rows.tokens)
-      adjusted = sampling.adjust(logits[:, nth], rows.draws, past.seen)
-    sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
-    broken |= draws & ~sane
-    draws &= sane
-    new = sampling.draw(adjusted, rows.draws, first + nth)
-    if searched is not None:
-      new = jnp.where(rows.groups < s, searched.tokens, new)
-    new = jnp.where(draws, new, rows.tokens)
-    rows, past = _taken(rows, past, new, draws, first + nth)
-    report = report._replace(
-      tokens=report.tokens.at[step, nth].set(new),
-      logprobs=report.logprobs.at[step, nth].set(sampling.logprob(logits[:, nth], new)),
-    )
-    counts += draws.astype(jnp.int32)
-  rows = dataclasses.replace(rows, remaining=jnp.where(broken, 0, rows.remaining))
-
-  kept = jnp.where(widths > 1, cache.lengths - widths + counts, cache.lengths)
+    choice, cache, rows, past, made = _search(cache, rows, past, made, num_beams)
+  first = cache.lengths - jnp.maximum(made.widths - 1, 0)  # where the next token will be
+  rows, past, new, logprobs, counts, broken = _draw(rows, past, made, first, choice)
+  kept = jnp.where(made.widths > 1, cache.lengths - made.widths + counts, cache.lengths)
   if drafter is not None:
     cache, _ = paged_jax.trim(cache, kept)
   return _State(
@@ -232,9 +205,11 @@ def _step(
     cache=cache,
     rows=rows,
     past=past,
-    report=report._replace(
+    report=Report(
+      tokens=report.tokens.at[step].set(new),
+      logprobs=report.logprobs.at[step].set(logprobs),
       counts=report.counts.at[step].set(counts),
-      sources=report.sources.at[step].set(sources),
+      sources=report.sources.at[step].set(everyone if choice is None else choice.sources),
       remaining=rows.remaining,
       scores=rows.scores,
       broken=report.broken | broken,
@@ -243,6 +218,63 @@ def _step(
     growth=growth,
     kept=state.kept.at[step].set(kept),
   )
+
+
+def _search(
+  cache: Cache, rows: Rows, past: Past, made: _Pass, num_beams: int
+) -> tuple[beams.Choice, Cache, Rows, Past, _Pass]:
+  """Rows that search become those that they go on with; the tokens to draw are in the choice."""
+  searches = rows.groups < cache.ledger.num_rows
+  adjusted = sampling.adjust(made.logits[:, 0], rows.draws, past.seen)
+  ended = searches & (rows.scores > -jnp.inf) & ~made.draws
+  choice = beams.choose(
+    jax.nn.log_softmax(adjusted), rows.groups, rows.scores, ended, num_beams=num_beams
+  )
+  to = choice.sources
+  cache, _ = paged_jax.reorder(cache, to)
+  lost = searches & made.draws & (choice.scores == -jnp.inf)  # nothing to go on with
+  rows = dataclasses.replace(
+    rows, tokens=rows.tokens[to], remaining=rows.remaining[to], scores=choice.scores
+  )
+  past = dataclasses.replace(past, seen=past.seen[to], texts=past.texts[to])
+  made = _Pass(
+    tokens=made.tokens,
+    widths=made.widths[to],
+    logits=jnp.where(lost[:, None, None], jnp.nan, made.logits[to]),
+    draws=jnp.where(searches, choice.grows | lost, made.draws),
+  )
+  return choice, cache, rows, past, made
+
+
+def _draw(
+  rows: Rows, past: Past, made: _Pass, first: jax.Array, choice: beams.Choice | None
+) -> tuple[Rows, Past, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """As many tokens of each row as a pass allows: one, and more as long as it foresaw them.
+
+  Returns:
+    Rows and what they have read, tokens i32[W,S], their log-probabilities f32[W,S], how many of
+    them were drawn i32[S], and whose logits were not numbers, bool[S]: such a row ends.
+  """
+  tokens, logprobs = [], []
+  draws, counts, broken = made.draws, jnp.zeros_like(made.widths), jnp.zeros_like(made.draws)
+  for nth in range(made.tokens.shape[1]):
+    if nth:
+      draws &= (nth < made.widths) & (rows.remaining > 0) & (made.tokens[:, nth] == rows.tokens)
+    logits = made.logits[:, nth]
+    adjusted = sampling.adjust(logits, rows.draws, past.seen)
+    sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
+    broken |= draws & ~sane
+    draws &= sane
+    new = sampling.draw(adjusted, rows.draws, first + nth)
+    if choice is not None:
+      new = jnp.where(rows.groups < rows.groups.shape[0], choice.tokens, new)
+    new = jnp.where(draws, new, rows.tokens)
+    rows, past = _taken(rows, past, new, draws, first + nth)
+    tokens.append(new)
+    logprobs.append(sampling.logprob(logits, new))
+    counts += draws.astype(jnp.int32)
+  rows = dataclasses.replace(rows, remaining=jnp.where(broken, 0, rows.remaining))
+  return rows, past, jnp.stack(tokens), jnp.stack(logprobs), counts, broken
 
 
 def _batch(
