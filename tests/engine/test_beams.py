@@ -1,8 +1,5 @@
 """Beam search on the device against one by hand on the host."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,29 +33,6 @@ def test_what_is_not_a_number_is_never_chosen():
   assert choice.grows.tolist() == [True, False]
 
 
-@functools.cache
-def logprobs(text: tuple[int, ...]) -> np.ndarray:
-  """Of the next token, from the whole text."""
-  tokens = np.zeros(tiny.LONGEST, np.int32)
-  tokens[: len(text)] = text
-  return np.asarray(jax.nn.log_softmax(tiny._dense(tiny.MODEL, tokens)[len(text) - 1]))
-
-
-def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0):
-  """Texts and their log-probabilities, best first."""
-  found = [((), 0.0, False)]
-  for _ in range(max_new_tokens):
-    candidates = [each for each in found if each[2]]
-    for text, score, ended in found:
-      if not ended:
-        gains = logprobs((*prompt, *text))
-        for token in np.argsort(-gains)[:num_beams].tolist():
-          candidates.append(((*text, token), score + float(gains[token]), token in stops))
-    found = sorted(candidates, key=lambda each: -each[1])[:num_beams]
-  ranked = sorted(found, key=lambda each: -each[1] / len(each[0]) ** length_penalty)
-  return [(list(text), score) for text, score, _ in ranked]
-
-
 def check(completions, wanted):
   assert [c.tokens for c in completions] == [text for text, _ in wanted]
   assert [sum(c.logprobs) for c in completions] == pytest.approx([x for _, x in wanted], abs=1e-3)
@@ -73,7 +47,7 @@ def test_searches_find_what_they_find_alone(num_steps, num_pages):
     if each.num_beams == 1:
       assert got[0].tokens == tiny.greedy(prompt, 7)
     else:
-      check(got, search(prompt, each.num_beams, 7))
+      check(got, tiny.search(prompt, each.num_beams, 7))
   finish(e)
 
 
@@ -81,13 +55,13 @@ def test_searches_find_what_they_find_alone(num_steps, num_pages):
 def test_texts_that_end_keep_their_place_and_are_ranked(length_penalty):
   e = engine(max_beams=3)
   for prompt in PROMPTS[:3]:
-    plain = search(prompt, 3, 8)
+    plain = tiny.search(prompt, 3, 8)
     stops = (plain[0][0][2], plain[1][0][4])
     wanted = Sampling(
       max_new_tokens=8, num_beams=3, stop_tokens=stops, length_penalty=length_penalty
     )
     (got,) = e.generate([prompt], wanted)
-    check(got, search(prompt, 3, 8, stops, length_penalty))
+    check(got, tiny.search(prompt, 3, 8, stops, length_penalty))
     assert {c.reason for c in got} <= {"stop", "length"}
     assert any(c.reason == "stop" for c in got)
   finish(e)
@@ -102,7 +76,7 @@ def test_a_preempted_search_finds_the_same(preemption):
       e.step()
     force_preemption(e)
     finish(e)
-    check(handle.completions, search(PROMPTS[2], 3, 6))
+    check(handle.completions, tiny.search(PROMPTS[2], 3, 6))
 
 
 def test_a_cancelled_search_gives_everything_back():

@@ -48,13 +48,16 @@ def stories(draw):
       draw(st.lists(st.integers(0, tiny.VOCABULARY - 1), min_size=1, max_size=9))
     )
     most = 33 - len(prompt)  # eight pages
+    num_samples = draw(st.sampled_from([1, 1, 1, 3]))
+    beams = draw(st.sampled_from([1, 2])) if setting["num_pages"] > 16 and num_samples == 1 else 1
     requests.append(
       dict(
         arrival=draw(st.integers(0, 6)),
         prompt=prompt,
         sampling=Sampling(
           max_new_tokens=draw(st.integers(1, min(12, most))),
-          num_samples=draw(st.sampled_from([1, 1, 1, 3])),
+          num_samples=num_samples,
+          num_beams=beams,
           stop_tokens=tuple(draw(st.lists(st.integers(0, 30), max_size=2))),
         ),
         priority=draw(st.integers(0, 2)),
@@ -68,7 +71,7 @@ def stories(draw):
 @given(stories())
 def test_any_mix_of_requests_gives_each_its_own_text(story):
   setting, requests, forced = story
-  e = engine(**setting)
+  e = engine(max_beams=2, **setting)
   handles = {}
   for turn in range(2000):
     for n, request in enumerate(requests):
@@ -81,9 +84,12 @@ def test_any_mix_of_requests_gives_each_its_own_text(story):
   finish(e)
   for n, request in enumerate(requests):
     wanted = request["sampling"]
-    want = tiny.greedy(request["prompt"], wanted.max_new_tokens, wanted.stop_tokens)
+    asked = (wanted.max_new_tokens, wanted.stop_tokens)
+    want = [tiny.greedy(request["prompt"], *asked)] * wanted.num_samples
+    if wanted.num_beams > 1:
+      want = [text for text, _ in tiny.search(request["prompt"], wanted.num_beams, *asked)]
     assert handles[n].done
-    assert handles[n].tokens == [want] * wanted.num_samples
+    assert handles[n].tokens == want
 
 
 def test_sampled_text_depends_on_the_seed_and_not_on_the_batch():

@@ -89,6 +89,29 @@ def greedy(prompt, max_new_tokens: int, stops=()) -> list[int]:
   return list(text[len(prompt) :])
 
 
+@functools.cache
+def logprobs(text: tuple[int, ...]) -> np.ndarray:
+  """Of the next token, from the whole text."""
+  tokens = np.zeros(LONGEST, np.int32)
+  tokens[: len(text)] = text
+  return np.asarray(jax.nn.log_softmax(_dense(MODEL, tokens)[len(text) - 1]))
+
+
+def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0):
+  """Beam search by hand: texts and their log-probabilities, best first."""
+  found = [((), 0.0, False)]
+  for _ in range(max_new_tokens):
+    candidates = [each for each in found if each[2]]
+    for text, score, ended in found:
+      if not ended:
+        gains = logprobs((*prompt, *text))
+        for token in np.argsort(-gains)[:num_beams].tolist():
+          candidates.append(((*text, token), score + float(gains[token]), token in stops))
+    found = sorted(candidates, key=lambda each: -each[1])[:num_beams]
+  ranked = sorted(found, key=lambda each: -each[1] / len(each[0]) ** length_penalty)
+  return [(list(text), score) for text, score, _ in ranked]
+
+
 def cache(**fields) -> paged_jax.CacheConfig:
   """A small cache for it."""
   small = dict(page_size=4, num_pages=24, num_rows=4, max_length=LONGEST)
