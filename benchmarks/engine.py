@@ -6,7 +6,7 @@ tokens (8,192 of the trace). `static`: dense rows, a batch runs until its last s
 Gemma and Tunix loops do. `continuous`: dense rows, a row is refilled when its sample ends. `ours`:
 the engine, pages of 16. All prefill prompts alone or in pieces of the same compiled sizes and decode
 8 steps per dispatch. `--transformers` adds Hugging Face's continuous batching in torch, if it is
-installed: the same weights, requests and KV memory, in float32 pages of its own size.
+installed: the same weights, requests, page size and number of pages, in float32.
 
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
 `vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
@@ -165,28 +165,25 @@ def run_engine(engine: Engine, work) -> dict:
 
 
 def run_transformers(work) -> dict:
-  """Hugging Face's continuous batching; times are those of whole requests."""
+  """Hugging Face's continuous batching of the same requests."""
   import torch
   import transformers
 
   torch.set_num_threads(os.cpu_count() or 1)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    models.embedded(), dtype=torch.float32, attn_implementation="sdpa_paged"
+    models.embedded(), dtype=torch.float32, attn_implementation="sdpa"
   )
-  config = transformers.GenerationConfig(
-    max_new_tokens=LONGEST, do_sample=False, eos_token_id=-1, pad_token_id=0,
-    num_blocks=DENSE_ROWS * LONGEST // 32, block_size=32, max_batch_tokens=PROMPT_SIZES[-1],
+  config = transformers.ContinuousBatchingConfig(
+    page_size=SIZE, num_blocks=DENSE_ROWS * LONGEST // SIZE, max_batch_tokens=PROMPT_SIZES[-1],
+    max_requests_per_batch=ROWS, allow_block_sharing=False,
   )  # fmt: skip
-  manager = model.init_continuous_batching(generation_config=config)
+  greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+  manager = model.init_continuous_batching(greedy, config)
   manager.start()
   began = time.perf_counter()
-  for number, (prompt, new_tokens) in enumerate(work):
-    manager.add_request(prompt, request_id=str(number), max_new_tokens=new_tokens)
-  tokens, first = 0, []
-  for _ in work:
-    result = manager.get_result(timeout=600)
-    tokens += len(result.generated_tokens)
-    first.append(time.perf_counter() - began)
+  for prompt, new_tokens in work:
+    manager.add_request(prompt, max_new_tokens=new_tokens)
+  tokens = sum(len(manager.get_result(timeout=600).generated_tokens) for _ in work)
   seconds = time.perf_counter() - began
   manager.stop(block=True)
   return {"tokens_per_s": tokens / seconds, "seconds": seconds}
