@@ -542,7 +542,7 @@ class Manager:
       now = self._state.lengths
       more = np.zeros(self.config.num_rows, np.int32)
       for handle, length in lengths.items():
-        row = self._running(handle)[1]
+        row = self._row(handle)
         more[row] = max(0, length - int(now[row]))
       size = self.config.page_size
       new = -(-(now + more) // size) - -(-now // size)
@@ -553,7 +553,7 @@ class Manager:
     themselves, but keep sharing their first `shared` tokens."""
     with self._lock:
       state, size = self._state, self.config.page_size
-      rows = [self._running(handle)[1] for handle in handles]
+      rows = [self._row(handle) for handle in handles]
       pages = state.block_tables[rows, shared // size :]
       own, entries = np.unique(pages[pages < self.config.num_pages], return_counts=True)
       alone = int((state.refcount[own] == entries).sum())
@@ -976,11 +976,16 @@ class Manager:
     return sequence
 
   def _running(self, handle: Handle) -> tuple[_Sequence, int]:
+    sequence, row = self._sequence(handle), self._row(handle)
+    sequence.last_access = self._clock()
+    return sequence, row
+
+  def _row(self, handle: Handle) -> int:
+    """A running sequence's row; looking it up is no access."""
     sequence = self._sequence(handle)
     if sequence.row is None:
       raise errors.SwappedOut(sequence.request_id)
-    sequence.last_access = self._clock()
-    return sequence, sequence.row
+    return sequence.row
 
   def _mapped(self, row: int) -> list[int]:
     pages = self._state.block_tables[row]
