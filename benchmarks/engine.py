@@ -6,7 +6,7 @@ tokens (8,192 of the trace). `static`: dense rows, a batch runs until its last s
 Gemma and Tunix loops do. `continuous`: dense rows, a row is refilled when its sample ends. `ours`:
 the engine, pages of 16. All prefill prompts alone or in pieces of the same compiled sizes and decode
 8 steps per dispatch. `--transformers` adds Hugging Face's continuous batching in torch, if it is
-installed: the same weights, requests, page size and number of pages, in float32.
+installed: the same weights, requests, page size and number of pages, in float32; ours are bfloat16.
 
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
 `vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
