@@ -330,7 +330,7 @@ def _engine(
   ).stored_for(jax.default_backend())
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
-  options = ManagerConfig(prefix_cache=len(requests) > 1)
+  options = ManagerConfig(0, swapping=False, prefix_cache=len(requests) > 1)
   with _memory_for(config):
     return Engine(
       decoder,

@@ -1,20 +1,9 @@
 """The benchmarks that decide and count, rather than time, run in small and count right."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
-
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
-
-
-def run(script, *arguments):
-  command = [sys.executable, FOLDER / script, "--json", *map(str, arguments)]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+from scripts import run
 
 
 def test_preemption_times_both_ways(tmp_path):

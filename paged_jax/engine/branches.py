@@ -74,10 +74,8 @@ def commit(scheduler: Scheduler, branch: Entry) -> list[Sample]:
   scheduler.ended = [each for each in scheduler.ended if each not in (to, source)]
   waits = source in scheduler.queue.waiting or source.handle is None
   scheduler.queue.remove(source)
-  to.tokens, to.logprobs = list(source.tokens), list(source.logprobs)
-  to.handle, to.row, to.swapped = source.handle, source.row, source.swapped
-  to.decoding, to.prefilled, to.resting = source.decoding, source.prefilled, False
-  source.let_go()
+  to.take_over(source)
+  to.resting = False
   stopped = source.completion is not None and source.completion.reason == "stop"
   to.completion = source.completion if stopped else None
   if to.row >= 0:

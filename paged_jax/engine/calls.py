@@ -138,6 +138,13 @@ class Calls:
     )  # fmt: skip
     return report
 
+  def warm_up(self) -> None:
+    """Compiles what moves texts and logits into and out of row 0, which must be idle."""
+    row, past = np.int32(0), self._past
+    past = _give(past, row, _take(past, row))
+    longest = self._config.pages_per_row * self._config.page_size + 1
+    self._past = _read(past, row, np.zeros(longest, np.int32), np.int32(0))
+
   def wait(self) -> None:
     """Until all that was dispatched has run."""
     jax.block_until_ready(self._rows.tokens)

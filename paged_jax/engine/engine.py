@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from paged_jax.engine import branches
-from paged_jax.engine.calls import Calls, Drawn
+from paged_jax.engine.calls import Calls, Drawn, Piece
 from paged_jax.engine.options import Counts, EngineConfig
 from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
 from paged_jax.engine.sampling import Sampling
@@ -192,9 +192,9 @@ class Engine:
     sampling = Sampling() if sampling is None else sampling
     prompt, priority = tuple(prompt), whole("priority", priority)
     self._check(prompt, sampling)
-    entry = Entry(
-      tuple(map(int, prompt)), priority, on_token, page_size=self.config.cache.page_size
-    )
+    size = self.config.cache.page_size
+    beginning = prompt[:size] if len(prompt) > size else None
+    entry = Entry(tuple(map(int, prompt)), priority, on_token, beginning)
     with self._lock:
       if self._failure is not None:
         raise RuntimeError("the engine has failed") from self._failure
@@ -215,9 +215,7 @@ class Engine:
       ("prompt", prompt), ("logit_bias", sampling.logit_bias), ("stop_tokens", sampling.stop_tokens)
     ):  # fmt: skip
       for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer):
-          raise ValueError(f"{name} must be tokens, got {token!r}")
-        if not 0 <= token < vocab:
+        if not 0 <= whole(name, token) < vocab:
           raise ValueError(f"{name} has token {token}, but the vocabulary has {vocab}")
     if sampling.stop and self.tokenizer is None:
       raise ValueError(f"stop needs a tokenizer, got {sampling.stop}")
@@ -229,8 +227,7 @@ class Engine:
     capacity = config.pages_per_row * config.page_size
     if num_tokens > capacity:
       raise ValueError(f"the request needs {num_tokens} tokens, but a row holds {capacity}")
-    shared = len(prompt) // config.page_size if sampling.num_beams > 1 else 0
-    needed = shared + sampling.num_beams * (self._scheduler.pages(num_tokens) - shared)
+    needed = self._scheduler.most_pages(len(prompt), sampling.num_beams, num_tokens)
     if needed > config.num_pages:
       raise ValueError(f"the request needs {needed} pages, but there are {config.num_pages}")
 
@@ -385,8 +382,8 @@ class Engine:
       self._failure = error
     self._take_arrivals()
     samples = [*self._queue.running.values(), *self._queue.waiting]
-    branches = [entry for sample in samples for entry in sample.entry.branches]
-    for sample in [*samples, *(entry.samples[0] for entry in branches)]:
+    samples += [branch.samples[0] for x in samples for branch in x.entry.branches]
+    for sample in samples:
       for each in sample.beams:
         if each.completion is None:
           each.completion = Completion(each.tokens, each.logprobs, "error", None, repr(error))
@@ -404,38 +401,45 @@ class Engine:
   # One round
 
   def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Compiles every program of steady state, and measures what preemption costs.
+    """Compiles everything that requests will run, and measures what preemption costs.
+
+    Before the first request.
 
     Args:
       progress: Called with how many of how many programs are ready.
     """
-    config, scheduler = self.config, self._scheduler
+    config = self.config
     sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
     searching = [False, True] if config.max_beams > 1 else [False]
     calls = [(size, beams) for beams in searching for size in sizes]
     for done, (size, beams) in enumerate(calls):
       progress(done, len(calls))
-      for changed in ({}, {0: None}):  # the second one is timed
-        self._calls.changed.update(changed)
+      for _ in range(2):  # the second one is timed
         began = time.perf_counter()
         prompts = None if size is None else self._calls.prompts([], size)
         self._calls.run(prompts, 1 if prompts else config.num_steps, searching=beams)
         self._calls.wait()
         if size:
-          scheduler.prompt_seconds = (time.perf_counter() - began) / size
+          self._scheduler.prompt_seconds = (time.perf_counter() - began) / size
+    self._calls.warm_up()
+    self.manager.warm_up()
     if config.options.swapping and config.options.num_host_pages:
-      count = min(4, config.options.num_host_pages, config.cache.pages_per_row,
-                  self.manager.free_pages)  # fmt: skip
-      for _ in range(2 if count else 0):
-        handle = self.manager.allocate(Request(self, count * config.cache.page_size))
-        began = time.perf_counter()
-        self.manager.swap_out(handle)
-        self.manager.swap_in(handle)
-        jax.block_until_ready(self.manager.cache)
-        scheduler.swap_seconds = (time.perf_counter() - began) / (2 * count)
-        self.manager.deallocate(self)
-    self.manager.settle()
+      self._time_swaps()
     progress(len(calls), len(calls))
+
+  def _time_swaps(self) -> None:
+    """Swaps a few pages out and in again, if there are any."""
+    config, manager = self.config, self.manager
+    count = min(4, config.options.num_host_pages, config.cache.pages_per_row, manager.free_pages)
+    if not count or not manager.num_free_rows:
+      return
+    handle = manager.allocate(Request(self, count * config.cache.page_size))
+    began = time.perf_counter()
+    manager.swap_out(handle)
+    manager.swap_in(handle)
+    jax.block_until_ready(manager.cache)
+    self._scheduler.swap_seconds = (time.perf_counter() - began) / (2 * count)
+    manager.deallocate(self)
 
   def step(self) -> bool:
     """One round: takes in, admits, dispatches, hands out. False if there was nothing to do."""
@@ -470,7 +474,7 @@ class Engine:
       self._queue.add(entry.samples)
     return commands
 
-  def _dispatch(self, pieces: list) -> None:
+  def _dispatch(self, pieces: list[Piece]) -> None:
     total = sum(piece.num_tokens for piece in pieces)
     fits = (size for size in (0, *self.config.prompt_sizes) if size >= total)
     self._calls.dispatch(
@@ -500,10 +504,10 @@ class Engine:
     if sample.sampling.stop:
       count = self._text(sample).end(drawn.tokens)
     sample.tokens, sample.logprobs = drawn.tokens[:count], drawn.logprobs[:count]
-    ends = {*self.config.eos, *sample.sampling.stop_tokens}
     if drawn.broken and (drawn.ended or not sample.searching):
       self._end(sample, "error", "the model's logits are not numbers")
     elif count is not None or drawn.ended:
+      ends = (*self.config.eos, *sample.sampling.stop_tokens)
       stopped = count is not None or sample.tokens[-1] in ends
       self._end(sample, "stop" if stopped else "length")
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import paged_jax
+from paged_jax import tables
 from paged_jax.engine import beams, sampling
 from paged_jax.engine.drafts import Drafter
 from paged_jax.types import Cache, Log
@@ -181,7 +182,7 @@ def _step(
   starts = jnp.zeros(everyone.shape, bool) if prompts is None else prompts.starts
   tokens, widths = _batch(drafter, rows, past, cache.lengths)
   widths = jnp.where(starts, 0, widths)
-  copies = jnp.sum(paged_jax.pages_needed(cache, widths) - _new_pages(cache, widths))
+  copies = _copies(cache, widths)
   cache, info = paged_jax.extend(cache, widths)
   widths = jnp.where(info.ok, widths, 0)
   growth = state.growth.at[step].set(widths)
@@ -291,10 +292,11 @@ def _batch(
   return tokens, widths
 
 
-def _new_pages(cache: Cache, num_tokens: jax.Array) -> jax.Array:
-  """Pages i32[S] behind a row's last one that so many more tokens reach."""
+def _copies(cache: Cache, num_tokens: jax.Array) -> jax.Array:
+  """i32[] pages that `extend` with these `num_tokens` i32[S] copies."""
   size, lengths = cache.ledger.page_size, cache.lengths
-  return (lengths + num_tokens + size - 1) // size - (lengths + size - 1) // size
+  reached = tables.num_pages_for(lengths + num_tokens, size) - tables.num_pages_for(lengths, size)
+  return jnp.sum(paged_jax.pages_needed(cache, num_tokens) - reached)
 
 
 def _logits(

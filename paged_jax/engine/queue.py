@@ -1,7 +1,6 @@
 """Requests, their samples, and who comes first."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -94,6 +93,13 @@ class Sample:
     """Those that run only together: all of a beam search, or itself alone."""
     return self.entry.samples if self.searching else [self]
 
+  def take_over(self, other: "Sample") -> None:
+    """Its text, and what it holds, are those of `other`, which holds nothing any more."""
+    self.tokens, self.logprobs = list(other.tokens), list(other.logprobs)
+    self.handle, self.row, self.swapped = other.handle, other.row, other.swapped
+    self.decoding, self.prefilled = other.decoding, other.prefilled
+    other.let_go()
+
   def let_go(self) -> None:
     """It holds nothing any more."""
     self.handle, self.row, self.swapped = None, -1, False
@@ -117,18 +123,12 @@ class Entry:
   prompt: Sequence[int]
   priority: int = 0
   on_token: OnToken | None = None
+  beginning: Sequence[int] | None = None  # the first page, which alike requests could share
   samples: list[Sample] = dataclasses.field(default_factory=list)
   logits: jax.Array | None = None  # f32[V] after its prompt, for whoever asks the same
   num_cached: int = 0  # tokens of its prompt that the prefix cache had
-
-  page_size: int = 1
   parent: "Entry | None" = None  # what it was forked from
   branches: "list[Entry]" = dataclasses.field(default_factory=list)
-
-  @functools.cached_property
-  def beginning(self) -> tuple[int, ...] | None:
-    """What requests have in common that could share a page; None if this one cannot."""
-    return tuple(self.prompt[: self.page_size]) if len(self.prompt) > self.page_size else None
 
   @property
   def done(self) -> bool:

@@ -32,10 +32,10 @@ class Scheduler:
     """Pages that so many tokens fill."""
     return -(-num_tokens // self.config.cache.page_size)
 
-  def most_pages(self, sample: Sample, num_tokens: int) -> int:
-    """Most pages that a sample, or all beams of its search, hold at so many tokens each."""
-    shared = len(sample.entry.prompt) // self.config.cache.page_size if sample.searching else 0
-    return shared + len(sample.beams) * (self.pages(num_tokens) - shared)
+  def most_pages(self, prompt_length: int, num_beams: int, num_tokens: int) -> int:
+    """Most pages that a sample, or the beams of a search together, hold at so many tokens each."""
+    shared = prompt_length // self.config.cache.page_size if num_beams > 1 else 0
+    return shared + num_beams * (self.pages(num_tokens) - shared)
 
   def growth(self, num_steps: int) -> int:
     """Most pages that a call of so many steps may take, with those in flight."""
@@ -97,6 +97,8 @@ class Scheduler:
 
   def may_admit(self) -> bool:
     """Whether to try: somebody waits, and there is more room than when that one was refused."""
+    if not self.queue.waiting:
+      return False
     being_read, _ = self._beginnings()
     first = next((x for x in self.queue.waiting if self._may_begin(x, being_read)), None)
     if first is None:
@@ -185,8 +187,9 @@ class Scheduler:
     manager, origin = self.manager, sample.origin
     longest = max(beam.length for beam in sample.beams)
     ahead = longest + self.config.num_steps * self.calls.width
+    most = self.most_pages(len(sample.entry.prompt), len(sample.beams), ahead)
     if sample.swapped:
-      self._check_room(self.most_pages(sample, ahead))
+      self._check_room(most)
       handles = [beam.handle for beam in sample.beams if beam.handle]
       manager.swap_in_many(handles)
       for beam, handle in zip(sample.beams, handles):
@@ -202,7 +205,7 @@ class Scheduler:
       requests += [Request(beam.number) for beam in sample.beams[1:]]
       handles = manager.allocate_many(requests)
       try:
-        self._check_room(self.most_pages(sample, ahead) - self.pages(sample.length) + 1)
+        self._check_room(most - self.pages(sample.length) + 1)
       except errors.OutOfPages:
         manager.deallocate_many([request.request_id for request in requests])
         raise

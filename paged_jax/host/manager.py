@@ -30,7 +30,7 @@ from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.options import ManagerConfig, Request, whole
 from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
 from paged_jax.host.residency import Residency
-from paged_jax.host.state import ID_SIZES, State, bucket
+from paged_jax.host.state import ID_SIZES, State, bucket, row_sizes
 from paged_jax.host.stats import AuditReport, Collected, PrefixStats, SequenceStats, Stats
 from paged_jax.types import Audit, Cache
 
@@ -274,7 +274,7 @@ class Manager:
     starts = [each for each in starts if each[3]]
     if not starts:
       return
-    b = min(bucket(len(starts), ID_SIZES), max(config.num_rows, ID_SIZES[0]))
+    b = bucket(len(starts), tuple(row_sizes(config.num_rows)))
     for i in range(0, len(starts), b):
       rows = np.full(b, config.num_rows, np.int32)
       pages = np.full((b, config.pages_per_row), config.num_pages, np.int32)
@@ -507,6 +507,13 @@ class Manager:
       starts[row] = start
       self._count["copies"] += shared
       self._kept.apply("unshare", starts)
+
+  def warm_up(self) -> None:
+    """Compiles what sequences come, go, share and move with; nothing changes."""
+    with self._transition():
+      options = self.options
+      swapping = options.swapping and options.num_host_pages > 0
+      self._state.warm_up(swapping=swapping, scrubbing=options.scrub)
 
   # What a program may take. These do not wait: they know what the last report taken over said.
 

@@ -69,15 +69,40 @@ class State:
     """Images in host memory into fresh pages that the host holds."""
     taken: list[int] = []
     for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):
-      ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=len(numbers))
-      if not bool(info.ok):
-        raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
-      part = tuple(images[i] for i in numbers)
-      self.cache, *_ = self.verbs.restore(self.cache, part, np.int32(count))
-      self.ledger = ledger
-      self._read()
-      taken += np.asarray(pages)[:count].tolist()
+      taken += self._put([images[i] for i in numbers], count)
     return taken
+
+  def _put(self, images: list[Pages], count: int) -> list[int]:
+    """The first `count` of a batch of images into fresh pages."""
+    size = len(images)
+    ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=size)
+    if not bool(info.ok):
+      raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
+    self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
+    self.ledger = ledger
+    self._read()
+    return np.asarray(pages)[:count].tolist()
+
+  def warm_up(self, *, swapping: bool, scrubbing: bool) -> None:
+    """Compiles each verb for each size of a batch, by asking it for nothing."""
+    s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
+    nobody = np.full(2, s, np.int32)
+    self.apply("extend", np.zeros(s, np.int32))
+    self.apply("trim", self.lengths.copy())
+    self.apply("free", np.zeros(s, bool))
+    self.apply("fork", nobody, nobody, np.zeros(2, np.int32))
+    for size in row_sizes(s):
+      begins, lengths = np.zeros((2, size), np.int32)
+      rows, pages = np.full(size, s, np.int32), np.full((size, p), n, np.int32)
+      self.apply("adopt", rows, pages, lengths, begins)
+    for size in ID_SIZES:
+      none = np.full(size, n, np.int32)
+      self.apply("hold", none)
+      self.apply("drop", none)
+      if scrubbing:
+        self.cache = self.verbs.scrub(self.cache, none)
+    for size in BYTE_SIZES if swapping else ():
+      self._put(self.offload([n] * size), 0)
 
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
@@ -98,6 +123,11 @@ class State:
     if logs:
       self._read()
     return bool(logs)
+
+
+def row_sizes(num_rows: int) -> list[int]:
+  """Batches of rows that are compiled."""
+  return sorted({min(size, max(num_rows, ID_SIZES[0])) for size in ID_SIZES})
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import PROMPTS, SIZE, Words, engine, finish, force_preemption
 
-from paged_jax import jitted
 from paged_jax.engine import PromptLookup, Sampling, program
 from paged_jax.engine import calls as calls_lib
 from paged_jax.host import Request, errors
@@ -218,22 +217,52 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 # What a call costs
 
 
-def test_nothing_compiles_after_warm_up():
-  e, steps = engine(), []
+@pytest.fixture
+def compiled(monkeypatch):
+  """What has been compiled since the test began, by whatever part of jax."""
+  names = []
+
+  def listen(event, seconds, **_):
+    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+      names.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_warm_up(compiled):
+  jax.clear_caches()  # nor is anything there already
+  e, steps = engine(drafter=PromptLookup(2), max_beams=2), []
   e.warm_up(lambda done, total: steps.append((done, total)))
-  assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
-  programs = calls_lib._run._cache_size()
-  e.generate(PROMPTS, [Sampling(max_new_tokens=12, temperature=0.5 * i) for i in range(6)])
-  compiled = _compilations()
-  e.generate(PROMPTS, Sampling(max_new_tokens=9))
-  assert calls_lib._run._cache_size() == programs
-  assert _compilations() == compiled
+  assert steps == [(n, 6) for n in range(7)]
+  assert compiled
+  compiled.clear()
+  kinds = [
+    dict(), dict(temperature=0.5, repetition_penalty=1.2), dict(num_samples=3), dict(num_beams=2),
+    dict(stop=("zz",), logit_bias={3: 1.0}), dict(),
+  ]  # fmt: skip
+  wanted = [Sampling(max_new_tokens=12, **fields) for fields in kinds]
+  for _ in range(2):  # full hits the second time
+    e.generate(PROMPTS, wanted)
+  handle = e.submit(PROMPTS[2], wanted[1])
+  while len(handle.tokens[0]) < 3:
+    e.step()
+  force_preemption(e)
+  e.step()
+  (branch,) = handle.fork(1)
+  e.step()
+  branch.commit()
+  handle.rollback(2)
+  while e.step():
+    pass
+  assert not compiled
   finish(e)
 
 
-def _compilations():
-  """Compiled versions of each verb."""
-  return {n: f._cache_size() for n, f in vars(jitted).items() if hasattr(f, "_cache_size")}
+def test_a_compilation_is_found(compiled):
+  jax.jit(lambda x: x + len(compiled) + 17)(np.float32(1))
+  assert compiled
 
 
 class Sealed:
@@ -420,7 +449,7 @@ def test_pages_that_never_come_are_an_error_with_numbers():
   [
     ("prompt is empty", (), {}),
     ("prompt has token 31", (31,), {}),
-    ("prompt must be tokens, got True", (True,), {}),
+    ("prompt must be an integer, got True", (True,), {}),
     ("needs 50 tokens, but a row holds 48", (1,) * 40, dict(max_new_tokens=11)),
     ("logit_bias has token 99", (1,), dict(logit_bias={99: 1.0})),
     ("stop_tokens has token -1", (1,), dict(stop_tokens=(-1,))),
