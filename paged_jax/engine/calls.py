@@ -94,7 +94,7 @@ class Calls:
       ),
       self._where,
     )
-    self._unchanged = self._placed(np.zeros(s, bool), {})
+    self._unchanged = program.Edits(np.zeros(s, bool), self._row_arrays({}))
 
   def __len__(self) -> int:
     return len(self._calls)
@@ -164,7 +164,7 @@ class Calls:
         starts[[beam.row for beam in sample.beams]] = True
         last[sample.row] = at - 1 if count else size
     arrays: Any = (tokens, rows, positions, starts, last)
-    return jax.device_put(program.Prompts(*arrays), self._where)
+    return program.Prompts(*arrays)
 
   def _edits(self) -> program.Edits:
     """The rows whose sample has changed since the last call."""
@@ -180,10 +180,7 @@ class Calls:
         self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
         sample.handle.last_logits = None
     self.changed.clear()
-    return self._placed(changed, samples)
-
-  def _placed(self, changed: Any, samples: dict[int, Sample]) -> program.Edits:
-    return jax.device_put(program.Edits(changed, self._row_arrays(samples)), self._where)
+    return program.Edits(changed, self._row_arrays(samples))
 
   def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
     s, vocab = self._config.num_rows, self.vocab_size
@@ -216,18 +213,24 @@ class Calls:
     self._counts.row_steps += int((report.counts > 0).sum())
     self._manager.settle(programs=1)
     drawn, beams = [], {}
+    widths = np.arange(report.tokens.shape[1])
+    taken = np.moveaxis(widths[:, None] < report.counts[:, None], -1, 0)  # [S,K,W]
+    tokens, logprobs = np.moveaxis(report.tokens, -1, 0), np.moveaxis(report.logprobs, -1, 0)
     for row, sample in call.samples.items():
       sample.pending -= call.num_steps
       if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
         continue
       if sample.searching:
         beams[row] = sample
-      else:
-        taken = np.arange(report.tokens.shape[1]) < report.counts[:, row, None]  # [K,W]
-        tokens = [*sample.tokens, *report.tokens[:, :, row][taken].tolist()]
-        logprobs = [*sample.logprobs, *report.logprobs[:, :, row][taken].tolist()]
-        ended, broken = report.remaining[row] == 0, report.broken[row]
-        drawn.append(Drawn(sample, tokens, logprobs, bool(ended), bool(broken)))
+        continue
+      new = taken[row]
+      drawn.append(Drawn(
+        sample,
+        sample.tokens + tokens[row][new].tolist(),
+        sample.logprobs + logprobs[row][new].tolist(),
+        ended=bool(report.remaining[row] == 0),
+        broken=bool(report.broken[row]),
+      ))  # fmt: skip
     return drawn + _searched(report, beams)
 
 

@@ -50,7 +50,7 @@ class Past:
 class Edits:
   """Rows that the host changes before a call."""
 
-  changed: jax.Array  # bool[S]
+  changed: Any  # bool[S]
   rows: Rows
 
 

@@ -1,5 +1,6 @@
 """Requests, their samples, and who comes first."""
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +81,9 @@ class Sample:
   @property
   def draws(self) -> bool:
     """Whether the next call may draw for it."""
-    going = self.decoding and not self.swapped and not self.resting and self.completion is None
-    return going and min(beam.remaining for beam in self.beams) > self.pending
+    if not self.decoding or self.swapped or self.resting or self.completion is not None:
+      return False
+    return all(beam.remaining > self.pending for beam in self.beams)
 
   @property
   def searching(self) -> bool:
@@ -146,8 +148,9 @@ class Queue:
 
   def add(self, samples: Sequence[Sample]) -> None:
     """Samples come to wait, each where it is in line; beams as one, by the first of them."""
-    self.waiting += [sample for sample in samples if sample is sample.beams[0]]
-    self.waiting.sort(key=lambda sample: sample.order)
+    for sample in samples:
+      if sample is sample.beams[0]:
+        bisect.insort(self.waiting, sample, key=lambda each: each.order)
 
   def remove(self, sample: Sample) -> None:
     """A sample waits no more, if it did."""

@@ -42,15 +42,15 @@ class Scheduler:
     pages, lengths = 0, {}
     for sample in self.queue.running.values():
       steps = sample.pending + (num_steps if sample.draws else 0)
-      if not steps or sample is not sample.beams[0]:
+      if not steps:
         continue
-      longest = max(beam.length for beam in sample.beams)
-      most = min(longest - 1 + steps * self.calls.width, sample.limit)
-      if sample.searching:
+      if not sample.searching:
+        lengths[sample.handle] = min(sample.length - 1 + steps * self.calls.width, sample.limit)
+      elif sample is sample.beams[0]:
+        longest = max(beam.length for beam in sample.beams)
+        most = min(longest - 1 + steps * self.calls.width, sample.limit)
         handles = [beam.handle for beam in sample.beams if beam.handle]
         pages += self.manager.pages_to_search(handles, most, len(sample.entry.prompt))
-      else:
-        lengths[sample.handle] = most
     return pages + self.manager.pages_to_reach(lengths)
 
   def secure(self, num_steps: int) -> bool:
@@ -201,11 +201,13 @@ class Scheduler:
       sample.decoding = True
       self._run(sample, handle)
     else:
-      requests = [Request(sample.number, tokens=np.array(sample.text, np.int32))]
+      text, later = np.array(sample.text, np.int32), most - self.pages(sample.length) + 1
+      self._check_room(later + manager.pages_to_begin(text))
+      requests = [Request(sample.number, tokens=text)]
       requests += [Request(beam.number) for beam in sample.beams[1:]]
       handles = manager.allocate_many(requests)
-      try:
-        self._check_room(most - self.pages(sample.length) + 1)
+      try:  # what is cached may have been among the pages to be had
+        self._check_room(later)
       except errors.OutOfPages:
         manager.deallocate_many([request.request_id for request in requests])
         raise

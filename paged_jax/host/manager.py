@@ -543,6 +543,12 @@ class Manager:
     state = self._state
     return int(np.count_nonzero((state.holds == 1) & (state.refcount == 1)))
 
+  def pages_to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
+    """Pages that `allocate` would take for these tokens, besides those in the prefix cache."""
+    with self._lock:
+      request = Request(None, tokens=tokens)
+      return self._needed([request], [self._match(request, encoded(tokens), touch=False)])
+
   def pages_to_reach(self, lengths: Mapping[Handle, int]) -> int:
     """Pages that sequences take, copies included, when they grow to `lengths` tokens."""
     with self._lock:

@@ -9,13 +9,14 @@ did to the ledger in a `Log`; until then the twin is behind.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from paged_jax import jitted
 from paged_jax.config import CacheConfig
-from paged_jax.types import Cache, Log, Pages
+from paged_jax.types import Cache, Ledger, Log, Pages
 
 ID_SIZES = (8, 64, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
@@ -33,7 +34,10 @@ class State:
     self.cache: Cache = jax.device_put(cache, where)
     self._cpu = jax.local_devices(backend="cpu")[0]
     self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
-    self._unreported: list[Log] = []
+    # What the ledger comes to be by programs not settled yet, oldest first; in a thread, since one's
+    # own would wait for the next program if that runs on the CPU, too.
+    self._replays: list[Future[Ledger]] = []
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
     self._read()
 
   def _read(self) -> None:
@@ -107,22 +111,28 @@ class State:
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
     self.cache, log, out = program(self.cache, *args, **kwargs)
-    self._unreported.append(log)
+    before = self._replays[-1].result if self._replays else lambda: self.ledger
+    self._replays.append(self._thread.submit(lambda: _replay(before(), log)))
     return out
 
   def settle(self, meanwhile: Callable[[], None], programs: int | None = None) -> bool:
-    """Reads the reports of the oldest `programs`, or all, waiting for them; whether there were any.
+    """Takes over the reports of the oldest `programs`, or all; whether there were any.
 
-    `meanwhile` is done while the twin computes.
+    `meanwhile` is done before waiting for them.
     """
-    logs = self._unreported[:programs]
-    del self._unreported[: len(logs)]
-    for log in logs:
-      self.ledger = jitted.ledger.replay(self.ledger, jax.tree.map(np.asarray, log))
-    meanwhile()
-    if logs:
-      self._read()
-    return bool(logs)
+    replays = self._replays[:programs]
+    del self._replays[: len(replays)]
+    try:
+      meanwhile()
+    finally:
+      if replays:
+        self.ledger = replays[-1].result()
+        self._read()
+    return bool(replays)
+
+
+def _replay(ledger: Ledger, log: Log) -> Ledger:
+  return jitted.ledger.replay(ledger, jax.tree.map(np.asarray, log))
 
 
 def row_sizes(num_rows: int) -> list[int]:
