@@ -214,7 +214,7 @@ class Engine:
     for name, tokens in (
       ("prompt", prompt), ("logit_bias", sampling.logit_bias), ("stop_tokens", sampling.stop_tokens)
     ):  # fmt: skip
-      if tokens and {*map(type, tokens)} == {int} and 0 <= min(tokens) and max(tokens) < vocab:
+      if tokens and {*map(type, tokens)} == {int} and min(tokens) >= 0 and max(tokens) < vocab:
         continue  # what nearly all are, ten times as fast
       for token in tokens:
         if not 0 <= whole(name, token) < vocab:

@@ -338,16 +338,17 @@ class PrefixIndex:
       return False
     return any(at.entry is not None and at.entry.pinned for at in [node, *_below(node)])
 
-  def forget_last(self, node: Node) -> list[Held]:
-    """Forgets a node's last device page, with all that comes after it; returns what nobody keeps.
+  def forget_last(self, node: Node, count: int = 1) -> list[Held]:
+    """Forgets a node's last `count` device pages, with all that comes after the first of these.
 
     A page that also has the last tokens of a node above passes to that one.
+
+    Returns:
+      What nobody keeps any more.
     """
-    index = len(node.held) - 1
-    while node.held[index].page is None:
-      index -= 1
+    on_device = [i for i, each in enumerate(node.held) if each.page is not None]
     released = self._drop_below(node)
-    return released + self._forget(node, index)
+    return released + self._forget(node, on_device[-count])
 
   def spilled(self, guard: set[Held], ready: Callable[[Held], bool]) -> list[Held]:
     """What takes room in host memory for the index alone, and may go: not what is in `guard`.

@@ -13,7 +13,7 @@ import numpy as np
 from paged_jax.host import errors
 from paged_jax.host.holds import Held, Holds, pages_of
 from paged_jax.host.options import ManagerConfig
-from paged_jax.host.prefix import Node, PrefixIndex, last_page
+from paged_jax.host.prefix import Node, PrefixIndex
 from paged_jax.host.state import ID_SIZES, State, batches
 
 
@@ -184,18 +184,19 @@ class Residency:
       node = self.prefixes.candidate(self._ready(leaving))
       if node is None:
         break
-      page = last_page(node)
-      assert page is not None
-      if self._options.spill and room > 0:
-        spilled = self._leaving(node, min(room, count - len(batch)), leaving)
-        room -= len(spilled)
-        batch += spilled
-        leaving.update(spilled)
+      spilling = self._options.spill and room > 0
+      short = min(room, count - len(batch)) if spilling else count - found
+      pages = self._leaving(node, short, leaving)
+      if spilling:
+        room -= len(pages)
+        batch += pages
+        leaving.update(pages)
         continue
-      batch += self.prefixes.forget_last(node)
-      if page.swapped and not page.indexed and room > 0:  # without room it stays, for them alone
-        room -= 1
-        batch.append(page)
+      batch += self.prefixes.forget_last(node, len(pages))
+      # without room they stay, for the swapped sequences alone
+      moving = [each for each in pages if each.swapped and not each.indexed][:room]
+      room -= len(moving)
+      batch += moving
     return batch
 
   def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:
