@@ -45,7 +45,7 @@ def hit_rate(requests: list[list[int]], capacity: int) -> float:
     index.store(None, tokens, match.held + fresh, busy=lambda held: False)
     kept += len(fresh)
     while kept > capacity:
-      node = index.candidate(lambda held: True)
+      node = next(index.candidates(lambda held: True), None)
       assert node is not None
       kept -= len(index.forget_last(node))
   return found / asked

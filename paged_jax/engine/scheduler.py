@@ -11,6 +11,8 @@ from paged_jax.engine.options import Counts, EngineConfig
 from paged_jax.engine.queue import Queue, Sample
 from paged_jax.host import Handle, Manager, Prefix, Request, errors
 
+_CALLS_AHEAD = 4  # for which prefixes are evicted at once
+
 
 class Scheduler:
   """Admission, preemption, and what samples leave behind."""
@@ -63,7 +65,7 @@ class Scheduler:
     All calls must have been read.
     """
     while (needed := self.growth(num_steps)) > self.manager.num_free:
-      self.manager.gc(needed)
+      self.manager.gc(self.growth(_CALLS_AHEAD * num_steps))  # each time, all reports are read
       if needed <= self.manager.num_free:
         break
       victim = self.queue.last()
@@ -138,8 +140,8 @@ class Scheduler:
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
 
   def _spare(self) -> int:
-    """Free pages that the next call leaves."""
-    return self.manager.num_free - self.growth(self.config.num_steps)
+    """Pages to be had that the next call leaves."""
+    return self.manager.free_pages - self.growth(self.config.num_steps)
 
   def _allocate(self, samples: list[Sample]) -> list[Sample]:
     """Rows, and pages for the whole text, to samples for which there is room; none are left."""

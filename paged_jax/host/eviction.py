@@ -1,9 +1,10 @@
 """In which order cached things go: a policy is a value, and a queue asks it."""
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 
@@ -75,21 +76,26 @@ class Queue(Generic[Thing]):
 
   def pop(self, ready: Callable[[Thing], bool]) -> Thing | None:
     """The first thing that is `ready`; the others wait on."""
+    with contextlib.closing(self.pops(ready)) as things:
+      return next(things, None)
+
+  def pops(self, ready: Callable[[Thing], bool]) -> Generator[Thing, None, None]:
+    """Every thing that is `ready`, the first one first; the others wait on when it is closed."""
     waiting: dict[int, Thing] = {}
-    found = None
-    while self._heap and found is None:
-      rank, number, thing = heapq.heappop(self._heap)
-      if id(thing) in waiting or not self._alive(thing):
-        continue
-      if self._policy.second_chance and thing.use.touched:
-        thing.use.touched, thing.use.stored = False, self._now()
-      current = self._policy.rank(thing.use)
-      if current != rank:
-        heapq.heappush(self._heap, (current, number, thing))
-      elif ready(thing):
-        found = thing
-      else:
-        waiting[id(thing)] = thing
-    for thing in waiting.values():
-      heapq.heappush(self._heap, self._item(thing))
-    return found
+    try:
+      while self._heap:
+        rank, number, thing = heapq.heappop(self._heap)
+        if id(thing) in waiting or not self._alive(thing):
+          continue
+        if self._policy.second_chance and thing.use.touched:
+          thing.use.touched, thing.use.stored = False, self._now()
+        current = self._policy.rank(thing.use)
+        if current != rank:
+          heapq.heappush(self._heap, (current, number, thing))
+        elif ready(thing):
+          yield thing
+        else:
+          waiting[id(thing)] = thing
+    finally:
+      for thing in waiting.values():
+        heapq.heappush(self._heap, self._item(thing))

@@ -17,7 +17,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -323,14 +323,17 @@ class PrefixIndex:
 
   # Removing
 
-  def candidate(self, ready: Callable[[Held], bool]) -> Node | None:
-    """The node that gives up its last device page next, once that page is `ready`."""
+  def candidates(self, ready: Callable[[Held], bool]) -> Generator[Node, None, None]:
+    """Nodes that give up their last device page next, in order, if that page is `ready`.
+
+    To be closed. Whoever takes pages from a node says so before asking for the next one.
+    """
 
     def free(node: Node) -> bool:
       page = last_page(node)
       return page is not None and ready(page) and not self._pinned(node)
 
-    return self._leaves.pop(free)
+    return self._leaves.pops(free)
 
   def _pinned(self, node: Node) -> bool:
     """Whether a sequence that ends here or below is pinned."""
@@ -465,7 +468,8 @@ class PrefixIndex:
 
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
     """Whether a sequence must go before this one can be stored."""
-    return self._stored(namespace, tokens) is None and self.num_entries >= self.max_entries
+    self._bury()
+    return self.num_entries >= self.max_entries and self._stored(namespace, tokens) is None
 
   def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
     """Removes the sequence that goes first; None if all are in use or pinned."""

@@ -5,6 +5,7 @@
 #                       └───────────── restore ────────────┘
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -75,9 +76,11 @@ class Residency:
     """Whether only swapped sequences need a device page."""
     return held.page is not None and not held.indexed and held.swapped > 0 and not self.busy(held)
 
-  def host_room(self, guard: set[Held]) -> int:
-    """Host pages that are free, or taken by prefixes that may go."""
-    return self.holds.num_free + len(self.prefixes.spilled(guard, lambda held: False))
+  def host_room(self, guard: set[Held], ready: Callable[[Held], bool] = lambda held: False) -> int:
+    """Host pages that are free, or taken by prefixes that may go, once what is `ready` went."""
+    if not self.holds.num_used:  # then why visit the whole index
+      return self.holds.num_free
+    return self.holds.num_free + len(self.prefixes.spilled(guard, ready))
 
   def to_host(self, held: list[Held], guard: set[Held]) -> None:
     """The bytes of kept device pages go to host memory, and the pages become free.
@@ -129,7 +132,7 @@ class Residency:
     """
     ready = self._ready(guard)
     indexed = self.prefixes.reclaimable(ready)
-    room = self.holds.num_free + len(self.prefixes.spilled(guard, ready))
+    room = self.host_room(guard, ready)
     plain = sum(not each.swapped for each in indexed)
     moving = len(indexed) - plain + len(self._stranded(guard))
     return plain + min(moving, room)
@@ -175,28 +178,22 @@ class Residency:
     batch: list[Held] = []
     room = self.host_room(guard)
     leaving = set(guard)
-    counted = found = 0  # pages of the batch, and those of them on the device
-    while True:
-      found += sum(each.page is not None for each in batch[counted:])
-      counted = len(batch)
-      if found >= count:
-        break
-      node = self.prefixes.candidate(self._ready(leaving))
-      if node is None:
-        break
-      spilling = self._options.spill and room > 0
-      short = min(room, count - len(batch)) if spilling else count - found
-      pages = self._leaving(node, short, leaving)
-      if spilling:
-        room -= len(pages)
-        batch += pages
-        leaving.update(pages)
-        continue
-      batch += self.prefixes.forget_last(node, len(pages))
-      # without room they stay, for the swapped sequences alone
-      moving = [each for each in pages if each.swapped and not each.indexed][:room]
-      room -= len(moving)
-      batch += moving
+    found = 0  # pages of the batch that are on the device
+    with contextlib.closing(self.prefixes.candidates(self._ready(leaving))) as nodes:
+      while found < count and (node := next(nodes, None)) is not None:
+        if self._options.spill and room > 0:
+          gone = self._leaving(node, min(room, count - len(batch)), leaving)
+          room -= len(gone)
+          leaving.update(gone)
+        else:
+          pages = self._leaving(node, count - found, leaving)
+          gone = self.prefixes.forget_last(node, len(pages))
+          # Without room they stay, for the swapped sequences alone.
+          moving = [each for each in pages if each.swapped and not each.indexed][:room]
+          room -= len(moving)
+          gone += moving
+        found += sum(each.page is not None for each in gone)
+        batch += gone
     return batch
 
   def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:

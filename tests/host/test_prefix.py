@@ -56,6 +56,11 @@ def length(index, tokens, namespace=None):
   return peek(index, tokens, namespace).length
 
 
+def next_of(nodes):
+  """The first of the candidates, None if there is none."""
+  return next(nodes, None)
+
+
 def below(node):
   """A node and all that hangs on it."""
   return [node, *(each for child in node.children.values() for each in below(child))]
@@ -287,11 +292,11 @@ class History:
       return held not in guard
 
     choices = self.frontier(ready)
-    node = self.index.candidate(ready)
+    node = next_of(self.index.candidates(ready))
     assert (node is None) == (not choices)
-    return [] if node is None else self.forget_last(node, choices)
+    return [] if node is None else self.forget_last(node, choices, ready)
 
-  def forget_last(self, node, choices):
+  def forget_last(self, node, choices, ready):
     assert node in choices
     rank = getattr(node.use, self.rank)
     assert rank == min(getattr(each.use, self.rank) for each in choices)
@@ -300,8 +305,11 @@ class History:
       root = root.parent
     name = next(name for name, each in self.index._roots.items() if each is root)
     size, tokens = self.index.page_size, path(node)
-    cut = max(node.start, (node.start // size + node.held.index(last_page(node))) * size)
-    released = self.index.forget_last(node)
+    last = [i for i, each in enumerate(node.held) if each.page is not None]
+    most = sum(1 for _ in itertools.takewhile(lambda i: ready(node.held[i]), reversed(last)))
+    count = self.rng.randint(1, most)
+    cut = max(node.start, (node.start // size + last[-count]) * size)
+    released = self.index.forget_last(node, count)
     lost = {x for x in self.known if x[0] == name and x[1][: cut + 1] == tokens[: cut + 1]}
     assert lost
     self.known -= lost
@@ -380,8 +388,10 @@ class History:
     exact = all(each.indexed < 2 for each in self.written)
     promised = len(self.index.reclaimable(always))
     gone = set()
-    while (node := self.index.candidate(always)) is not None:
-      gone |= {x for x in self.forget_last(node, self.frontier(always)) if x.page is not None}
+    while (node := next_of(self.index.candidates(always))) is not None:
+      gone |= {
+        x for x in self.forget_last(node, self.frontier(always), always) if x.page is not None
+      }
     assert not self.frontier(always)
     assert len(gone) == promised if exact else len(gone) >= promised
 
@@ -461,7 +471,7 @@ def test_an_empty_query_and_an_empty_index_match_nothing():
   assert not shelf.pin(None, encoded([]), True)
   assert shelf.evict_entry(nobody) is not None
   assert shelf.evict_entry(nobody) is None
-  assert shelf.candidate(always) is None
+  assert next_of(shelf.candidates(always)) is None
 
 
 def test_logits_come_only_if_the_match_is_the_whole_query_and_that_was_stored():
@@ -696,7 +706,7 @@ def test_the_policy_says_who_goes_first(name, whole):
     if whole:
       shelf.evict_entry(nobody)
     else:
-      shelf.forget_last(shelf.candidate(always))
+      shelf.forget_last(next_of(shelf.candidates(always)))
     left = [token for token in (1, 2, 3, 4) if length(shelf, [token])]
     gone += [token for token in (1, 2, 3, 4) if token not in [*left, *gone]]
   assert gone == order
@@ -723,7 +733,7 @@ def test_tails_go_before_what_they_hang_on():
   branch = store(shelf, [*range(8), 50], held=[*pages[:2], *fresh(1)])
   find(shelf, range(12))
   order = []
-  while (node := shelf.candidate(always)) is not None:
+  while (node := next_of(shelf.candidates(always))) is not None:
     order += shelf.forget_last(node)
     check_tree(shelf)
   assert order == [branch[2], pages[2], pages[1], pages[0]]
@@ -735,11 +745,11 @@ def test_a_page_with_the_last_tokens_of_a_parent_passes_to_it():
   pages = store(shelf, range(6), last_logits=LOGITS)
   more = [pages[0], *fresh(2)]
   shelf.store(None, encoded(range(12)), more, busy=nobody)
-  assert shelf.forget_last(shelf.candidate(always)) == [more[2]]
-  assert shelf.forget_last(shelf.candidate(always)) == []
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == [more[2]]
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == []
   assert find(shelf, range(12)) == (6, None, more[:2])
   assert find(shelf, range(6)).last_logits == LOGITS
-  assert shelf.forget_last(shelf.candidate(always)) == [more[1]]
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == [more[1]]
   assert find(shelf, range(6)) == (4, None, pages[:1])
 
 
@@ -760,8 +770,8 @@ def test_nothing_above_a_pinned_sequence_leaves():
   store(shelf, range(8), pinned=True)
   branch = store(shelf, [*range(4), 9])
   assert shelf.reclaimable(always) == {branch[1]}
-  assert shelf.forget_last(shelf.candidate(always)) == [branch[1]]
-  assert shelf.candidate(always) is None and shelf.reclaimable(always) == set()
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == [branch[1]]
+  assert next_of(shelf.candidates(always)) is None and shelf.reclaimable(always) == set()
 
 
 def test_a_page_that_passes_to_a_pinned_parent_is_not_reclaimable():
@@ -790,11 +800,11 @@ def test_pages_in_host_memory_are_found_but_give_up_nothing():
   moved(shelf, pages[2:])
   assert find(shelf, range(12)).held == pages
   assert shelf.reclaimable(always) == set(pages[:2])
-  assert set(shelf.forget_last(shelf.candidate(always))) == set(pages[1:])
+  assert set(shelf.forget_last(next_of(shelf.candidates(always)))) == set(pages[1:])
   moved(shelf, pages[:1])
-  assert shelf.candidate(always) is None
+  assert next_of(shelf.candidates(always)) is None
   moved(shelf, pages[:1], to_host=False)
-  assert shelf.forget_last(shelf.candidate(always)) == pages[:1]
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == pages[:1]
 
 
 def test_a_lookup_that_cuts_an_edge_leaves_the_upper_part_evictable():
@@ -803,7 +813,7 @@ def test_a_lookup_that_cuts_an_edge_leaves_the_upper_part_evictable():
   moved(shelf, pages[1:])
   find(shelf, range(4))
   assert shelf.reclaimable(always) == {pages[0]}
-  assert last_page(shelf.candidate(always)) is pages[0]
+  assert last_page(next_of(shelf.candidates(always))) is pages[0]
 
 
 def test_a_page_is_evictable_once_all_branches_below_it_are_in_host_memory_or_gone():
@@ -812,9 +822,9 @@ def test_a_page_is_evictable_once_all_branches_below_it_are_in_host_memory_or_go
   first = store(shelf, [*range(4), 1], held=[*trunk, *fresh(1)])
   second = store(shelf, [*range(4), 2], held=[*trunk, *fresh(1)])
   moved(shelf, first[1:])
-  assert shelf.forget_last(shelf.candidate(always)) == second[1:]
+  assert shelf.forget_last(next_of(shelf.candidates(always))) == second[1:]
   assert shelf.reclaimable(always) == set(trunk)
-  assert last_page(shelf.candidate(always)) is trunk[0]
+  assert last_page(next_of(shelf.candidates(always))) is trunk[0]
 
 
 def test_a_branch_on_the_device_keeps_what_it_hangs_on_even_below_one_in_host_memory():
@@ -823,8 +833,8 @@ def test_a_branch_on_the_device_keeps_what_it_hangs_on_even_below_one_in_host_me
   find(shelf, range(4))
   find(shelf, range(8))
   moved(shelf, pages[1:2])  # another namespace, where it comes last, may have moved it
-  assert shelf.candidate(lambda held: held is pages[0]) is None
-  assert last_page(shelf.candidate(always)) is pages[2]
+  assert next_of(shelf.candidates(lambda held: held is pages[0])) is None
+  assert last_page(next_of(shelf.candidates(always))) is pages[2]
 
 
 def test_clear_forgets_everything_pinned_or_not_and_the_index_goes_on():
@@ -832,7 +842,9 @@ def test_clear_forgets_everything_pinned_or_not_and_the_index_goes_on():
   pages = store(shelf, range(6), pinned=True) + store(shelf, range(4), namespace="b", ttl=5)
   assert set(shelf.clear()) == set(pages) and not any(each.indexed for each in pages)
   assert (shelf.num_entries, shelf.num_tokens, shelf.num_pinned) == (0, 0, 0)
-  assert not list(shelf.nodes()) and shelf.clear() == [] and shelf.candidate(always) is None
+  assert (
+    not list(shelf.nodes()) and shelf.clear() == [] and next_of(shelf.candidates(always)) is None
+  )
   store(shelf, range(6))
   assert length(shelf, range(9)) == 6
 
@@ -1006,7 +1018,7 @@ COSTS = {
   "a peek": lambda shelf: peek(shelf, [*range(6), 7, 7]),
   "a store": lambda shelf: store(shelf, [*range(6), 7, 7, 6]),
   "an eviction": lambda shelf: shelf.evict_entry(nobody),
-  "a page": lambda shelf: shelf.forget_last(shelf.candidate(always)),
+  "a page": lambda shelf: shelf.forget_last(next_of(shelf.candidates(always))),
 }
 
 
@@ -1022,7 +1034,7 @@ def test_a_chain_of_two_thousand_pages_is_neither_slow_nor_too_deep():
     store(shelf, tokens[: 2 * count], held=pages[:count])
   assert find(shelf, tokens).held == pages
   for count in range(1_000):
-    assert shelf.forget_last(shelf.candidate(always)) == [pages[-1 - count]]
+    assert shelf.forget_last(next_of(shelf.candidates(always))) == [pages[-1 - count]]
   assert shelf.evict_entry(nobody) is not None
   assert len(shelf.clear()) == 1_000
   assert time.process_time() - start < 5  # 1.9 where this was written
@@ -1036,4 +1048,4 @@ def test_a_chain_inside_a_page_may_be_deep():
   assert length(shelf, tokens) == 1_500
   moved(shelf, find(shelf, tokens).held)
   moved(shelf, find(shelf, tokens).held, to_host=False)
-  assert len(shelf.forget_last(shelf.candidate(always))) <= 1
+  assert len(shelf.forget_last(next_of(shelf.candidates(always)))) <= 1
