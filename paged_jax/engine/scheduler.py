@@ -147,7 +147,10 @@ class Scheduler:
     """Rows, and pages for the whole text, to samples for which there is room; none are left."""
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
-    for sample, handle in zip(samples, self.manager.allocate_many(requests) if requests else ()):
+    ahead = _CALLS_AHEAD * self.config.num_steps
+    spare = self.growth(ahead) + len(samples) * self.pages(ahead * self.calls.width)
+    handles = self.manager.allocate_many(requests, spare=spare) if requests else []
+    for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
 

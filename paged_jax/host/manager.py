@@ -154,12 +154,16 @@ class Manager:
     """A new sequence. See `allocate_many`."""
     return self.allocate_many([request])[0]
 
-  def allocate_many(self, requests: Sequence[Request]) -> list[Handle]:
+  def allocate_many(self, requests: Sequence[Request], *, spare: int = 0) -> list[Handle]:
     """New sequences, all or none: one call of each verb for all of them.
 
     Cached prefixes are kept before any page is taken, unless there is only room without. On a full
     hit with stored logits nothing is left to compute, and `handle.last_logits` has them; otherwise
     at least the last token is.
+
+    Args:
+      requests: What each asks for.
+      spare: If prefixes must be evicted, those on so many more pages go at once.
 
     Raises:
       DuplicateRequest: An id is live already, or given twice.
@@ -167,6 +171,7 @@ class Manager:
       TooLong: More initial tokens than may be held.
       OutOfRows, OutOfPages: There is no room.
     """
+    spare = whole("spare", spare, 0)
     with self._transition():
       self._check_requests(requests)
       prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
@@ -179,7 +184,7 @@ class Manager:
         self._kept.collect(int(self.options.high_watermark * self.config.num_pages), guard)
       matches = found if self._fits(requests, found) else [_NOTHING] * len(requests)
       guard = {each for match in matches for each in match.held}
-      self._kept.make_room(self._needed(requests, matches), guard)
+      self._kept.make_room(self._needed(requests, matches), guard, spare)
       self._kept.to_device([each for each in dict.fromkeys(guard) if each.page is None])
       handles = [self._begin(request, match) for request, match in zip(requests, matches)]
       rows = [self._running(handle)[1] for handle in handles]

@@ -144,10 +144,10 @@ class Residency:
     """Which pages the prefix index could give up."""
     return lambda held: held not in guard and not self.busy(held)
 
-  def make_room(self, needed: int, guard: set[Held]) -> None:
+  def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
 
-    What clearly cannot succeed evicts nothing.
+    What clearly cannot succeed evicts nothing; what evicts does so for `spare` more pages, too.
     """
     state = self.state
     if needed <= state.num_free:
@@ -155,7 +155,7 @@ class Residency:
     idle = np.count_nonzero((state.holds == 1) & (state.refcount == 1))
     idle -= sum(each.page is not None and not self.busy(each) for each in guard)
     if needed <= state.num_free + idle:
-      self.reclaim(needed, guard)
+      self.reclaim(needed + spare, guard)
     if needed > state.num_free:
       raise errors.OutOfPages(needed=needed, free=state.num_free + self.reclaimable(guard))
 

@@ -91,3 +91,40 @@ def test_nothing_is_stored_if_one_of_several_is_not_held():
     m.store_prefixes([Prefix(one), Prefix(one, np.arange(10))])
   assert m.prefix_stats().entries == 0
   assert m.audit().clean
+
+
+def full_of_prefixes():
+  """8 pages, all of them idle: two prefixes of 4 pages each."""
+  m = manager(page_size=4, num_pages=8, num_rows=4, max_length=32)
+  for name, tokens in (("a", range(16)), ("b", range(20, 36))):
+    m.store_prefix(m.allocate(Request(name, tokens=tokens)))
+    m.deallocate(name)
+  assert (m.num_free, m.num_idle) == (0, 8)
+  return m
+
+
+@pytest.mark.parametrize("spare, free", [(0, 0), (1, 1), (3, 3), (100, 6)])
+def test_what_evicts_may_do_so_for_more_to_come(spare, free):
+  m = full_of_prefixes()
+  m.allocate_many([Request("c", 5)], spare=spare)
+  assert (m.num_free, m.num_idle) == (free, 6 - free)
+  m.allocate_many([Request("d", 4 * free)], spare=spare)  # which evicts nothing
+  assert (m.num_free, m.num_idle) == (0, 6 - free)
+  assert m.audit().clean
+
+
+def test_a_bad_spare_changes_nothing():
+  m = full_of_prefixes()
+  with pytest.raises(ValueError, match="spare must be an integer of at least 0, got -1"):
+    m.allocate_many([Request("c", 5)], spare=-1)
+  assert (m.num_free, m.num_free_rows) == (0, 4)
+
+
+def test_pages_to_begin_are_those_that_allocate_takes():
+  m = full_of_prefixes()
+  for tokens, pages in ((range(16), 1), (range(9), 1), (range(8), 1), (range(40, 49), 3)):
+    assert m.pages_to_begin(list(tokens)) == pages
+    taken = m.allocate(Request("c", tokens=tokens))
+    assert len(taken.pages) - taken.num_cached // 4 == pages
+    m.deallocate("c")
+    m = full_of_prefixes()
