@@ -6,7 +6,7 @@ tokens (8,192 of the trace). `static`: dense rows, a batch runs until its last s
 Gemma and Tunix loops do. `continuous`: dense rows, a row is refilled when its sample ends. `ours`:
 the engine, pages of 16. All prefill prompts alone or in pieces of the same compiled sizes and decode
 8 steps per dispatch. `--transformers` adds Hugging Face's continuous batching in torch, if it is
-installed: the same weights, requests, page size and number of pages, in float32; ours are bfloat16.
+installed: the same weights, requests, page size and number of pages, in bfloat16 like ours.
 
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
 `vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
@@ -171,7 +171,7 @@ def run_transformers(work) -> dict:
 
   torch.set_num_threads(os.cpu_count() or 1)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    models.embedded(), dtype=torch.float32, attn_implementation="sdpa"
+    models.embedded(), dtype=torch.bfloat16, attn_implementation="sdpa"
   )
   config = transformers.ContinuousBatchingConfig(
     page_size=SIZE, num_blocks=DENSE_ROWS * LONGEST // SIZE, max_batch_tokens=PROMPT_SIZES[-1],

@@ -73,6 +73,27 @@ def test_programs_queue_up_and_settle_in_order():
   assert m.audit().clean
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def dawdle(cache, num_turns):
+  turns = jax.lax.fori_loop(0, num_turns, lambda i, x: x @ x / 128, jnp.ones((128, 128)))
+  log = paged_jax.Log(((jnp.zeros_like(cache.lengths)[None],),), ("extend",))
+  return cache, log, turns
+
+
+def test_a_report_is_taken_over_while_the_next_program_runs():
+  m = manager(num_pages=40, num_rows=5)
+  m.allocate(Request("a", 4))
+  for num_turns in (1, 20_000):  # the first time compiles
+    m.run(decode, np.array([True] + [False] * 4), num_steps=1)
+    slow = m.run(dawdle, num_turns)
+    free = m.num_free
+    m.settle(programs=1)
+  assert m.num_free == free and m.num_mapped == 2
+  assert not slow.is_ready()
+  m.settle()
+  assert slow.is_ready()
+
+
 def test_tokens_that_come_with_a_report_are_recorded_and_may_be_stored():
   m = manager(num_pages=40, num_rows=5)
   handle = m.allocate(Request("a", tokens=[7, 8, 9]))
