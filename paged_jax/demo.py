@@ -57,11 +57,13 @@ def start(decoder: models.Decoder, texts: list[Text]) -> Iterator[Update]:
   engine = Engine(
     decoder,
     EngineConfig(
-      config.stored_for(jax.default_backend()), ManagerConfig(0, swapping=False, prefix_cache=False), num_steps=4,
+      config.stored_for(jax.default_backend()),
+      ManagerConfig(0, swapping=False, prefix_cache=False),
+      num_steps=4,
       prompt_sizes=(128,),
     ),
     tokenizer=texts[0].tokenizer,
-  )  # fmt: skip
+  )
   engine.warm_up()
   return progress.follow(
     engine,

@@ -84,17 +84,17 @@ class Calls:
     self._calls: collections.deque[_Call] = collections.deque()
     # Placed for good from the start: what is placed later compiles everything again.
     self._where = manager.cache.num_free.sharding
-    s, longest = self._config.num_rows, self._config.pages_per_row * self._config.page_size + 1
+    s = self._config.num_rows
+    self._longest = self._config.pages_per_row * self._config.page_size + 1  # text of a row
     self._rows = jax.device_put(self._row_arrays({}), self._where)
     self._past = jax.device_put(
       program.Past(
         seen=jnp.zeros((s, self.vocab_size), bool),
-        texts=jnp.zeros((s, longest if drafter else 0), jnp.int32),
+        texts=jnp.zeros((s, self._longest if drafter else 0), jnp.int32),
         logits=jnp.zeros((s, self.vocab_size), jnp.float32),
       ),
       self._where,
     )
-    self._unchanged = program.Edits(np.zeros(s, bool), self._row_arrays({}))
 
   def __len__(self) -> int:
     return len(self._calls)
@@ -131,7 +131,7 @@ class Calls:
     self, prompts: program.Prompts | None, num_steps: int, *, searching: bool = False
   ) -> program.Report:
     """One call, rows that have changed edited first."""
-    edits = self._edits() if self.changed else self._unchanged
+    edits = self._edits()
     self._rows, self._past, report = self._manager.run(
       _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
       drafter=self._drafter, num_beams=self._max_beams if searching else 1,
@@ -142,8 +142,7 @@ class Calls:
     """Compiles what moves texts and logits into and out of row 0, which must be idle."""
     row, past = np.int32(0), self._past
     past = _give(past, row, _take(past, row))
-    longest = self._config.pages_per_row * self._config.page_size + 1
-    self._past = _read(past, row, np.zeros(longest, np.int32), np.int32(0))
+    self._past = _read(past, row, np.zeros(self._longest, np.int32), np.int32(0))
 
   def wait(self) -> None:
     """Until all that was dispatched has run."""
@@ -168,12 +167,12 @@ class Calls:
 
   def _edits(self) -> program.Edits:
     """The rows whose sample has changed since the last call."""
-    changed = np.zeros(self._config.num_rows, bool)
+    changed: Any = np.zeros(self._config.num_rows, bool)
     changed[list(self.changed)] = True
     samples = {row: x for row, x in self.changed.items() if x is not None and x.draws}
     for row, sample in samples.items():
       if self._drafter or sample.sampling.repetition_penalty != 1:
-        tokens = np.zeros(self._config.pages_per_row * self._config.page_size + 1, np.int32)
+        tokens = np.zeros(self._longest, np.int32)
         tokens[: sample.length] = sample.text
         self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
       if sample.handle and sample.handle.last_logits is not None:  # all of the prompt was cached

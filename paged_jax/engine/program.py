@@ -50,7 +50,7 @@ class Past:
 class Edits:
   """Rows that the host changes before a call."""
 
-  changed: Any  # bool[S]
+  changed: jax.Array  # bool[S]
   rows: Rows
 
 

@@ -11,7 +11,7 @@ from paged_jax.engine.options import Counts, EngineConfig
 from paged_jax.engine.queue import Queue, Sample
 from paged_jax.host import Handle, Manager, Prefix, Request, errors
 
-_CALLS_AHEAD = 4  # for which prefixes are evicted at once
+_CALLS_AHEAD = 4  # for so many prefixes are evicted at once: before, all reports must be read
 
 
 class Scheduler:
@@ -65,7 +65,7 @@ class Scheduler:
     All calls must have been read.
     """
     while (needed := self.growth(num_steps)) > self.manager.num_free:
-      self.manager.gc(self.growth(_CALLS_AHEAD * num_steps))  # each time, all reports are read
+      self.manager.gc(self.growth(_CALLS_AHEAD * num_steps))
       if needed <= self.manager.num_free:
         break
       victim = self.queue.last()

@@ -123,13 +123,11 @@ class Manager:
   # One transition
 
   @contextlib.contextmanager
-  def _transition(
-    self, meanwhile: Callable[[], None] = lambda: None, programs: int | None = None
-  ) -> Iterator[None]:
+  def _transition(self, programs: int | None = None) -> Iterator[None]:
     """The lock, a settled twin, exact counts; callbacks afterwards, outside the lock."""
     try:
       with self._lock:
-        if self._state.settle(meanwhile, programs):
+        if self._state.settle(programs):
           self._kept.count_pages()
           if self.options.canary:  # programs leave no marks
             for sequence in self._sequences.values():
@@ -279,7 +277,7 @@ class Manager:
     starts = [each for each in starts if each[3]]
     if not starts:
       return
-    b = bucket(len(starts), tuple(row_sizes(config.num_rows)))
+    b = bucket(len(starts), row_sizes(config.num_rows))
     for i in range(0, len(starts), b):
       rows = np.full(b, config.num_rows, np.int32)
       pages = np.full((b, config.pages_per_row), config.num_pages, np.int32)
@@ -684,19 +682,16 @@ class Manager:
   ) -> int:
     """Waits for the reports of the oldest `programs`, by default all, and takes them over.
 
-    Tokens that came with them are recorded while the twin catches up; see `record`.
+    Tokens that came with them are recorded; see `record`.
 
     Returns:
       Free pages, as of the last report taken.
     """
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
-
-    def record():
-      if tokens is not None and num_tokens is not None:
-        self._record(tokens, num_tokens)
-
-    with self._transition(record, programs):
+    if tokens is not None and num_tokens is not None:
+      self.record(tokens, num_tokens)  # the twin catches up meanwhile
+    with self._transition(programs):
       return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -707,15 +702,12 @@ class Manager:
       num_tokens: i32[S] how many of them, from the first line on, are a row's.
     """
     with self._lock:
-      self._record(tokens, num_tokens)
-
-  def _record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
-    known, capacity = self._known, self._tokens.shape[1] - 1
-    num_tokens = np.minimum(num_tokens, capacity - known).astype(np.int32)
-    rows = np.flatnonzero(num_tokens)
-    columns = np.minimum(known[rows, None] + np.arange(len(tokens)), capacity)
-    self._tokens[rows[:, None], columns] = tokens[:, rows].T  # what is too much is not known
-    self._known = known + num_tokens
+      known, capacity = self._known, self._tokens.shape[1] - 1
+      num_tokens = np.minimum(num_tokens, capacity - known).astype(np.int32)
+      rows = np.flatnonzero(num_tokens)
+      columns = np.minimum(known[rows, None] + np.arange(len(tokens)), capacity)
+      self._tokens[rows[:, None], columns] = tokens[:, rows].T  # what is too much is not known
+      self._known = known + num_tokens
 
   # Prefixes
 

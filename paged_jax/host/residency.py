@@ -78,7 +78,7 @@ class Residency:
 
   def host_room(self, guard: set[Held], ready: Callable[[Held], bool] = lambda held: False) -> int:
     """Host pages that are free, or taken by prefixes that may go, once what is `ready` went."""
-    if not self.holds.num_used:  # then why visit the whole index
+    if not self.holds.num_used:  # nothing is there that might go
       return self.holds.num_free
     return self.holds.num_free + len(self.prefixes.spilled(guard, ready))
 

@@ -115,19 +115,13 @@ class State:
     self._replays.append(self._thread.submit(lambda: _replay(before(), log)))
     return out
 
-  def settle(self, meanwhile: Callable[[], None], programs: int | None = None) -> bool:
-    """Takes over the reports of the oldest `programs`, or all; whether there were any.
-
-    `meanwhile` is done before waiting for them.
-    """
+  def settle(self, programs: int | None = None) -> bool:
+    """Takes over the reports of the oldest `programs`, or all; whether there were any."""
     replays = self._replays[:programs]
     del self._replays[: len(replays)]
-    try:
-      meanwhile()
-    finally:
-      if replays:
-        self.ledger = replays[-1].result()
-        self._read()
+    if replays:
+      self.ledger = replays[-1].result()
+      self._read()
     return bool(replays)
 
 
@@ -135,9 +129,9 @@ def _replay(ledger: Ledger, log: Log) -> Ledger:
   return jitted.ledger.replay(ledger, jax.tree.map(np.asarray, log))
 
 
-def row_sizes(num_rows: int) -> list[int]:
+def row_sizes(num_rows: int) -> tuple[int, ...]:
   """Batches of rows that are compiled."""
-  return sorted({min(size, max(num_rows, ID_SIZES[0])) for size in ID_SIZES})
+  return tuple(sorted({min(size, max(num_rows, ID_SIZES[0])) for size in ID_SIZES}))
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:

@@ -218,7 +218,7 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
   """What has been compiled since the test began, by whatever part of jax."""
   names = []
 
@@ -340,7 +340,7 @@ def test_a_call_has_no_host_callback():
       tiny.MODEL,
       calls._rows,
       calls._past,
-      calls._unchanged,
+      calls._edits(),
       calls.prompts([], 16),
     ),
   )
