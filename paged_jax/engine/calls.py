@@ -7,6 +7,7 @@ The device runs ahead: while one call computes, the host reads the report of the
 """
 
 import collections
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -210,11 +211,10 @@ class Calls:
     self._counts.seconds_waited += time.perf_counter() - began
     self._counts.copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
-    self._manager.settle(programs=1)
     drawn, beams = [], {}
     widths = np.arange(report.tokens.shape[1])
-    taken = np.moveaxis(widths[:, None] < report.counts[:, None], -1, 0)  # [S,K,W]
-    tokens, logprobs = np.moveaxis(report.tokens, -1, 0), np.moveaxis(report.logprobs, -1, 0)
+    taken = widths[:, None] < report.counts[:, None]
+    rows = [x.reshape(-1, x.shape[-1]).T.tolist() for x in (taken, report.tokens, report.logprobs)]
     for row, sample in call.samples.items():
       sample.pending -= call.num_steps
       if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
@@ -222,22 +222,25 @@ class Calls:
       if sample.searching:
         beams[row] = sample
         continue
-      new = taken[row]
+      new, tokens, logprobs = (x[row] for x in rows)
       drawn.append(Drawn(
         sample,
-        sample.tokens + tokens[row][new].tolist(),
-        sample.logprobs + logprobs[row][new].tolist(),
+        [*sample.tokens, *itertools.compress(tokens, new)],
+        [*sample.logprobs, *itertools.compress(logprobs, new)],
         ended=bool(report.remaining[row] == 0),
         broken=bool(report.broken[row]),
       ))  # fmt: skip
+    self._manager.settle(programs=1)  # the twin has caught up by now
     return drawn + _searched(report, beams)
 
 
 def _searched(report: program.Report, beams: dict[int, Sample]) -> list[Drawn]:
   """The texts of beams, by row: at each step a row goes on with the text of its source."""
+  if report.beams is None:
+    return []
   texts = {row: list(zip(sample.tokens, sample.logprobs)) for row, sample in beams.items()}
   for sources, counts, tokens, logprobs in zip(
-    report.sources, report.counts, report.tokens[:, 0], report.logprobs[:, 0]
+    report.beams.sources, report.counts, report.tokens[:, 0], report.logprobs[:, 0]
   ):
     texts = {
       row: texts[sources[row]] + [(int(tokens[row]), float(logprobs[row]))] * int(counts[row])
@@ -245,7 +248,7 @@ def _searched(report: program.Report, beams: dict[int, Sample]) -> list[Drawn]:
     }
   drawn = []
   for row, sample in beams.items():
-    sample.score, sample.ended = float(report.scores[row]), bool(report.remaining[row] == 0)
+    sample.score, sample.ended = float(report.beams.scores[row]), bool(report.remaining[row] == 0)
     tokens, logprobs = zip(*texts[row]) if texts[row] else ((), ())
     ended = all(report.remaining[each] == 0 for each in beams if beams[each].entry is sample.entry)
     broken = bool(report.broken[row])

@@ -142,6 +142,7 @@ class Engine:
     self._lock = threading.Condition()
     self._commands: list[Callable[[], None]] = []  # to be done when all reports are read
     self._arrivals: list[Entry] = []
+    self._untold: dict[int, Sample] = {}  # by number: they have news for whoever listens
     self._thread: threading.Thread | None = None
     self._stopping = False
     self._failure: Exception | None = None  # of a round in the engine's own thread
@@ -450,6 +451,8 @@ class Engine:
     going = any(sample.draws or sample.unread for sample in self._queue.running.values())
     if commands or (scheduler.ended and not going) or scheduler.may_admit():
       self._drain()
+      if commands:
+        self._tell_all()
       for command in commands:
         command()
       scheduler.tidy()
@@ -466,6 +469,7 @@ class Engine:
     behind = len(self._calls) - dispatched  # one call stays in flight
     for _ in range(behind):
       self._collect()
+    self._tell_all()  # the next call computes meanwhile
     return dispatched or behind > 0 or bool(scheduler.ended) or bool(commands)
 
   def _take_arrivals(self) -> list[Callable[[], None]]:
@@ -491,14 +495,12 @@ class Engine:
       self._collect()
 
   def _collect(self) -> None:
-    """Reads the oldest report and hands out its tokens."""
-    collected = self._calls.collect()
-    for drawn in collected:
+    """Reads the oldest report."""
+    for drawn in self._calls.collect():
       known = len(drawn.sample.tokens)
       self._take(drawn)
       self.counts.drawn_tokens += len(drawn.sample.tokens) - known
-    for drawn in collected:
-      self._tell(drawn.sample)
+      self._untold[drawn.sample.number] = drawn.sample
 
   def _take(self, drawn: Drawn) -> None:
     """A sample has what a call drew for it."""
@@ -525,6 +527,10 @@ class Engine:
       sample.entry.samples.sort(key=_rank)
       for nth, beam in enumerate(sample.entry.samples):
         beam.nth = nth
+
+  def _tell_all(self) -> None:
+    while self._untold:
+      self._tell(self._untold.popitem()[1])
 
   def _tell(self, sample: Sample) -> None:
     """Calls back about tokens that have not been told, and about the end."""

@@ -70,11 +70,17 @@ class Report(NamedTuple):
   tokens: jax.Array  # i32[K,W,S]
   logprobs: jax.Array  # f32[K,W,S]
   counts: jax.Array  # i32[K,S] tokens that the row drew in that step
-  sources: jax.Array  # i32[K,S] the row whose text it went on with
   remaining: jax.Array  # i32[S] tokens still to draw
-  scores: jax.Array  # f32[S]
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
   copies: jax.Array  # i32[] pages copied on write
+  beams: "BeamReport | None"  # None: nobody searches
+
+
+class BeamReport(NamedTuple):
+  """What a call tells of beams."""
+
+  sources: jax.Array  # i32[K,S] the row whose text it went on with
+  scores: jax.Array  # f32[S]
 
 
 class _State(NamedTuple):
@@ -135,11 +141,10 @@ def run(
       tokens=jnp.zeros((num_steps, w, s), jnp.int32),
       logprobs=jnp.zeros((num_steps, w, s), jnp.float32),
       counts=jnp.zeros((num_steps, s), jnp.int32),
-      sources=own,
       remaining=rows.remaining,
-      scores=rows.scores,
       broken=jnp.zeros(s, bool),
       copies=jnp.zeros((), jnp.int32),
+      beams=BeamReport(own, rows.scores) if num_beams > 1 else None,
     ),
     growth=jnp.zeros((num_steps, s), jnp.int32),
     kept=jnp.full((num_steps, s), -1, jnp.int32),
@@ -154,7 +159,7 @@ def run(
   state = jax.lax.while_loop(unfinished, lambda state: step(state, None), state)
   ran = [("extend", state.growth)]
   ran += [("trim", state.kept)] if drafter is not None else []
-  ran += [("reorder", state.report.sources)] if num_beams > 1 else []
+  ran += [("reorder", state.report.beams.sources)] if state.report.beams else []
   log = Log(operands=tuple((x,) for _, x in ran), verbs=tuple(verb for verb, _ in ran))
   return state.cache, log, (state.rows, state.past, state.report)
 
@@ -193,9 +198,10 @@ def _step(
     past = dataclasses.replace(past, logits=jnp.where(starts[:, None], logits[:, 0], past.logits))
 
   made = _Pass(tokens, widths, logits, draws=(widths > 0) | starts)
-  choice = None
-  if num_beams > 1:
+  choice, told = None, report.beams
+  if told is not None:
     choice, cache, rows, past, made = _search(cache, rows, past, made, num_beams)
+    told = BeamReport(told.sources.at[step].set(choice.sources), choice.scores)
   first = cache.lengths - jnp.maximum(made.widths - 1, 0)  # where the next token will be
   rows, past, new, logprobs, counts, broken = _draw(rows, past, made, first, choice)
   kept = jnp.where(made.widths > 1, cache.lengths - made.widths + counts, cache.lengths)
@@ -210,11 +216,10 @@ def _step(
       tokens=report.tokens.at[step].set(new),
       logprobs=report.logprobs.at[step].set(logprobs),
       counts=report.counts.at[step].set(counts),
-      sources=report.sources.at[step].set(everyone if choice is None else choice.sources),
       remaining=rows.remaining,
-      scores=rows.scores,
       broken=report.broken | broken,
       copies=report.copies + copies,
+      beams=told,
     ),
     growth=growth,
     kept=state.kept.at[step].set(kept),

@@ -129,7 +129,7 @@ class Scheduler:
       plain = not (sample.handle or sample.origin or sample.searching)
       if plain and len(batch) < self.manager.num_free_rows and needed <= room:
         batch.append(sample)
-        room -= needed
+        room -= self.pages(sample.length)
         continue
       batch = self._allocate(batch)
       if not self._begin(sample):
@@ -145,12 +145,14 @@ class Scheduler:
 
   def _allocate(self, samples: list[Sample]) -> list[Sample]:
     """Rows, and pages for the whole text, to samples for which there is room; none are left."""
+    if not samples:
+      return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
-    ahead = _CALLS_AHEAD * self.config.num_steps
-    spare = self.growth(ahead) + len(samples) * self.pages(ahead * self.calls.width)
-    handles = self.manager.allocate_many(requests, spare=spare) if requests else []
-    for sample, handle in zip(samples, handles):
+    ahead, spare = _CALLS_AHEAD * self.config.num_steps, 0
+    if self.config.options.prefix_cache:
+      spare = self.growth(ahead) + len(samples) * self.pages(ahead * self.calls.width)
+    for sample, handle in zip(samples, self.manager.allocate_many(requests, spare=spare)):
       self._run(sample, handle)
     return []
 

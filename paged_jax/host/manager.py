@@ -304,9 +304,10 @@ class Manager:
     state, size = self._state, self.config.page_size
     grown = np.flatnonzero((num_tokens > 0) & (state.lengths % size > 0))
     tails = state.block_tables[grown, state.lengths[grown] // size]
+    shared = state.refcount[tails] > 1
     left: dict[int, int] = {}
     copied = np.zeros(len(num_tokens), bool)
-    for row, page in zip(grown.tolist(), tails.tolist()):
+    for row, page in zip(grown[shared].tolist(), tails[shared].tolist()):
       left.setdefault(page, int(state.refcount[page]))
       copied[row] = left[page] > 1
       left[page] -= 1
@@ -556,10 +557,9 @@ class Manager:
     """Pages that sequences take, copies included, when they grow to `lengths` tokens."""
     with self._lock:
       now = self._state.lengths
-      more = np.zeros(self.config.num_rows, np.int32)
-      for handle, length in lengths.items():
-        row = self._row(handle)
-        more[row] = max(0, length - int(now[row]))
+      then = now.copy()
+      then[[self._row(handle) for handle in lengths]] = list(lengths.values())
+      more = np.maximum(then - now, 0)
       size = self.config.page_size
       new = -(-(now + more) // size) - -(-now // size)
       return int(new.sum() + self._copies(more).sum())

@@ -34,9 +34,11 @@ class State:
     self.cache: Cache = jax.device_put(cache, where)
     self._cpu = jax.local_devices(backend="cpu")[0]
     self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
-    # What the ledger comes to be by programs not settled yet, oldest first; in a thread, since one's
-    # own would wait for the next program if that runs on the CPU, too.
+    # What the ledger comes to be by programs not settled yet, oldest first. The log of the last one
+    # is replayed where it is settled, or in a thread once another program follows, since one's own
+    # would wait for that one if it runs on the CPU, too.
     self._replays: list[Future[Ledger]] = []
+    self._log: Log | None = None
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
     self._read()
 
@@ -110,9 +112,11 @@ class State:
 
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
-    self.cache, log, out = program(self.cache, *args, **kwargs)
-    before = self._replays[-1].result if self._replays else lambda: self.ledger
-    self._replays.append(self._thread.submit(lambda: _replay(before(), log)))
+    if self._log is not None:
+      before = self._replays[-1] if self._replays else self.ledger
+      self._replays.append(self._thread.submit(_replay, before, self._log))
+      self._log = None
+    self.cache, self._log, out = program(self.cache, *args, **kwargs)
     return out
 
   def settle(self, programs: int | None = None) -> bool:
@@ -121,11 +125,17 @@ class State:
     del self._replays[: len(replays)]
     if replays:
       self.ledger = replays[-1].result()
+    log = self._log if programs is None or programs > len(replays) else None
+    if log is not None:
+      self.ledger, self._log = _replay(self.ledger, log), None
+    settled = bool(replays) or log is not None
+    if settled:
       self._read()
-    return bool(replays)
+    return settled
 
 
-def _replay(ledger: Ledger, log: Log) -> Ledger:
+def _replay(before: Ledger | Future[Ledger], log: Log) -> Ledger:
+  ledger = before.result() if isinstance(before, Future) else before
   return jitted.ledger.replay(ledger, jax.tree.map(np.asarray, log))
 
 
