@@ -183,7 +183,7 @@ class Engine:
       prompt: Tokens.
       sampling: How to go on; greedy by default.
       priority: Higher ones go first, and may preempt lower ones.
-      on_token: Called with (sample, new tokens, their logprobs) after each call that drew some,
+      on_token: Called with (sample, new tokens, their logprobs) after each round that read some,
         and when the sample has ended; of a beam search, only then.
 
     Raises:
@@ -384,6 +384,7 @@ class Engine:
     with self._lock:
       self._failure = error
     self._take_arrivals()
+    self._tell_all()
     samples = [*self._queue.running.values(), *self._queue.waiting]
     samples += [branch.samples[0] for x in samples for branch in x.entry.branches]
     for sample in samples:

@@ -180,7 +180,8 @@ class Manager:
       guard = {each for match in found for each in match.held}
       if self._level() == pressure.Level.CRITICAL:
         self._kept.collect(int(self.options.high_watermark * self.config.num_pages), guard)
-      matches = found if self._fits(requests, found) else [_NOTHING] * len(requests)
+      stay = not guard or self._fits(requests, found)
+      matches = found if stay else [_NOTHING] * len(requests)
       guard = {each for match in matches for each in match.held}
       self._kept.make_room(self._needed(requests, matches), guard, spare)
       self._kept.to_device([each for each in dict.fromkeys(guard) if each.page is None])

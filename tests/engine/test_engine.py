@@ -398,6 +398,42 @@ def test_a_callback_that_raises_ends_its_own_request():
   assert good.tokens == [tiny.greedy(PROMPTS[2], 9)]
 
 
+def test_news_is_told_once_and_never_while_the_device_waits():
+  e, heard = engine(), []
+
+  def listen(n):
+    return lambda nth, tokens, _: heard.append((n, tokens, handles[n].done, len(e._calls)))
+
+  prompts = PROMPTS * 3
+  handles = [
+    e.submit(prompt, Sampling(max_new_tokens=4 + n % 5), on_token=listen(n))
+    for n, prompt in enumerate(prompts)
+  ]
+  finish(e)
+  for n, handle in enumerate(handles):
+    mine = [(tokens, done) for m, tokens, done, _ in heard if m == n]
+    assert [token for tokens, _ in mine for token in tokens] == handle.tokens[0]
+    assert [done for _, done in mine].count(True) == 1
+  last = max(i for i, (*_, flying) in enumerate(heard) if flying)
+  assert all(flying for *_, flying in heard[:last])
+
+
+def test_who_ended_before_a_round_failed_hears_of_the_end():
+  e, heard = engine(), []
+  e.submit(PROMPTS[0], Sampling(max_new_tokens=1), on_token=lambda *news: heard.append(news))
+  e.step()
+  e.submit(PROMPTS[1], Sampling(max_new_tokens=4))
+
+  def broken(*args):
+    raise RuntimeError("no")
+
+  e._calls.dispatch = broken
+  with pytest.raises(RuntimeError) as failure:
+    e.step()
+  e._fail(failure.value)
+  assert [tokens for _, tokens, _ in heard] == [tiny.greedy(PROMPTS[0], 1)]
+
+
 def test_logits_that_are_no_numbers_end_their_own_row():
   poisoned = tiny.model()
   embedding = poisoned.embedding.at[11].set(np.nan)  # whoever sees token 11 is lost
