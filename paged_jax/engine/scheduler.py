@@ -224,10 +224,8 @@ class Scheduler:
   def _check_room(self, needed: int) -> None:
     """Raises unless that many pages, and what the running samples may take, are to be had."""
     needed += self.growth(self.config.num_steps)
-    manager = self.manager
-    if self.queue.running and manager.num_free < needed:
-      most = manager.num_free + manager.num_idle  # which is soon told
-      free = manager.free_pages if most >= needed else most
+    if self.queue.running and self.manager.num_free < needed:
+      free = self.manager.free_pages
       if free < needed:
         raise errors.OutOfPages(needed=needed, free=free)
 

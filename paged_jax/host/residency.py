@@ -142,14 +142,8 @@ class Residency:
     return [x for x in held if x.swapped and self.stranded(x) and x not in guard]
 
   def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
-    """Which pages the prefix index could give up, until the next verb."""
-    refcount, holds = self.state.refcount, self.state.holds  # as `busy` does, at half the price
-
-    def ready(held: Held) -> bool:
-      page = held.page
-      return held not in guard and (page is None or bool(refcount[page] <= holds[page]))
-
-    return ready
+    """Which pages the prefix index could give up."""
+    return lambda held: held not in guard and not self.busy(held)
 
   def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
