@@ -530,8 +530,9 @@ class Engine:
         beam.nth = nth
 
   def _tell_all(self) -> None:
+    """Calls back about everything that was read and not told, in order."""
     while self._untold:
-      self._tell(self._untold.popitem()[1])
+      self._tell(self._untold.pop(next(iter(self._untold))))
 
   def _tell(self, sample: Sample) -> None:
     """Calls back about tokens that have not been told, and about the end."""

@@ -64,6 +64,13 @@ class Prompts(NamedTuple):
   last: jax.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
 
 
+class BeamReport(NamedTuple):
+  """What a call tells of beams."""
+
+  sources: jax.Array  # i32[K,S] the row whose text it went on with
+  scores: jax.Array  # f32[S]
+
+
 class Report(NamedTuple):
   """What a call tells the host."""
 
@@ -73,14 +80,7 @@ class Report(NamedTuple):
   remaining: jax.Array  # i32[S] tokens still to draw
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
   copies: jax.Array  # i32[] pages copied on write
-  beams: "BeamReport | None"  # None: nobody searches
-
-
-class BeamReport(NamedTuple):
-  """What a call tells of beams."""
-
-  sources: jax.Array  # i32[K,S] the row whose text it went on with
-  scores: jax.Array  # f32[S]
+  beams: BeamReport | None  # None: nobody searches
 
 
 class _State(NamedTuple):

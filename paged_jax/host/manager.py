@@ -560,10 +560,10 @@ class Manager:
       now = self._state.lengths
       then = now.copy()
       then[[self._row(handle) for handle in lengths]] = list(lengths.values())
-      more = np.maximum(then - now, 0)
+      then = np.maximum(then, now)
       size = self.config.page_size
-      new = -(-(now + more) // size) - -(-now // size)
-      return int(new.sum() + self._copies(more).sum())
+      new = -(-then // size) - -(-now // size)
+      return int(new.sum() + self._copies(then - now).sum())
 
   def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
     """Most pages that sequences take when they grow to `length` tokens each and `reorder` among

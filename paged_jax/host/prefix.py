@@ -37,19 +37,18 @@ def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
   try:
     if isinstance(tokens, np.ndarray):
       values = tokens.astype("<i4", casting="same_kind" if tokens.size else "unsafe")
-      same = tokens.ndim == 1 and bool((values == tokens).all() and (values >= 0).all())
+      same = tokens.ndim == 1 and bool((values == tokens).all())
       data = values.tobytes() if same and tokens.dtype != bool else None
     elif isinstance(tokens, bytes | bytearray):
       data = None
     else:
       data = array.array("I", tokens).tobytes()  # twice as fast as NumPy for a list
-      values = np.frombuffer(data, "<i4")  # 2**31 and more are negative
-      low = np.flatnonzero(values < 2).tolist()
-      if any(values[i] < 0 or isinstance(tokens[i], bool) for i in low):
+      small = np.flatnonzero(np.frombuffer(data, "<u4") < 2)
+      if any(isinstance(tokens[i], bool) for i in small.tolist()):
         data = None
   except (TypeError, OverflowError):
     data = None
-  if data is None:
+  if data is None or (data and np.frombuffer(data, "<i4").min() < 0):
     raise ValueError(f"tokens must be a flat sequence of ids in [0, 2**31), got {_short(tokens)}")
   return data
 

@@ -138,8 +138,7 @@ class Residency:
     return plain + min(moving, room)
 
   def _stranded(self, guard: set[Held]) -> list[Held]:
-    held = self.holds.by_page.values()
-    return [x for x in held if x.swapped and self.stranded(x) and x not in guard]
+    return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
 
   def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
     """Which pages the prefix index could give up."""

@@ -410,6 +410,7 @@ def test_news_is_told_once_and_never_while_the_device_waits():
     for n, prompt in enumerate(prompts)
   ]
   finish(e)
+  assert [n for n, *_ in heard[:3]] == [0, 1, 2]  # of one call, in order
   for n, handle in enumerate(handles):
     mine = [(tokens, done) for m, tokens, done, _ in heard if m == n]
     assert [token for tokens, _ in mine for token in tokens] == handle.tokens[0]
