@@ -11,7 +11,7 @@ installed: the same weights, requests, page size and number of pages, in bfloat1
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
 `vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
 work adds, as a part of the time: 1 - (seconds of the same device programs and verbs, recorded and
-dispatched again back to back) / (seconds of the engine). TTFT and TPOT (seconds to the first token,
+dispatched again back to back) / (seconds of the engine), the median of pairs of runs. TTFT and TPOT (seconds to the first token,
 and per token after it) count from the start of the run.
 """
 
@@ -224,8 +224,8 @@ def main():
   }
   runs = {name: [] for name in contenders}
   for turn in range(1 + max(3, args.rounds // 3)):
-    for name, run in contenders.items():
-      result = run()
+    for name in (*("ours", "bare") * 3, "static", "continuous"):
+      result = contenders[name]()
       if turn:  # the first one compiles
         runs[name].append(result)
   if args.transformers:

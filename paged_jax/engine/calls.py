@@ -230,7 +230,7 @@ class Calls:
         ended=bool(report.remaining[row] == 0),
         broken=bool(report.broken[row]),
       ))  # fmt: skip
-    self._manager.settle(programs=1)  # the twin has caught up by now
+    self._manager.settle(but=len(self._calls))  # the twin has caught up by now
     return drawn + _searched(report, beams)
 
 

@@ -1,8 +1,9 @@
 """The engine: requests in, tokens out.
 
-One round reads the reports that are due, changes who runs if there is a reason to, dispatches the
-next call, and hands out what was drawn. The device runs one call ahead; only when rows change hands
-does the host read all reports first.
+One round changes who runs if there is a reason to, dispatches the next call, reads the reports that
+are due, and hands out what was drawn. The device runs one call ahead: rows change hands behind the
+call that it computes. Only who moves to the host, branches or gives way to somebody needs all reports
+to be read first.
 """
 
 import asyncio
@@ -450,7 +451,7 @@ class Engine:
     scheduler = self._scheduler
     commands = self._take_arrivals()
     going = any(sample.draws or sample.unread for sample in self._queue.running.values())
-    if commands or (scheduler.ended and not going) or scheduler.may_admit():
+    if commands or (scheduler.ended and not going):
       self._drain()
       if commands:
         self._tell_all()
@@ -458,6 +459,12 @@ class Engine:
         command()
       scheduler.tidy()
       scheduler.admit()
+    elif scheduler.may_admit():
+      scheduler.tidy()
+      if not scheduler.admit():
+        self._drain()
+        scheduler.tidy()
+        scheduler.admit()
     pieces = scheduler.pieces()
     if not scheduler.secure(1 if pieces else self.config.num_steps):
       self._drain()

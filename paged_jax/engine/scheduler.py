@@ -98,22 +98,30 @@ class Scheduler:
     return alone and not sample.resting
 
   def may_admit(self) -> bool:
-    """Whether to try: somebody waits, and there is more room than when that one was refused."""
+    """Whether to try: somebody waits whose prompt the next call could begin with, and there is more
+    room than when that one was refused."""
     if not self.queue.waiting:
       return False
     being_read, _ = self._beginnings()
     first = next((x for x in self.queue.waiting if self._may_begin(x, being_read)), None)
     if first is None:
       return False
-    if self.queue.running and self._yields(self.queue.last(), first):
+    if self._overtakes(first):
       return True
+    if sum(x.unread for x in self.queue.running.values()) >= self.config.prompt_sizes[-1]:
+      return False
     ended = sum(sample.row >= 0 for sample in self.ended)
     vacant = self.manager.num_free_rows + ended
     sample, available = self._refused
     return vacant >= len(first.beams) and (first is not sample or self._available() > available)
 
-  def admit(self) -> None:
-    """Rows and pages to those first in line, as long as there is room. All calls have been read."""
+  def admit(self) -> bool:
+    """Rows and pages to those first in line, as long as there is room.
+
+    Returns:
+      False: All reports must be read before the first of those left is looked at, since it takes
+      others' room, moves, or starts on another one's pages.
+    """
     batch: list[Sample] = []
     room, (being_read, cached) = self._spare(), self._beginnings()
     shares = self.config.options.prefix_cache
@@ -129,19 +137,24 @@ class Scheduler:
       plain = not (sample.handle or sample.origin or sample.searching)
       if plain and len(batch) < self.manager.num_free_rows and needed <= room:
         batch.append(sample)
-        room -= self.pages(sample.length)
+        room -= self.pages(sample.length) + shares  # part of a page may have to be copied
         continue
       batch = self._allocate(batch)
+      if len(self.calls) and (self._overtakes(sample) or not plain):
+        return False
       if not self._begin(sample):
-        self._refused = (sample, self._available())
+        if self.manager.num_free_rows >= len(sample.beams):  # so it was for want of pages
+          self._refused = (sample, self._available())
         break
       room, (being_read, cached) = self._spare(), self._beginnings()
     self._allocate(batch)
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
+    return True
 
   def _spare(self) -> int:
     """Pages to be had that the next call leaves."""
-    return self.manager.free_pages - self.growth(self.config.num_steps)
+    manager = self.manager
+    return manager.num_free + manager.num_reclaimable - self.growth(self.config.num_steps)
 
   def _allocate(self, samples: list[Sample]) -> list[Sample]:
     """Rows, and pages for the whole text, to samples for which there is room; none are left."""
@@ -149,10 +162,12 @@ class Scheduler:
       return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
-    ahead, spare = _CALLS_AHEAD * self.config.num_steps, 0
+    reserve, spare = self.growth(self.config.num_steps), 0
     if self.config.options.prefix_cache:
-      spare = self.growth(ahead) + len(samples) * self.pages(ahead * self.calls.width)
-    for sample, handle in zip(samples, self.manager.allocate_many(requests, spare=spare)):
+      ahead = _CALLS_AHEAD * self.config.num_steps
+      spare = self.growth(ahead) - reserve + len(samples) * self.pages(ahead * self.calls.width)
+    handles = self.manager.allocate_many(requests, reserve=reserve, spare=spare, wait=False)
+    for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
 
@@ -176,17 +191,16 @@ class Scheduler:
         self._place(sample)
         return True
       except (errors.OutOfPages, errors.OutOfRows):
-        if self.queue.running:
-          victim = self.queue.last()
-          if not self._yields(victim, sample):
-            return False
-          self.preempt(victim)
-        elif not self._drop_swapped(sample):
+        if self._overtakes(sample):
+          self.preempt(self.queue.last())
+        elif self.queue.running or not self._drop_swapped(sample):
           return False
 
-  @staticmethod
-  def _yields(victim: Sample, sample: Sample) -> bool:
-    """Whether a running sample gives its place to a waiting one."""
+  def _overtakes(self, sample: Sample) -> bool:
+    """Whether some running sample gives its place to a waiting one."""
+    if not self.queue.running:
+      return False
+    victim = self.queue.last()
     return victim.resting or victim.order[0] > sample.order[0]
 
   def _place(self, sample: Sample) -> None:
@@ -209,15 +223,11 @@ class Scheduler:
       self._run(sample, handle)
     else:
       text, later = np.array(sample.text, np.int32), most - self.pages(sample.length) + 1
-      self._check_room(later + manager.pages_to_begin(text))
+      self._check_room(later + manager.pages_to_begin(text))  # before it looks for room
       requests = [Request(sample.number, tokens=text)]
       requests += [Request(beam.number) for beam in sample.beams[1:]]
-      handles = manager.allocate_many(requests)
-      try:  # what is cached may have been among the pages to be had
-        self._check_room(later)
-      except errors.OutOfPages:
-        manager.deallocate_many([request.request_id for request in requests])
-        raise
+      reserve = later + self.growth(self.config.num_steps) if self.queue.running else 0
+      handles = manager.allocate_many(requests, reserve=reserve, wait=False)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle)
 
@@ -225,7 +235,7 @@ class Scheduler:
     """Raises unless that many pages, and what the running samples may take, are to be had."""
     needed += self.growth(self.config.num_steps)
     if self.queue.running and self.manager.num_free < needed:
-      free = self.manager.free_pages
+      free = self.manager.num_free + self.manager.num_reclaimable
       if free < needed:
         raise errors.OutOfPages(needed=needed, free=free)
 
@@ -310,19 +320,20 @@ class Scheduler:
       self.ended.append(sample)
 
   def tidy(self) -> None:
-    """Gives back what ended samples hold, and lets others start on what is written.
-
-    All calls have been read.
-    """
+    """Gives back what ended samples hold, and lets those who wait start on what others have written,
+    or are about to."""
     if self.config.options.prefix_cache:
+      wanted = {sample.entry.beginning for sample in self.queue.waiting} - {None}
       each = [self._whole(sample) for sample in self.ended]
-      each += [self._beginning(sample) for sample in self._unstored]
+      each += [self._beginning(x) for x in self._unstored if x.entry.beginning in wanted]
+      self._unstored = [
+        x for x in self._unstored if not (x.completion or x.entry.beginning in wanted)
+      ]
       if prefixes := [prefix for several in each for prefix in several]:
-        self.manager.store_prefixes(prefixes)
-    self._unstored.clear()
+        self.manager.store_prefixes(prefixes, wait=False)
     if self.ended:
       held = [sample.handle.request_id for sample in self.ended if sample.handle]
-      self.manager.deallocate_many(held)
+      self.manager.deallocate_many(held, wait=False)
     for sample in self.ended:
       if sample.row >= 0:
         del self.queue.running[sample.row]
@@ -336,7 +347,7 @@ class Scheduler:
     if handle is None or sample.row < 0 or not sample.decoding or failed:
       return []
     prefixes = []
-    if entry.logits is not None and handle.num_cached < len(entry.prompt) <= handle.num_tokens:
+    if entry.logits is not None and handle.num_cached < len(entry.prompt) < sample.length:
       prefixes.append(Prefix(handle, entry.prompt, entry.logits))
       entry.logits = None
     if not sample.searching:

@@ -123,11 +123,12 @@ class Manager:
   # One transition
 
   @contextlib.contextmanager
-  def _transition(self, programs: int | None = None) -> Iterator[None]:
-    """The lock, a settled twin, exact counts; callbacks afterwards, outside the lock."""
+  def _transition(self, *, wait: bool = True, but: int = 0) -> Iterator[None]:
+    """The lock, a twin that has settled all programs `but` the newest few, or none unless it is to
+    `wait`, and exact counts; callbacks afterwards, outside the lock."""
     try:
       with self._lock:
-        if self._state.settle(programs):
+        if wait and self._state.settle(but):
           self._kept.count_pages()
           if self.options.canary:  # programs leave no marks
             for sequence in self._sequences.values():
@@ -152,7 +153,9 @@ class Manager:
     """A new sequence. See `allocate_many`."""
     return self.allocate_many([request])[0]
 
-  def allocate_many(self, requests: Sequence[Request], *, spare: int = 0) -> list[Handle]:
+  def allocate_many(
+    self, requests: Sequence[Request], *, reserve: int = 0, spare: int = 0, wait: bool = True
+  ) -> list[Handle]:
     """New sequences, all or none: one call of each verb for all of them.
 
     Cached prefixes are kept before any page is taken, unless there is only room without. On a full
@@ -161,7 +164,10 @@ class Manager:
 
     Args:
       requests: What each asks for.
+      reserve: Pages that must be free afterwards.
       spare: If prefixes must be evicted, those on so many more pages go at once.
+      wait: Whether to wait for the reports of programs. If not, what these may still take must be
+        in the reserve, and which pages the new sequences have is known after the reports.
 
     Raises:
       DuplicateRequest: An id is live already, or given twice.
@@ -169,8 +175,8 @@ class Manager:
       TooLong: More initial tokens than may be held.
       OutOfRows, OutOfPages: There is no room.
     """
-    spare = whole("spare", spare, 0)
-    with self._transition():
+    reserve, spare = whole("reserve", reserve, 0), whole("spare", spare, 0)
+    with self._transition(wait=wait):
       self._check_requests(requests)
       prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
       if len(requests) > len(self._rows):
@@ -180,10 +186,10 @@ class Manager:
       guard = {each for match in found for each in match.held}
       if self._level() == pressure.Level.CRITICAL:
         self._kept.collect(int(self.options.high_watermark * self.config.num_pages), guard)
-      stay = not guard or self._fits(requests, found)
+      stay = not guard or self._fits(requests, found, reserve)
       matches = found if stay else [_NOTHING] * len(requests)
       guard = {each for match in matches for each in match.held}
-      self._kept.make_room(self._needed(requests, matches), guard, spare)
+      self._kept.make_room(self._needed(requests, matches) + reserve, guard, spare)
       self._kept.to_device([each for each in dict.fromkeys(guard) if each.page is None])
       handles = [self._begin(request, match) for request, match in zip(requests, matches)]
       rows = [self._running(handle)[1] for handle in handles]
@@ -196,9 +202,9 @@ class Manager:
           self._count_lookup(prompt, match)
       return handles
 
-  def _fits(self, requests: Sequence[Request], matches: Sequence[Match]) -> bool:
-    """Whether there is room for these requests while their matches stay."""
-    short = self._needed(requests, matches) - self._state.num_free
+  def _fits(self, requests: Sequence[Request], matches: Sequence[Match], reserve: int = 0) -> bool:
+    """Whether there is room for these requests, and a reserve, while their matches stay."""
+    short = self._needed(requests, matches) + reserve - self._state.num_free
     guard = {each for match in matches for each in match.held}
     return short <= 0 or short <= self._kept.reclaimable(guard)  # which visits the whole index
 
@@ -387,9 +393,15 @@ class Manager:
     """
     self.deallocate_many([request_id])
 
-  def deallocate_many(self, request_ids: Sequence[Hashable]) -> None:
-    """Ends many sequences, all or none, in one call."""
-    with self._transition():
+  def deallocate_many(self, request_ids: Sequence[Hashable], *, wait: bool = True) -> None:
+    """Ends many sequences, all or none, in one call.
+
+    Args:
+      request_ids: Which.
+      wait: Whether to wait for the reports of programs, which scrub mode always does. If not, no
+        program dispatched later may use these sequences' rows.
+    """
+    with self._transition(wait=wait or self.options.scrub):
       for request_id in request_ids:
         if request_id not in self._sequences:
           raise errors.UnknownRequest(request_id)
@@ -520,7 +532,8 @@ class Manager:
       swapping = options.swapping and options.num_host_pages > 0
       self._state.warm_up(swapping=swapping, scrubbing=options.scrub)
 
-  # What a program may take. These do not wait: they know what the last report taken over said.
+  # What a program may take. These do not wait: they know what the last report taken over said, and
+  # what came after it but for programs.
 
   @property
   def num_free(self) -> int:
@@ -547,6 +560,12 @@ class Manager:
     """Pages that only the host holds; at most so many could be had by eviction."""
     state = self._state
     return int(np.count_nonzero((state.holds == 1) & (state.refcount == 1)))
+
+  @property
+  def num_reclaimable(self) -> int:
+    """Pages that could be had by eviction."""
+    with self._lock:
+      return self._kept.reclaimable(set())
 
   def pages_to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
     """Pages that `allocate` would take for these tokens, besides those in the prefix cache."""
@@ -679,9 +698,9 @@ class Manager:
     tokens: np.ndarray | None = None,
     num_tokens: np.ndarray | None = None,
     *,
-    programs: int | None = None,
+    but: int = 0,
   ) -> int:
-    """Waits for the reports of the oldest `programs`, by default all, and takes them over.
+    """Waits for all reports `but` those of the newest few programs, and takes them over.
 
     Tokens that came with them are recorded; see `record`.
 
@@ -692,7 +711,7 @@ class Manager:
       raise ValueError("tokens and num_tokens must be given together")
     if tokens is not None and num_tokens is not None:
       self.record(tokens, num_tokens)  # the twin catches up meanwhile
-    with self._transition(programs):
+    with self._transition(but=but):
       return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -753,8 +772,13 @@ class Manager:
     """
     return self.store_prefixes([Prefix(handle, tokens, last_logits, ttl, pinned)])[0]
 
-  def store_prefixes(self, prefixes: Sequence[Prefix]) -> list[bool]:
+  def store_prefixes(self, prefixes: Sequence[Prefix], *, wait: bool = True) -> list[bool]:
     """Keeps the pages of several prefixes, in order; one call of each verb for all of them.
+
+    Args:
+      prefixes: What to keep.
+      wait: Whether to wait for the reports of programs. If not, these must not take a page of the
+        prefixes from their sequences, as a copy on write or a trim would.
 
     Returns:
       Which were stored; see `store_prefix`.
@@ -762,7 +786,7 @@ class Manager:
     Raises:
       UnmappedToken: A sequence does not hold that many tokens, or has slid; nothing is stored.
     """
-    with self._transition():
+    with self._transition(wait=wait or self.options.scrub):
       keys = [self._key(prefix) for prefix in prefixes]
       held: list[int] = []
       dropped: list[int] = []

@@ -141,8 +141,9 @@ class Residency:
     return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
 
   def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
-    """Which pages the prefix index could give up."""
-    return lambda held: held not in guard and not self.busy(held)
+    """Which pages the prefix index could give up, as long as no verb runs."""
+    busy = (self.state.refcount > self.state.holds).tobytes()  # looked up many times
+    return lambda held: held not in guard and not (held.page is not None and busy[held.page])
 
   def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
@@ -179,14 +180,15 @@ class Residency:
     room = self.host_room(guard)
     leaving = set(guard)
     found = 0  # pages of the batch that are on the device
-    with contextlib.closing(self.prefixes.candidates(self._ready(leaving))) as nodes:
+    ready = self._ready(leaving)
+    with contextlib.closing(self.prefixes.candidates(ready)) as nodes:
       while found < count and (node := next(nodes, None)) is not None:
         if self._options.spill and room > 0:
-          gone = self._leaving(node, min(room, count - len(batch)), leaving)
+          gone = _leaving(node, min(room, count - len(batch)), ready)
           room -= len(gone)
           leaving.update(gone)
         else:
-          pages = self._leaving(node, count - found, leaving)
+          pages = _leaving(node, count - found, ready)
           gone = self.prefixes.forget_last(node, len(pages))
           # Without room they stay, for the swapped sequences alone.
           moving = [each for each in pages if each.swapped and not each.indexed][:room]
@@ -196,12 +198,6 @@ class Residency:
         batch += gone
     return batch
 
-  def _leaving(self, node: Node, count: int, guard: set[Held]) -> list[Held]:
-    """Up to `count` pages off the tail of a node, all of which may leave."""
-    on_device = [each for each in reversed(node.held) if each.page is not None]
-    ready = itertools.takewhile(self._ready(guard), on_device)
-    return list(itertools.islice(ready, count))
-
   def expire(self) -> None:
     """Forgets the prefixes that have outlived their time."""
     self.evicted(self.prefixes.expire())
@@ -210,3 +206,9 @@ class Residency:
     """Forgets what outlived its time, then evicts until `target` pages are free."""
     self.expire()
     self.reclaim(target, guard)
+
+
+def _leaving(node: Node, count: int, ready: Callable[[Held], bool]) -> list[Held]:
+  """Up to `count` pages off the tail of a node, all of which may leave."""
+  on_device = [each for each in reversed(node.held) if each.page is not None]
+  return list(itertools.islice(itertools.takewhile(ready, on_device), count))

@@ -2,12 +2,15 @@
 
 The twin runs the same ledger functions and gets the same page ids (law 8), so that the host knows
 every page without asking the device. A program that the user runs on the cache reports what it
-did to the ledger in a `Log`; until then the twin is behind.
+did to the ledger in a `Log`; until then the twin is behind. Verbs that follow such a program are
+said to the device at once, and to the twin twice: at once, as if the program did nothing, and again
+after its report, since only then the pages that they take are known.
 
-    # device  extend ─ program ─────────────── hold
-    # twin    extend ─ . . . . . report: replay ─ hold
+    # device  extend ─ program ─ free ─ extend ─ program ─
+    # twin    extend ─ . . . . . free ─ extend ─ . . . . . report: replay ─ free ─ extend
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -22,6 +25,22 @@ ID_SIZES = (8, 64, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
 
 
+@dataclasses.dataclass
+class _Program:
+  """A program whose report is not taken over, and the verbs that followed it."""
+
+  before: Ledger | Future[Ledger]
+  log: Log
+  verbs: list[tuple[str, tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=list)
+  after: Future[Ledger] | None = None  # once another program follows
+
+  def replay(self) -> Ledger:
+    """The ledger after the program and these verbs."""
+    ledger = self.before.result() if isinstance(self.before, Future) else self.before
+    ledger = jitted.ledger.replay(ledger, jax.tree.map(np.asarray, self.log))
+    return _applied(ledger, self.verbs)
+
+
 class State:
   """One cache and its twin."""
 
@@ -34,11 +53,8 @@ class State:
     self.cache: Cache = jax.device_put(cache, where)
     self._cpu = jax.local_devices(backend="cpu")[0]
     self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
-    # What the ledger comes to be by programs not settled yet, oldest first. The log of the last one
-    # is replayed where it is settled, or in a thread once another program follows, since one's own
-    # would wait for that one if it runs on the CPU, too.
-    self._replays: list[Future[Ledger]] = []
-    self._log: Log | None = None
+    self._programs: list[_Program] = []  # not settled yet, oldest first
+    # The twin has a thread, since one's own would wait for programs that run on the CPU, too.
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
     self._read()
 
@@ -52,10 +68,10 @@ class State:
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
     """One verb on both. It must be granted: the manager asks only for what fits."""
-    ledger, info, *_ = getattr(jitted.ledger, verb)(self.ledger, *operands)
-    if not np.asarray(info.ok).all():
-      raise AssertionError(f"the ledger refused {verb} of {operands}: {np.asarray(info.ok)}")
+    ledger = self._thread.submit(_applied, self.ledger, [(verb, operands)]).result()
     self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
+    if self._programs:
+      self._programs[-1].verbs.append((verb, operands))
     self.ledger = ledger
     self._read()
 
@@ -72,7 +88,8 @@ class State:
     return images
 
   def restore(self, images: list[Pages]) -> list[int]:
-    """Images in host memory into fresh pages that the host holds."""
+    """Images in host memory into fresh pages that the host holds; which, only reports can tell."""
+    self.settle()
     taken: list[int] = []
     for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):
       taken += self._put([images[i] for i in numbers], count)
@@ -112,31 +129,34 @@ class State:
 
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
-    if self._log is not None:
-      before = self._replays[-1] if self._replays else self.ledger
-      self._replays.append(self._thread.submit(_replay, before, self._log))
-      self._log = None
-    self.cache, self._log, out = program(self.cache, *args, **kwargs)
+    self.cache, log, out = program(self.cache, *args, **kwargs)
+    before: Ledger | Future[Ledger] = self.ledger
+    if self._programs:
+      last = self._programs[-1]
+      before = last.after = self._thread.submit(last.replay)
+    self._programs.append(_Program(before, log))
     return out
 
-  def settle(self, programs: int | None = None) -> bool:
-    """Takes over the reports of the oldest `programs`, or all; whether there were any."""
-    replays = self._replays[:programs]
-    del self._replays[: len(replays)]
-    if replays:
-      self.ledger = replays[-1].result()
-    log = self._log if programs is None or programs > len(replays) else None
-    if log is not None:
-      self.ledger, self._log = _replay(self.ledger, log), None
-    settled = bool(replays) or log is not None
-    if settled:
-      self._read()
-    return settled
+  def settle(self, but: int = 0) -> bool:
+    """Takes over all reports but those of the newest `but` programs; whether there were any."""
+    settled = self._programs[: max(0, len(self._programs) - but)]
+    if not settled:
+      return False
+    del self._programs[: len(settled)]
+    after = settled[-1].after or self._thread.submit(settled[-1].replay)
+    since = [each for program in self._programs for each in program.verbs]
+    self.ledger = self._thread.submit(_applied, after.result(), since).result()
+    self._read()
+    return True
 
 
-def _replay(before: Ledger | Future[Ledger], log: Log) -> Ledger:
-  ledger = before.result() if isinstance(before, Future) else before
-  return jitted.ledger.replay(ledger, jax.tree.map(np.asarray, log))
+def _applied(ledger: Ledger, verbs: list[tuple[str, tuple[np.ndarray, ...]]]) -> Ledger:
+  """The ledger after these verbs, all granted."""
+  for verb, operands in verbs:
+    ledger, info, *_ = getattr(jitted.ledger, verb)(ledger, *operands)
+    if not np.asarray(info.ok).all():
+      raise AssertionError(f"the ledger refused {verb} of {operands}: {np.asarray(info.ok)}")
+  return ledger
 
 
 def row_sizes(num_rows: int) -> tuple[int, ...]:

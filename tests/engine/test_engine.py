@@ -260,6 +260,25 @@ def test_nothing_compiles_after_warm_up(compiled):
   finish(e)
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_rows_change_hands_while_a_call_is_unread(prefix_cache, monkeypatch):
+  e = engine(num_pages=24, options=dict(prefix_cache=prefix_cache))
+  unread, allocate = [], e.manager.allocate_many
+
+  def allocate_many(requests, **options):
+    unread.append(len(e._calls))
+    return allocate(requests, **options)
+
+  monkeypatch.setattr(e.manager, "allocate_many", allocate_many)
+  prompts = [(n, *range(n % 5)) for n in range(20)]
+  wanted = [Sampling(max_new_tokens=3 + 2 * (n % 4)) for n in range(20)]
+  got = e.generate(prompts, wanted)
+  for prompt, each, (done,) in zip(prompts, wanted, got):
+    assert done.tokens == tiny.greedy(prompt, each.max_new_tokens)
+  assert unread[0] == 0 and unread.count(1) >= 3
+  finish(e)
+
+
 def test_a_compilation_is_found(compiled):
   jax.jit(lambda x: x + len(compiled) + 17)(np.float32(1))
   assert compiled
@@ -429,6 +448,7 @@ def test_who_ended_before_a_round_failed_hears_of_the_end():
     raise RuntimeError("no")
 
   e._calls.dispatch = broken
+  e._scheduler.secure = lambda num_steps: False  # all reports are read before
   with pytest.raises(RuntimeError) as failure:
     e.step()
   e._fail(failure.value)

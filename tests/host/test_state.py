@@ -11,7 +11,7 @@ from managed import Story, check_bytes, fill, manager
 
 import paged_jax
 from paged_jax import jitted
-from paged_jax.host import Request
+from paged_jax.host import Prefix, Request, errors
 from paged_jax.host.state import batches, bucket
 
 
@@ -88,7 +88,7 @@ def test_a_report_is_taken_over_while_the_next_program_runs():
     free = m.num_free
     m.run(decode, np.array([True] + [False] * 4), num_steps=1)
     slow = m.run(dawdle, num_turns)
-  m.settle(programs=1)
+  m.settle(but=1)
   assert (m.num_free, m.num_mapped) == (free - 1, 2)
   assert not slow.is_ready()
 
@@ -222,3 +222,63 @@ def test_nothing_compiles_once_every_size_was_seen():
   finally:
     jax.monitoring.unregister_event_duration_listener(listener)
   assert not compiled
+
+
+def ahead(m, wait, num_turns):
+  """Frees a row, stores it, and begins another one behind a program that takes pages, and a slow one."""
+  one, two = m.allocate_many(
+    [Request("one", tokens=range(9)), Request("two", tokens=range(20, 29))]
+  )
+  m.run(decode, np.array([False, True] + [False] * 3), num_steps=5)
+  slow = m.run(dawdle, num_turns)
+  m.store_prefixes([Prefix(one, range(9))], wait=wait)
+  m.deallocate_many(["one"], wait=wait)
+  requests = [Request("three", tokens=[*range(9), 40]), Request("four", 12)]
+  handles = m.allocate_many(requests, reserve=2, wait=wait)
+  return [two, *handles], slow
+
+
+def test_rows_come_and_go_while_programs_run():
+  m, waits = (manager(num_pages=16, num_rows=5) for _ in range(2))
+  for each in (m, waits):  # compiles
+    ahead(each, True, 1)
+    each.deallocate_many(["two", "three", "four"])
+    each.clear_prefixes()
+  handles, slow = ahead(m, False, 20_000)
+  assert m.num_free == 16 - 3 - 3 - 1 - 3  # two, one and its successor's copy, four
+  assert not slow.is_ready()
+  same, _ = ahead(waits, True, 1)
+  assert [each.pages for each in handles] == [each.pages for each in same]
+  assert handles[0].num_tokens == 14 and handles[1].num_cached == 9
+  assert m.stats() == waits.stats()
+  assert m.audit().clean
+  assert m.num_free == 5  # two has taken one, too
+
+
+def test_without_waiting_a_reserve_is_left_or_nothing_is_taken():
+  m = manager(num_pages=8, num_rows=5)
+  m.allocate(Request("one", 8))
+  with pytest.raises(errors.OutOfPages) as caught:
+    m.allocate_many([Request("two", 12)], reserve=4, wait=False)
+  assert (caught.value.needed, caught.value.free) == (7, 6)
+  assert (m.num_free, m.num_free_rows) == (6, 4)
+  m.allocate_many([Request("two", 12)], reserve=3, wait=False)
+  with pytest.raises(ValueError, match="reserve must be an integer of at least 0, got -1"):
+    m.allocate_many([Request("three", 1)], reserve=-1)
+  assert m.audit().clean
+
+
+def test_pages_restored_behind_a_program_are_those_that_the_device_takes():
+  m = manager(dict(spill=True), num_pages=8, num_rows=5)
+  one = m.allocate(Request("one", tokens=range(8)))
+  k, v = np.ones((2, 8, 2, 2), np.float32) * np.arange(8)[:, None, None]
+  m.write_kv(one, 0, 0, k, v)
+  m.store_prefix(one)
+  m.deallocate("one")
+  m.gc(8)  # spilled
+  m.allocate(Request("two", 4))
+  m.run(decode, np.array([True] + [False] * 4), num_steps=4)  # takes a page
+  (three,) = m.allocate_many([Request("three", tokens=[*range(8), 9])], reserve=1, wait=False)
+  assert three.num_cached == 8
+  np.testing.assert_array_equal(m.read_kv(three, 0, 0, 8)[0], k)
+  assert m.audit().clean
