@@ -75,7 +75,8 @@ class Manager:
   """Paged KV cache manager. Safe to call from several threads.
 
   A method that changes something may raise any of `paged_jax.host.errors` and then has changed no
-  sequence. While a program is unreported (see `run`), the next method waits for its report.
+  sequence. While a program is unreported (see `run`), the next method waits for its report, unless it
+  is told not to.
 
   Args:
     config: The cache.
@@ -173,7 +174,7 @@ class Manager:
       DuplicateRequest: An id is live already, or given twice.
       ShapeMismatch: A request has other layers, heads, head dim or dtype than the pool.
       TooLong: More initial tokens than may be held.
-      OutOfRows, OutOfPages: There is no room.
+      OutOfRows, OutOfPages: There is no room; what is needed includes the reserve.
     """
     reserve, spare = whole("reserve", reserve, 0), whole("spare", spare, 0)
     with self._transition(wait=wait):
@@ -707,6 +708,7 @@ class Manager:
     Returns:
       Free pages, as of the last report taken.
     """
+    but = whole("but", but, 0)
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
     if tokens is not None and num_tokens is not None:

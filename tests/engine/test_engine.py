@@ -262,7 +262,7 @@ def test_nothing_compiles_after_warm_up(compiled):
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_rows_change_hands_while_a_call_is_unread(prefix_cache, monkeypatch):
-  e = engine(num_pages=24, options=dict(prefix_cache=prefix_cache))
+  e = engine(options=dict(prefix_cache=prefix_cache))
   unread, allocate = [], e.manager.allocate_many
 
   def allocate_many(requests, **options):
@@ -271,7 +271,7 @@ def test_rows_change_hands_while_a_call_is_unread(prefix_cache, monkeypatch):
 
   monkeypatch.setattr(e.manager, "allocate_many", allocate_many)
   prompts = [(n, *range(n % 5)) for n in range(20)]
-  wanted = [Sampling(max_new_tokens=3 + 2 * (n % 4)) for n in range(20)]
+  wanted = [Sampling(max_new_tokens=3 + 9 * (n % 4)) for n in range(20)]
   got = e.generate(prompts, wanted)
   for prompt, each, (done,) in zip(prompts, wanted, got):
     assert done.tokens == tiny.greedy(prompt, each.max_new_tokens)
