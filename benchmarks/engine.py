@@ -11,8 +11,8 @@ installed: the same weights, requests, page size and number of pages, in bfloat1
 `concurrency_vs_dense`: most requests at once over dense rows. `vs_static_dense`,
 `vs_continuous_dense`: new tokens per second over theirs. `bookkeeping_share`: what all of the host's
 work adds, as a part of the time: 1 - (seconds of the same device programs and verbs, recorded and
-dispatched again back to back) / (seconds of the engine), the median of pairs of runs. TTFT and TPOT (seconds to the first token,
-and per token after it) count from the start of the run.
+dispatched again back to back) / (seconds of the engine), the median of pairs of runs. TTFT and TPOT
+(seconds to the first token, and per token after it) count from the start of the run.
 """
 
 import measure  # first: it sets XLA's flags

@@ -6,8 +6,7 @@ own, 32 new tokens, pages for half of them at once. With the prefix cache over w
 `tpot_p99_ratio` (99th percentile of the seconds per token after it). `again`: the same prompts a
 second time, all of them cached with their logits. `distinct`: no two prompts begin alike;
 `cost_at_zero_hits` is the part of the time spent in the prefix cache, timed directly around every
-lookup, store and eviction: seconds of processor time, of the thread that asks and of the ledger's twin,
-since the device computes on the same cores meanwhile (`wall_share`: seconds by the clock).
+lookup, store and eviction.
 
 The seed's successor on such a burst: throughput 1.24, TTFT 0.27, TPOT p99 22 times worse.
 """
@@ -22,7 +21,7 @@ import numpy as np
 
 from paged_jax import models
 from paged_jax.engine import Engine, EngineConfig, Sampling
-from paged_jax.host import ManagerConfig, state
+from paged_jax.host import ManagerConfig
 
 SHARED, OWN, NEW_TOKENS, SIZE, ROWS = 200, 24, 32, 16, 64
 PAGES = ROWS * -(-(SHARED + OWN + NEW_TOKENS) // SIZE)
@@ -73,8 +72,7 @@ class Stopwatch:
   """Seconds spent in the prefix cache of an engine's manager, calls within calls counted once."""
 
   def __init__(self, e: Engine):
-    self._depth = 0
-    self.reset()
+    self.seconds, self._depth = 0.0, 0
     manager = e.manager
     kept, index = manager._kept, manager._kept.prefixes
     for owner, names in (
@@ -84,37 +82,17 @@ class Stopwatch:
     ):
       for name in names:
         setattr(owner, name, self._timed(getattr(owner, name)))
-    state._applied = self._in_twin(state._applied)
-
-  def reset(self):
-    self.processor = self.wall = 0.0
 
   def _timed(self, call):
     @functools.wraps(call)
     def timed(*args, **kwargs):
       self._depth += 1
-      began = (time.thread_time(), time.perf_counter())
+      began = time.perf_counter()
       try:
         return call(*args, **kwargs)
       finally:
         self._depth -= 1
-        if not self._depth:
-          self.processor += time.thread_time() - began[0]
-          self.wall += time.perf_counter() - began[1]
-
-    return timed
-
-  def _in_twin(self, call):
-    """Verbs of the twin, which runs in a thread of its own while the one that asks waits."""
-
-    @functools.wraps(call)
-    def timed(*args):
-      began = time.thread_time()
-      try:
-        return call(*args)
-      finally:
-        if self._depth:
-          self.processor += time.thread_time() - began
+        self.seconds += 0.0 if self._depth else time.perf_counter() - began
 
     return timed
 
@@ -128,10 +106,9 @@ def main():
   runs: dict[str, list[dict]] = {}
 
   def run(what: str, on: bool, texts) -> None:
-    stopwatch.reset()
+    stopwatch.seconds = 0.0
     result = burst(engines[on], texts)
-    result["prefix_share"] = stopwatch.processor / result["seconds"]
-    result["wall_share"] = stopwatch.wall / result["seconds"]
+    result["prefix_share"] = stopwatch.seconds / result["seconds"]
     runs.setdefault(what, []).append(result)
 
   for _ in range(1 + max(3, args.rounds // 3)):

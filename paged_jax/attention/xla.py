@@ -7,10 +7,10 @@ ragged batch costs the pages that it sees:
     # pages    0 1 2 3 4 5 6 7 8 9 a b c d
     # chunks  [. . . . . . . .][. .][. .][. .]    as many large ones as fit, then small ones
 
-A block of one token, a row that decodes beside prompts, computes that one alone: 0.4-0.65x the time.
+A block of one token, a row that decodes beside prompts, computes that one alone.
 A chunk of pages is one gather of (page, layer) pairs, small enough to stay in the processor's cache.
-Several blocks at once (2 to 8, as one batch) take on CPU 0.6-1.6x the time where rows have one length,
-and up to 2x where they have not; measured 2026-11.
+Several blocks at once (2 to 8, as one batch) took on CPU 0.8-1.2x the time for rows of one length
+and up to 1.9x for others, measured 2026-11.
 
 Letters as in types.py; M = queries of a block x query heads per KV head, C pages per chunk,
 X = C*T positions of a chunk.

@@ -451,15 +451,14 @@ class Engine:
     scheduler = self._scheduler
     commands = self._take_arrivals()
     going = any(sample.draws or sample.unread for sample in self._queue.running.values())
-    if commands or (scheduler.ended and not going):
+    read = bool(commands) or (bool(scheduler.ended) and not going)
+    if read:
       self._drain()
       if commands:
         self._tell_all()
       for command in commands:
         command()
-      scheduler.tidy()
-      scheduler.admit()
-    elif scheduler.may_admit():
+    if read or scheduler.may_admit():
       scheduler.tidy()
       if not scheduler.admit():
         self._drain()

@@ -206,34 +206,34 @@ class Scheduler:
   def _place(self, sample: Sample) -> None:
     """Rows and pages for what the sample already has, if there is room for its next call, too."""
     manager, origin = self.manager, sample.origin
+    growth = self.growth(self.config.num_steps)
     longest = max(beam.length for beam in sample.beams)
     ahead = longest + self.config.num_steps * self.calls.width
     most = self.most_pages(len(sample.entry.prompt), len(sample.beams), ahead)
     if sample.swapped:
-      self._check_room(most)
+      self._check_room(most + growth)
       handles = [beam.handle for beam in sample.beams if beam.handle]
       manager.swap_in_many(handles)
       for beam, handle in zip(sample.beams, handles):
         beam.swapped = False
         self._run(beam, handle)
     elif origin is not None and origin.handle and sample.could_share(origin):
-      self._check_room(self.pages(ahead) - self.pages(sample.length) + 2)
+      self._check_room(self.pages(ahead) - self.pages(sample.length) + 2 + growth)
       handle = manager.clone(origin.handle, sample.number, num_tokens=sample.length - 1)
       sample.decoding = True
       self._run(sample, handle)
     else:
       text, later = np.array(sample.text, np.int32), most - self.pages(sample.length) + 1
-      self._check_room(later + manager.pages_to_begin(text))  # before it looks for room
+      reserve = later + growth if self.queue.running else 0
+      self._check_room(manager.pages_to_begin(text) + reserve)  # before it looks for room
       requests = [Request(sample.number, tokens=text)]
       requests += [Request(beam.number) for beam in sample.beams[1:]]
-      reserve = later + self.growth(self.config.num_steps) if self.queue.running else 0
       handles = manager.allocate_many(requests, reserve=reserve, wait=False)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle)
 
   def _check_room(self, needed: int) -> None:
-    """Raises unless that many pages, and what the running samples may take, are to be had."""
-    needed += self.growth(self.config.num_steps)
+    """Raises unless so many pages are to be had, or nobody runs who might give some back."""
     if self.queue.running and self.manager.num_free < needed:
       free = self.manager.num_free + self.manager.num_reclaimable
       if free < needed:
@@ -250,9 +250,11 @@ class Scheduler:
 
   def preempt(self, sample: Sample) -> None:
     """Takes a sample's row and pages; all calls have been read."""
-    decoding = all(beam.decoding for beam in sample.beams)
+    swaps = all(beam.decoding for beam in sample.beams) and self.swaps(sample)
+    if sample in self._unstored and not swaps:  # it may find some of its pages again
+      self.manager.store_prefixes(self._beginning(sample))
     self.withdraw(sample)
-    if not (decoding and self.swaps(sample) and self._swap_out(sample)):
+    if not (swaps and self._swap_out(sample)):
       self.forget(sample)
     self.queue.add(sample.beams)
 

@@ -788,7 +788,7 @@ class Manager:
     Raises:
       UnmappedToken: A sequence does not hold that many tokens, or has slid; nothing is stored.
     """
-    with self._transition(wait=wait or self.options.scrub):
+    with self._transition(wait=wait):
       keys = [self._key(prefix) for prefix in prefixes]
       held: list[int] = []
       dropped: list[int] = []

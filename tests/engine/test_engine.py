@@ -161,6 +161,59 @@ def test_a_request_that_shares_its_last_page_with_the_cache_alone_gets_it():
   finish(e)
 
 
+def test_a_prompt_is_stored_when_somebody_waits_who_begins_alike_or_when_it_ends():
+  e = engine()
+  first = e.submit((*range(9), 20), Sampling(max_new_tokens=20))
+  other = e.submit((7,) * 9, Sampling(max_new_tokens=20))
+  for _ in range(3):
+    e.step()
+  assert first.tokens[0] and e.manager.prefix_stats().entries == 0
+  alike = e.submit((*range(9), 21), Sampling(max_new_tokens=3))
+  e.step()
+  assert alike.num_cached == 8 and e.manager.prefix_stats().entries == 1
+  finish(e)
+  assert (first.tokens[0], other.tokens[0], alike.tokens[0]) == (
+    tiny.greedy((*range(9), 20), 20), tiny.greedy((7,) * 9, 20), tiny.greedy((*range(9), 21), 3)
+  )  # fmt: skip
+
+
+def test_who_is_to_be_computed_again_finds_what_is_left_of_its_pages():
+  e = engine(preemption="recompute")
+  handle = e.submit(range(10), Sampling(max_new_tokens=9))
+  e.step()
+  e.step()
+  force_preemption(e)
+  finish(e)
+  assert handle.tokens == [tiny.greedy(range(10), 9)]
+  assert e.counts.recomputations == 1 and e.counts.cached_tokens >= 8
+
+
+def test_nobody_is_admitted_while_the_prompts_on_rows_fill_the_next_call():
+  e = engine()  # a call takes 16 tokens of prompts
+  e.submit((1,) * 40, Sampling(max_new_tokens=3))
+  e.step()
+  late = e.submit((2, 3), Sampling(max_new_tokens=3))
+  e.step()  # 24 are left before it
+  assert e.num_waiting == 1
+  e.step()  # 8 are
+  assert e.num_waiting == 0
+  finish(e)
+  assert late.tokens == [tiny.greedy((2, 3), 3)]
+
+
+def test_who_found_no_row_is_admitted_once_there_is_one_however_many_pages_are_free():
+  e = engine()
+  long = [e.submit((n,), Sampling(max_new_tokens=40)) for n in range(7)]
+  short = e.submit((8,), Sampling(max_new_tokens=6))
+  last = e.submit((9,), Sampling(max_new_tokens=2))
+  while not short.done:
+    e.step()
+  for _ in range(3):
+    e.step()
+  assert last.tokens[0] and not any(handle.done for handle in long)
+  finish(e)
+
+
 def test_samples_of_a_request_share_its_pages():
   e = engine(num_pages=12, options=dict(prefix_cache=False))
   prompt = tuple(range(16))

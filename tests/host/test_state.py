@@ -90,7 +90,10 @@ def test_a_report_is_taken_over_while_the_next_program_runs():
     slow = m.run(dawdle, num_turns)
   m.settle(but=1)
   assert (m.num_free, m.num_mapped) == (free - 1, 2)
+  m.settle(but=1)  # it is so already
   assert not slow.is_ready()
+  with pytest.raises(ValueError, match="but must be an integer of at least 0, got -1"):
+    m.settle(but=-1)
 
 
 def test_tokens_that_come_with_a_report_are_recorded_and_may_be_stored():
