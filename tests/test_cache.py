@@ -385,6 +385,26 @@ def test_a_decode_loop_does_not_copy_the_pool():
   assert_in_place(functools.partial(decode, num_steps=8), cache)
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+def test_attention_over_rows_of_one_token_and_of_many_does_not_copy_the_pool(batched):
+  def mixed(cache, rows, positions):
+    plan = paged_jax.plan(cache, rows, positions, implementation="xla")
+    assert plan.block_size > 1
+
+    def layer(carry, index):
+      cache, x = carry
+      cache = paged_jax.write(cache, index, x, -x, plan)
+      return (cache, x + paged_jax.attend(x, cache, index, plan)), None
+
+    return jax.lax.scan(layer, (cache, jnp.ones((24, 2, 16))), jnp.arange(4, dtype=jnp.int32))[0]
+
+  args = (abstract(BIG), *[jax.ShapeDtypeStruct((24,), jnp.int32)] * 2)
+  if batched:
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), args)
+    mixed = jax.vmap(mixed)
+  assert_in_place(mixed, *args)
+
+
 def test_a_copy_of_the_pool_is_caught():
   def careless(cache, num_tokens):
     after, info = paged_jax.extend(cache, num_tokens)
