@@ -152,7 +152,8 @@ def arguments(step: Step, sharding):
   b, s = step.num_tokens, step.num_rows
   page = 32, step.num_kv_heads, step.page_size, 2 * step.head_dim
   num_pages = POOL_BYTES // (math.prod(page) * np.dtype(step.dtype).itemsize)
-  blocks, _ = jax.eval_shape(lambda rows: attention.schedule(rows, s)[:2], shape(b))
+  block_size = attention.block_size("gpu", b, s)
+  blocks, _ = jax.eval_shape(lambda rows: attention.schedule(rows, s, block_size), shape(b))
   tokens, rows = shape(b), shape(s)
   return (
     shape(b, step.num_heads, step.head_dim, dtype=step.dtype),
@@ -160,7 +161,7 @@ def arguments(step: Step, sharding):
     shape(),
     Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool")),
     Plan(tokens, tokens, tokens, shape(b, dtype="bool"), shape(*blocks.shape), shape(*blocks.shape),
-         block_size=min(64, max(1, b // s)), implementation="gpu"),
+         block_size=block_size, implementation="gpu"),
   )  # fmt: skip
 
 

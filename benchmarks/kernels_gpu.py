@@ -115,7 +115,8 @@ def ours(case: Case, d: Data, implementation: str):
     attend = functools.partial(attend, interpret=True)
   b = case.batch
   rows = jnp.arange(b, dtype=jnp.int32)
-  blocks, block_lengths, block_size = attention.schedule(rows, b)
+  block_size = attention.block_size(implementation, b, b)
+  blocks, block_lengths = attention.schedule(rows, b, block_size)
   plan = Plan(rows, d.lengths - 1, rows, jnp.ones(b, bool), blocks, block_lengths,
               block_size=block_size, implementation=implementation)  # fmt: skip
   starts = jnp.zeros(b, jnp.int32)

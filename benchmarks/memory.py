@@ -42,7 +42,7 @@ def hit_rate(requests: list[list[int]], capacity: int) -> float:
     found, asked = found + match.length, asked + len(ids)
     fresh = [Held(page=number + i) for i in range(len(ids) - match.length)]
     number += len(fresh)
-    index.store(None, tokens, match.held + fresh, busy=lambda held: False)
+    index.store(None, tokens, lambda n, held=match.held + fresh: held[n:], busy=lambda held: False)
     kept += len(fresh)
     while kept > capacity:
       node = next(index.candidates(lambda held: True), None)

@@ -92,7 +92,9 @@ def plan(
   ordered = _ordered(known, positions, s)
   own = private & (positions >= starts) & (positions < lengths) & ordered
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
-  blocks, block_lengths, block_size = attention.schedule(jnp.where(ordered, known, s), s)
+  implementation = attention.choose(implementation, cache.pages)
+  block_size = attention.block_size(implementation, rows.shape[0], s)
+  blocks, block_lengths = attention.schedule(jnp.where(ordered, known, s), s, block_size)
   return Plan(
     rows=known,
     positions=positions,
@@ -101,7 +103,7 @@ def plan(
     blocks=blocks,
     block_lengths=block_lengths,
     block_size=block_size,
-    implementation=attention.choose(implementation, cache.pages),
+    implementation=implementation,
   )
 
 

@@ -6,6 +6,7 @@ import pytest
 from scripts import run
 
 
+@pytest.mark.once
 def test_preemption_times_both_ways(tmp_path):
   found = run("preemption.py", "--smoke", "--rounds", 2, "--picture", tmp_path / "it.png")
   (row,) = found["rows"]
@@ -26,6 +27,7 @@ def trace(tmp_path):
 
 
 # 16 run at once, on 16 pages of 64 tokens each, 8 of which all but the first step's four share.
+@pytest.mark.once
 @pytest.mark.parametrize(
   "pool, preemption, preempted",
   [(160, "swap", None), (128, "swap", "swaps"), (128, "recompute", "recomputations")],

@@ -84,6 +84,7 @@ def test_stop_text_ends_a_sample_and_is_not_shown(paged_jax, folder, tmp_path):
   assert len(tokens) < 20
 
 
+@pytest.mark.once
 def test_prompts_come_from_arguments_a_file_or_standard_input(paged_jax, folder, tmp_path):
   lines = tmp_path / "prompts.txt"
   lines.write_text("one\ntwo\n", encoding="utf-8")
@@ -119,6 +120,7 @@ def test_ids_go_in_and_out_without_a_tokenizer(paged_jax, folder, tmp_path):
   assert "[prompt 2]\n" + " ".join(map(str, ids[1])) in out
 
 
+@pytest.mark.once
 def test_a_long_prompt_gets_the_room_that_is_left_in_the_dtype_asked_for(paged_jax, folder):
   code, _, err = paged_jax("generate", "a" * 60, "--model", folder, "--dtype", "bfloat16")
   assert code == 0
@@ -138,6 +140,7 @@ def test_doctor_shows_what_would_be_chosen(paged_jax):
     assert line in out
 
 
+@pytest.mark.once
 def test_demo_prints_a_few_frames_and_a_summary(paged_jax):
   code, out, _ = paged_jax("demo")
   assert code == 0
@@ -262,6 +265,7 @@ def test_a_missing_extra_is_named_with_its_cure(command, missing):
 # A real process.
 
 
+@pytest.mark.once
 def test_a_process_gives_the_tokens_of_transformers(tmp_path):
   golden = Path(__file__).parent / "models" / "goldens" / "llama3"
   tokens = np.load(golden / "golden.npz")["tokens"].tolist()

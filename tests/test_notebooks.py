@@ -20,6 +20,7 @@ def pictures(notebook):
   return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.once
 @SOURCES
 def test_notebook_runs_without_errors(source, tmp_path, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(paged_jax.__file__).parent.parent))

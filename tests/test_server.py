@@ -461,6 +461,7 @@ def folder(tmp_path):
   return tmp_path / "bytes"
 
 
+@pytest.mark.once
 def test_the_command_serves_until_interrupted(folder):
   command = [sys.executable, "-m", "paged_jax.cli", "serve", "--model", folder, "--port", "0"]
   command += ["--prompt-size", "16", "--num-rows", "4", "--num-host-pages", "0"]

@@ -55,19 +55,27 @@ def _backend(implementation: str) -> ModuleType:
   return importlib.import_module(f"paged_jax.attention.{implementation}")
 
 
-def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]:
+def block_size(implementation: str, num_tokens: int, num_rows: int) -> int:
+  """Most tokens in a block of queries: a backend's own choice, or as many as rows have on average."""
+  backend = _backend(implementation)
+  if hasattr(backend, "block_size"):
+    return backend.block_size(num_tokens, num_rows)
+  return min(_MAX_BLOCK_SIZE, 1 << max(0, (num_tokens // num_rows).bit_length() - 1))
+
+
+def schedule(rows: jax.Array, num_rows: int, block_size: int) -> tuple[jax.Array, jax.Array]:
   """Cuts a ragged batch into blocks of queries, each of one row.
 
   Args:
     rows: i32[B] row of each token, each row in one piece; `num_rows` is padding, anywhere between.
     num_rows: S, a static number.
+    block_size: Most tokens in a block, a static number.
 
   Returns:
-    The first token of each block i32[G], its number of tokens i32[G], and the static size that
-    no block exceeds. Spare blocks start at B and have no token.
+    The first token of each block i32[G], and its number of tokens i32[G]. Spare blocks start at B
+    and have no token.
   """
   b = rows.shape[0]
-  block_size = min(_MAX_BLOCK_SIZE, 1 << max(0, (b // num_rows).bit_length() - 1))
   num_blocks = (b + min(num_rows, b) * (block_size - 1)) // block_size
   tokens = jnp.arange(b, dtype=jnp.int32)
   fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
@@ -78,7 +86,7 @@ def schedule(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, int]
   leader = jnp.where(leads, owner, num_blocks)
   blocks = jnp.full(num_blocks, b, jnp.int32).at[leader].set(tokens, mode="drop")
   lengths = jnp.zeros(num_blocks, jnp.int32).at[owner].add(1, mode="drop")
-  return blocks, lengths, block_size
+  return blocks, lengths
 
 
 def attend(

@@ -7,7 +7,6 @@ ragged batch costs the pages that it sees:
     # pages    0 1 2 3 4 5 6 7 8 9 a b c d
     # chunks  [. . . . . . . .][. .][. .][. .]    as many large ones as fit, then small ones
 
-A block of one token, a row that decodes beside prompts, computes that one alone.
 A chunk of pages is one gather of (page, layer) pairs, small enough to stay in the processor's cache.
 Several blocks at once (2 to 8, as one batch) took on CPU 0.8-1.2x the time for rows of one length
 and up to 1.9x for others, measured 2026-11.
@@ -27,20 +26,31 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
 from paged_jax.types import Pages, Plan, Tables
 
+# A block computes the least of these numbers of tokens that holds its own: 1 for a row that
+# decodes, 16 for one that verifies drafts. Measured 2026-11 on two cores: prompts of 100 tokens
+# beside rows that decode take 0.55-0.7x the time that they take in blocks of 8, the average of
+# these rows; 32 for 64 is as good.
+QUERIES = (1, 16, 64)
+
 # Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on an AMD EPYC (Zen 4, 1 MB
 # L2 per core), jax 0.10.2 and 0.12.0: on one core half as much is as fast and twice is 1.1-1.4x
 # slower; on two, from half to twice makes 0.9-1.2x, in no one direction.
 CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
 
-# Most positions in the chunks at a row's end. Rows of 20 to 110 positions take 0.3-0.45x the time that
-# they take in large chunks alone; with 64 or 256 the engine has 0.8-1.07x the throughput.
-LAST_CHUNK_TOKENS = 128
+# Most positions in the chunks at a row's end. Rows of 20 to 110 positions take 0.3-0.45x the time
+# that they take in large chunks alone; prompts of 100 tokens 0.85x that with 128.
+LAST_CHUNK_TOKENS = 64
 
 
 def refusal(pages: Pages) -> None:
   """Nothing: every cache is served."""
   del pages
+
+
+def block_size(num_tokens: int, num_rows: int) -> int:
+  """Most tokens of a row that are attended at once: more than one unless every row may decode."""
+  return min(QUERIES[-1], num_tokens) if num_tokens > num_rows else 1
 
 
 def attend(
@@ -56,56 +66,73 @@ def attend(
   sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, num_layers, h, t, _ = pages_lib.sizes(pages)
-  blocks = blocks_lib.make(q, h, tables, plan, window)
+  n, num_layers, h, t, d = pages_lib.sizes(pages)
+  b, num_heads, _ = q.shape
+  repeats = num_heads // h
   large, small = _chunks(pages, tables)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
 
-  def attend_first(m: int, block: blocks_lib.Blocks):
-    """The first `m` queries of a block over its row; nothing comes of the others."""
-    rest = block.queries.shape[1] - m
-    block = block._replace(queries=block.queries[:, :m], first=block.first[:m], last=block.last[:m])
-    begin, end = jnp.min(block.first), jnp.max(block.last) + 1
+  def attend_block(m: int, g: jax.Array, outs: tuple[jax.Array, jax.Array]):
+    """Block `g`, of at most `m` tokens, over its row."""
+    at = jnp.minimum(plan.blocks[g], b - m)
+    nth = at + jnp.arange(m, dtype=jnp.int32) - plan.blocks[g]
+
+    def of_block(x):
+      return jax.lax.dynamic_slice_in_dim(x, at, m)
+
+    live = (nth >= 0) & (nth < plan.block_lengths[g]) & of_block(plan.ok)
+    row = plan.rows.at[plan.blocks[g]].get(mode="clip")
+    last = jnp.where(live, of_block(plan.positions), -1)
+    start = tables.starts.at[row].get(mode="clip")
+    first = jnp.where(live, jnp.maximum(start, last - window + 1), jnp.iinfo(jnp.int32).max)
+    begin, end = jnp.min(first), jnp.max(last) + 1
+    first, last = (jnp.repeat(x, repeats)[:, None] for x in (first, last))
+    queries = of_block(q).reshape(m, h, repeats, d).swapaxes(0, 1).reshape(h, -1, d)
 
     def add_chunk(first_page, chunk, c, sums):
       """Adds the `c`-th `chunk` pages from the row's `first_page` i32[] on."""
       columns = first_page + c * chunk + jnp.arange(chunk, dtype=jnp.int32)
-      ids = tables.block_tables.at[block.rows, columns].get(mode="fill", fill_value=n)
+      ids = tables.block_tables.at[row, columns].get(mode="fill", fill_value=n)
       j = (columns[:, None] * t + jnp.arange(t, dtype=jnp.int32)[None]).reshape(-1)
-      live = (j >= begin) & (j < end) & jnp.repeat(ids < n, t) & (layer < num_layers)
-      k, v = _load(pages, layer, ids, live)
-      logits = _dot("hmd,hxd->hmx", block.queries.astype(dtype), k.astype(dtype)) * scale
+      there = (j >= begin) & (j < end) & jnp.repeat(ids < n, t) & (layer < num_layers)
+      k, v = _load(pages, layer, ids, there)
+      logits = _dot("hmd,hxd->hmx", queries.astype(dtype), k.astype(dtype)) * scale
       if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-      seen = (j[None] >= block.first[:, None]) & (j[None] <= block.last[:, None]) & live[None]
+      seen = (j[None] >= first) & (j[None] <= last) & there[None]
       logits = jnp.where(seen[None], logits, -jnp.inf)
       return softmax.step(
         sums, logits, lambda p: _dot("hmx,hxd->hmd", p.astype(dtype), v.astype(dtype))
       )
 
-    sums, page = blocks_lib.start(block.queries, sinks), begin // t
-    num_large = jnp.maximum(end - page * t + t - 1, 0) // t // large
-    sums = jax.lax.fori_loop(0, num_large, functools.partial(add_chunk, page, large), sums)
-    page += num_large * large
+    sums, page = blocks_lib.start(queries, sinks), begin // t
+    if large > small:
+      num_large = jnp.maximum(end - page * t + t - 1, 0) // t // large
+      sums = jax.lax.fori_loop(0, num_large, functools.partial(add_chunk, page, large), sums)
+      page += num_large * large
     num_small = -(-(end - page * t) // (small * t))
     sums = jax.lax.fori_loop(0, num_small, functools.partial(add_chunk, page, small), sums)
-    out, lse = (jnp.pad(x, ((0, 0), (0, rest), (0, 0))) for x in softmax.finish(sums))
-    return out, lse
 
-  def attend_next(g, outs):
-    block = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, g, keepdims=False), blocks)
-    which = jnp.minimum(plan.block_lengths[g], len(branches)) - 1
-    return tuple(out.at[g].set(x) for out, x in zip(outs, jax.lax.switch(which, branches, block)))
+    def updated(out, new):
+      new = new.reshape(h, m, repeats, -1).swapaxes(0, 1).reshape(m, num_heads, *out.shape[2:])
+      mask = live.reshape(-1, *[1] * (out.ndim - 1))
+      new = jnp.where(mask, new.astype(out.dtype), of_block(out))
+      return jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)
 
-  repeats = q.shape[1] // h
-  # In a mixed batch a block of a decoding row has one token, and one of a prompt's has many.
-  branches = [
-    functools.partial(attend_first, m) for m in sorted({repeats, plan.block_size * repeats})
-  ]
-  out = jnp.zeros_like(blocks.queries, jnp.float32)
-  outs = (out, jnp.full_like(out[..., :1], -jnp.inf))
-  outs = jax.lax.fori_loop(0, jnp.sum(plan.block_lengths > 0), attend_next, outs)
-  return blocks_lib.by_token(q, blocks, *outs)
+    return tuple(updated(*pair) for pair in zip(outs, softmax.finish(sums)))
+
+  outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
+  smaller = 0
+  largest = min(plan.block_size, b)
+  # Sizes that are more than half of the largest are not worth a loop of their own.
+  for m in sorted({largest, *(size for size in QUERIES if size == 1 or 2 * size <= largest)}):
+    mine = (plan.block_lengths > smaller) & (plan.block_lengths <= m)
+    (blocks,) = jnp.nonzero(mine, size=len(mine), fill_value=0)
+    outs = jax.lax.fori_loop(
+      0, jnp.sum(mine), lambda i, outs, m=m, blocks=blocks: attend_block(m, blocks[i], outs), outs
+    )
+    smaller = m
+  return outs
 
 
 def _chunks(pages: Pages, tables: Tables) -> tuple[int, int]:

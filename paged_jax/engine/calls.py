@@ -7,7 +7,7 @@ The device runs ahead: while one call computes, the host reads the report of the
 """
 
 import collections
-import itertools
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ class Drawn(NamedTuple):
 
 
 class _Call(NamedTuple):
-  report: program.Report
+  packed: jax.Array  # its report
+  like: program.Report  # what that unpacks to
   samples: dict[int, Sample]  # those that draw, by row
   num_steps: int
 
@@ -119,25 +120,26 @@ class Calls:
         self.changed[beam.row] = beam
     samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
     searching = any(sample.searching for sample in samples.values())
-    report = self.run(prompts, num_steps, searching=searching)
+    packed = self.run(prompts, num_steps, searching=searching)
     for sample in starting:
       fresh = sample.entry.logits is None and not sample.tokens  # they follow the prompt itself
       if fresh and self._manager.options.prefix_cache:
         sample.entry.logits = _take(self._past, np.int32(sample.row))
     for sample in samples.values():
       sample.pending += num_steps
-    self._calls.append(_Call(report, samples, num_steps))
+    like = _like(num_steps, self.width, self._config.num_rows, searching)
+    self._calls.append(_Call(packed, like, samples, num_steps))
 
   def run(
     self, prompts: program.Prompts | None, num_steps: int, *, searching: bool = False
-  ) -> program.Report:
-    """One call, rows that have changed edited first."""
+  ) -> jax.Array:
+    """One call, rows that have changed edited first; its packed report."""
     edits = self._edits()
-    self._rows, self._past, report = self._manager.run(
+    self._rows, self._past, packed = self._manager.run(
       _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
       drafter=self._drafter, num_beams=self._max_beams if searching else 1,
     )  # fmt: skip
-    return report
+    return packed
 
   def warm_up(self) -> None:
     """Compiles what moves texts and logits into and out of row 0, which must be idle."""
@@ -207,14 +209,13 @@ class Calls:
     """Reads the oldest report."""
     call = self._calls.popleft()
     began = time.perf_counter()
-    report = jax.device_get(call.report)
+    report = program.unpack(np.asarray(call.packed), call.like)
     self._counts.seconds_waited += time.perf_counter() - began
     self._counts.copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
-    widths = np.arange(report.tokens.shape[1])
-    taken = widths[:, None] < report.counts[:, None]
-    rows = [x.reshape(-1, x.shape[-1]).T.tolist() for x in (taken, report.tokens, report.logprobs)]
+    remaining, broken = report.remaining.tolist(), report.broken.tolist()
+    texts = _texts(report)
     for row, sample in call.samples.items():
       sample.pending -= call.num_steps
       if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
@@ -222,16 +223,30 @@ class Calls:
       if sample.searching:
         beams[row] = sample
         continue
-      new, tokens, logprobs = (x[row] for x in rows)
-      drawn.append(Drawn(
-        sample,
-        [*sample.tokens, *itertools.compress(tokens, new)],
-        [*sample.logprobs, *itertools.compress(logprobs, new)],
-        ended=bool(report.remaining[row] == 0),
-        broken=bool(report.broken[row]),
-      ))  # fmt: skip
+      tokens, logprobs = texts[row]
+      tokens, logprobs = sample.tokens + tokens, sample.logprobs + logprobs
+      drawn.append(Drawn(sample, tokens, logprobs, remaining[row] == 0, broken[row]))
     self._manager.settle(but=len(self._calls))  # the twin has caught up by now
     return drawn + _searched(report, beams)
+
+
+@functools.cache
+def _like(num_steps: int, width: int, num_rows: int, searching: bool) -> program.Report:
+  """Shapes and dtypes of a report."""
+  made = functools.partial(program.blank, num_steps, width, num_rows, searching=searching)
+  return jax.eval_shape(made)
+
+
+def _texts(report: program.Report) -> list[tuple[list[int], list[float]]]:
+  """The new tokens of each row, and their log-probabilities."""
+  nth = np.arange(report.tokens.shape[1])
+  taken = (nth[:, None] < report.counts[:, None]).transpose(2, 0, 1)  # [S,K,W]
+  tokens, logprobs = (
+    x.transpose(2, 0, 1)[taken].tolist() for x in (report.tokens, report.logprobs)
+  )
+  ends = np.cumsum(report.counts.sum(axis=0)).tolist()
+  parts = [slice(*pair) for pair in zip([0, *ends], ends)]
+  return [(tokens[part], logprobs[part]) for part in parts]
 
 
 def _searched(report: program.Report, beams: dict[int, Sample]) -> list[Drawn]:

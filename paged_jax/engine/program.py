@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import paged_jax
 from paged_jax import tables
@@ -83,6 +84,43 @@ class Report(NamedTuple):
   beams: BeamReport | None  # None: nobody searches
 
 
+def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Report:
+  """A report of nothing."""
+  k, w, s = num_steps, width, num_rows
+  own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (k, s))
+  return Report(
+    tokens=jnp.zeros((k, w, s), jnp.int32),
+    logprobs=jnp.zeros((k, w, s), jnp.float32),
+    counts=jnp.zeros((k, s), jnp.int32),
+    remaining=jnp.zeros(s, jnp.int32),
+    broken=jnp.zeros(s, bool),
+    copies=jnp.zeros((), jnp.int32),
+    beams=BeamReport(own, jnp.zeros(s, jnp.float32)) if searching else None,
+  )
+
+
+def pack(report: Report) -> jax.Array:
+  """A report as one array i32[X], since the host pays for each array that it reads."""
+
+  def bits(x):
+    real = x.dtype == jnp.float32
+    return jax.lax.bitcast_convert_type(x, jnp.int32) if real else x.astype(jnp.int32)
+
+  return jnp.concatenate([bits(x).reshape(-1) for x in jax.tree.leaves(report)])
+
+
+def unpack(packed: np.ndarray, like: Report) -> Report:
+  """The report, as NumPy arrays of the shapes and dtypes of those of `like`."""
+  leaves, structure = jax.tree.flatten(like)
+  ends = np.cumsum([x.size for x in leaves])
+  parts = np.split(packed, ends[:-1])
+  values = [
+    (part.view(x.dtype) if x.dtype == np.float32 else part.astype(x.dtype)).reshape(x.shape)
+    for part, x in zip(parts, leaves)
+  ]
+  return jax.tree.unflatten(structure, values)
+
+
 class _State(NamedTuple):
   step: jax.Array
   cache: Cache
@@ -104,7 +142,7 @@ def run(
   num_steps: int,
   drafter: Drafter | None = None,
   num_beams: int = 1,
-) -> tuple[Cache, Log, tuple[Rows, Past, Report]]:
+) -> tuple[Cache, Log, tuple[Rows, Past, jax.Array]]:
   """Runs up to `num_steps` decode steps; the first one carries the prompts along.
 
   The caller sees to the pages: a row that gets none waits.
@@ -122,7 +160,7 @@ def run(
     num_beams: The most rows that a beam search has; 1 = nobody searches.
 
   Returns:
-    As `Manager.run` wants it: cache, log, and (rows, past, report).
+    As `Manager.run` wants it: cache, log, and (rows, past, packed report).
   """
   s = cache.ledger.num_rows
   rows = jax.tree.map(
@@ -131,21 +169,15 @@ def run(
     rows,
   )
   w = 1 if drafter is None else 1 + drafter.num_drafts
-  own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (num_steps, s))
+  report = blank(num_steps, w, s, searching=num_beams > 1)._replace(remaining=rows.remaining)
+  if report.beams is not None:
+    report = report._replace(beams=report.beams._replace(scores=rows.scores))
   state = _State(
     step=jnp.zeros((), jnp.int32),
     cache=cache,
     rows=rows,
     past=past,
-    report=Report(
-      tokens=jnp.zeros((num_steps, w, s), jnp.int32),
-      logprobs=jnp.zeros((num_steps, w, s), jnp.float32),
-      counts=jnp.zeros((num_steps, s), jnp.int32),
-      remaining=rows.remaining,
-      broken=jnp.zeros(s, bool),
-      copies=jnp.zeros((), jnp.int32),
-      beams=BeamReport(own, rows.scores) if num_beams > 1 else None,
-    ),
+    report=report,
     growth=jnp.zeros((num_steps, s), jnp.int32),
     kept=jnp.full((num_steps, s), -1, jnp.int32),
   )
@@ -156,12 +188,13 @@ def run(
   def unfinished(state):
     return (state.step < num_steps) & jnp.any(state.rows.remaining > 0)
 
-  state = jax.lax.while_loop(unfinished, lambda state: step(state, None), state)
+  if num_steps > (prompts is not None):
+    state = jax.lax.while_loop(unfinished, lambda state: step(state, None), state)
   ran = [("extend", state.growth)]
   ran += [("trim", state.kept)] if drafter is not None else []
   ran += [("reorder", state.report.beams.sources)] if state.report.beams else []
   log = Log(operands=tuple((x,) for _, x in ran), verbs=tuple(verb for verb, _ in ran))
-  return state.cache, log, (state.rows, state.past, state.report)
+  return state.cache, log, (state.rows, state.past, pack(state.report))
 
 
 class _Pass(NamedTuple):

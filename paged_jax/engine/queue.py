@@ -83,6 +83,8 @@ class Sample:
     """Whether the next call may draw for it."""
     if not self.decoding or self.swapped or self.resting or self.completion is not None:
       return False
+    if not self.searching:
+      return self.remaining > self.pending
     return all(beam.remaining > self.pending for beam in self.beams)
 
   @property

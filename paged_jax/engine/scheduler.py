@@ -41,16 +41,19 @@ class Scheduler:
 
   def growth(self, num_steps: int) -> int:
     """Most pages that a call of so many steps may take, with those in flight."""
-    pages, lengths = 0, {}
-    for sample in self.queue.running.values():
-      steps = sample.pending + (num_steps if sample.draws else 0)
+    pages, width = 0, self.calls.width
+    lengths = np.zeros(self.config.cache.num_rows, np.int32)
+    for row, sample in self.queue.running.items():
+      steps = sample.pending
+      if num_steps and sample.draws:
+        steps += num_steps
       if not steps:
         continue
       if not sample.searching:
-        lengths[sample.handle] = min(sample.length - 1 + steps * self.calls.width, sample.limit)
+        lengths[row] = min(sample.length - 1 + steps * width, sample.limit)
       elif sample is sample.beams[0]:
         longest = max(beam.length for beam in sample.beams)
-        most = min(longest - 1 + steps * self.calls.width, sample.limit)
+        most = min(longest - 1 + steps * width, sample.limit)
         handles = [beam.handle for beam in sample.beams if beam.handle]
         pages += self.manager.pages_to_search(handles, most, len(sample.entry.prompt))
     return pages + self.manager.pages_to_reach(lengths)
@@ -123,13 +126,13 @@ class Scheduler:
       others' room, moves, or starts on another one's pages.
     """
     batch: list[Sample] = []
-    room, (being_read, cached) = self._spare(), self._beginnings()
+    (growth, room), (being_read, cached) = self._room(), self._beginnings()
     shares = self.config.options.prefix_cache
     self._refused = (None, 0)
     for sample in list(self.queue.waiting):
       alike = [x for x in batch if shares and x.entry.beginning == sample.entry.beginning]
       if alike and sample.entry.beginning not in cached | {None}:
-        batch = self._allocate(batch)  # one of them computes, or has, what this one could share
+        batch = self._allocate(batch, growth)  # one computes, or has, what this one could share
         being_read, cached = self._beginnings()
       if not self._may_begin(sample, being_read):
         continue
@@ -139,34 +142,38 @@ class Scheduler:
         batch.append(sample)
         room -= self.pages(sample.length) + shares  # part of a page may have to be copied
         continue
-      batch = self._allocate(batch)
-      if len(self.calls) and (self._overtakes(sample) or not plain):
+      batch = self._allocate(batch, growth)
+      overtakes = self._overtakes(sample)
+      if self.manager.num_free_rows < len(sample.beams) and not overtakes:
+        break
+      if len(self.calls) and (overtakes or not plain):
         return False
       if not self._begin(sample):
         if self.manager.num_free_rows >= len(sample.beams):  # so it was for want of pages
           self._refused = (sample, self._available())
         break
-      room, (being_read, cached) = self._spare(), self._beginnings()
-    self._allocate(batch)
+      (growth, room), (being_read, cached) = self._room(), self._beginnings()
+    self._allocate(batch, growth)
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
     return True
 
-  def _spare(self) -> int:
-    """Pages to be had that the next call leaves."""
-    manager = self.manager
-    return manager.num_free + manager.num_reclaimable - self.growth(self.config.num_steps)
+  def _room(self) -> tuple[int, int]:
+    """Pages that the next call may take, and those to be had that it leaves."""
+    growth = self.growth(self.config.num_steps)
+    return growth, self.manager.num_free + self.manager.num_reclaimable - growth
 
-  def _allocate(self, samples: list[Sample]) -> list[Sample]:
-    """Rows, and pages for the whole text, to samples for which there is room; none are left."""
+  def _allocate(self, samples: list[Sample], growth: int) -> list[Sample]:
+    """Rows, and pages for the whole text, to samples for which there is room beside `growth`, what
+    the next call may take; none are left."""
     if not samples:
       return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
-    reserve, spare = self.growth(self.config.num_steps), 0
-    if self.config.options.prefix_cache:
+    spare = 0
+    if self.manager.num_free < growth + sum(self.pages(len(text)) + 1 for text in texts):
       ahead = _CALLS_AHEAD * self.config.num_steps
-      spare = self.growth(ahead) - reserve + len(samples) * self.pages(ahead * self.calls.width)
-    handles = self.manager.allocate_many(requests, reserve=reserve, spare=spare, wait=False)
+      spare = self.growth(ahead) - growth + len(samples) * self.pages(ahead * self.calls.width)
+    handles = self.manager.allocate_many(requests, reserve=growth, spare=spare, wait=False)
     for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
@@ -300,9 +307,9 @@ class Scheduler:
   def pieces(self) -> list[Piece]:
     """What the next call computes of texts that are not in the cache yet."""
     budget, pieces = self.config.prompt_sizes[-1], []
-    for sample in sorted(self.queue.running.values(), key=lambda sample: sample.order):
-      reading = not sample.decoding and sample is sample.beams[0] and not sample.completion
-      if reading and (budget or not sample.unread):
+    reading = [x for x in self.queue.running.values() if not (x.decoding or x.completion)]
+    for sample in sorted(reading, key=lambda sample: sample.order):
+      if sample is sample.beams[0] and (budget or not sample.unread):
         pieces.append(Piece(sample, min(budget, sample.unread)))
         budget -= pieces[-1].num_tokens
     return pieces
@@ -348,12 +355,12 @@ class Scheduler:
     failed = sample.completion is None or sample.completion.error is not None
     if handle is None or sample.row < 0 or not sample.decoding or failed:
       return []
-    prefixes = []
+    prefixes, text = [], np.array(sample.text[:-1], np.int32)
     if entry.logits is not None and handle.num_cached < len(entry.prompt) < sample.length:
-      prefixes.append(Prefix(handle, entry.prompt, entry.logits))
+      prefixes.append(Prefix(handle, text[: len(entry.prompt)], entry.logits))
       entry.logits = None
     if not sample.searching:
-      prefixes.append(Prefix(handle, sample.text[:-1]))
+      prefixes.append(Prefix(handle, text))
     return prefixes
 
   def _beginning(self, sample: Sample) -> list[Prefix]:

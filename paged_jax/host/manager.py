@@ -531,7 +531,10 @@ class Manager:
     with self._transition():
       options = self.options
       swapping = options.swapping and options.num_host_pages > 0
-      self._state.warm_up(swapping=swapping, scrubbing=options.scrub)
+      holding = (
+        options.swapping or options.prefix_cache
+      )  # pages for the host, and rows that start on them
+      self._state.warm_up(holding=holding, swapping=swapping, scrubbing=options.scrub)
 
   # What a program may take. These do not wait: they know what the last report taken over said, and
   # what came after it but for programs.
@@ -574,14 +577,12 @@ class Manager:
       request = Request(None, tokens=tokens)
       return self._needed([request], [self._match(request, encoded(tokens), touch=False)])
 
-  def pages_to_reach(self, lengths: Mapping[Handle, int]) -> int:
-    """Pages that sequences take, copies included, when they grow to `lengths` tokens."""
+  def pages_to_reach(self, lengths: np.ndarray) -> int:
+    """Pages that rows take, copies included, when they grow to `lengths` i32[S] tokens, if they have
+    fewer."""
     with self._lock:
-      now = self._state.lengths
-      then = now.copy()
-      then[[self._row(handle) for handle in lengths]] = list(lengths.values())
-      then = np.maximum(then, now)
-      size = self.config.page_size
+      now, size = self._state.lengths, self.config.page_size
+      then = np.maximum(lengths, now)
       new = -(-then // size) - -(-now // size)
       return int(new.sum() + self._copies(then - now).sum())
 
@@ -818,20 +819,23 @@ class Manager:
       if evicted is None:
         return False
       dropped += kept.given_up(evicted)
-    count = len(key) // TOKEN_BYTES
-    mapped = self._state.block_tables[sequence.row, : -(-count // self.config.page_size)]
-    pages, fresh = kept.holds.at(mapped.tolist())
+    count, known = len(key) // TOKEN_BYTES, len(held)
+    pages = self._state.block_tables[sequence.row, : -(-count // self.config.page_size)]
+
+    def keep(first: int) -> list[Held]:
+      kept_pages, fresh = kept.holds.at(pages[first:].tolist())
+      held.extend(fresh)
+      return kept_pages
+
     released = kept.prefixes.store(
-      sequence.namespace, key, pages, last_logits=prefix.last_logits, ttl=prefix.ttl,
+      sequence.namespace, key, keep, last_logits=prefix.last_logits, ttl=prefix.ttl,
       pinned=prefix.pinned, busy=kept.busy,
     )  # fmt: skip
-    unwanted = {page for page in fresh if not kept.holds.by_page[page].kept}
-    kept.holds.forget(kept.holds.by_page[page] for page in sorted(unwanted))
-    held += [page for page in fresh if page not in unwanted]
-    dropped += kept.holds.forget(each for each in released or () if each.page not in unwanted)
-    if released is not None:
-      self._event("stored", sequence.request_id, len(fresh) - len(unwanted), count)
-    return released is not None
+    if released is None:
+      return False
+    dropped += kept.holds.forget(released)
+    self._event("stored", sequence.request_id, len(held) - known, count)
+    return True
 
   def pin(
     self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None, *, pinned: bool = True

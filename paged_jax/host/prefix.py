@@ -36,8 +36,8 @@ def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
   """
   try:
     if isinstance(tokens, np.ndarray):
-      values = tokens.astype("<i4", casting="same_kind" if tokens.size else "unsafe")
-      same = tokens.ndim == 1 and bool((values == tokens).all())
+      values = tokens.astype("<i4", casting="same_kind" if tokens.size else "unsafe", copy=False)
+      same = tokens.ndim == 1 and (values is tokens or bool((values == tokens).all()))
       data = values.tobytes() if same and tokens.dtype != bool else None
     elif isinstance(tokens, bytes | bytearray):
       data = None
@@ -226,7 +226,7 @@ class PrefixIndex:
     self,
     namespace: Hashable,
     tokens: bytes,
-    held: Sequence[Held],
+    held: Callable[[int], list[Held]],
     *,
     last_logits: Any = None,
     ttl: float | None = None,
@@ -238,7 +238,8 @@ class PrefixIndex:
     Args:
       namespace: Part of the key: model, adapter, tenant, weights.
       tokens: Token ids, `encoded`.
-      held: Its ceil(length / T) pages. Those of a stored beginning are not needed.
+      held: `held(n)` are its pages from number n on; asked for once, without those of what is
+        stored already.
       last_logits: Returned when a query is exactly this sequence.
       ttl: Seconds until it is gone; None = never.
       pinned: Whether it stays until it is unpinned.
@@ -281,7 +282,7 @@ class PrefixIndex:
       heapq.heappush(self._mortal, (node.entry.expires, self._tick(), node))
 
   def _grow(
-    self, node: Node, tokens: bytes, held: Sequence[Held], tick: int
+    self, node: Node, tokens: bytes, held: Callable[[int], list[Held]], tick: int
   ) -> tuple[Node, list[Held]]:
     """A new branch under `node`, and the partial page that it makes superfluous."""
     size = self.page_size
@@ -293,7 +294,7 @@ class PrefixIndex:
       parent=node,
       tokens=tokens,
       end=end,
-      held=list(held[node.end // size : -(-end // size)]),
+      held=held(node.end // size),
       use=Use(tick, tick, num_tokens=end),
     )
     node.children[tokens[:TOKEN_BYTES]] = child

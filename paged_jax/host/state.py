@@ -21,7 +21,7 @@ from paged_jax import jitted
 from paged_jax.config import CacheConfig
 from paged_jax.types import Cache, Ledger, Log, Pages
 
-ID_SIZES = (8, 64, 512)  # batches of ids that are compiled
+ID_SIZES = (16, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
 
 
@@ -97,8 +97,8 @@ class State:
 
   def _put(self, images: list[Pages], count: int) -> list[int]:
     """The first `count` of a batch of images into fresh pages."""
-    size = len(images)
-    ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=size)
+    most = BYTE_SIZES[-1]  # one program for batches of all sizes
+    ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=most)
     if not bool(info.ok):
       raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
     self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
@@ -106,7 +106,7 @@ class State:
     self._read()
     return np.asarray(pages)[:count].tolist()
 
-  def warm_up(self, *, swapping: bool, scrubbing: bool) -> None:
+  def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
     """Compiles each verb for each size of a batch, by asking it for nothing."""
     s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
     nobody = np.full(2, s, np.int32)
@@ -114,14 +114,15 @@ class State:
     self.apply("trim", self.lengths.copy())
     self.apply("free", np.zeros(s, bool))
     self.apply("fork", nobody, nobody, np.zeros(2, np.int32))
-    for size in row_sizes(s):
+    for size in row_sizes(s) if holding else ():
       begins, lengths = np.zeros((2, size), np.int32)
       rows, pages = np.full(size, s, np.int32), np.full((size, p), n, np.int32)
       self.apply("adopt", rows, pages, lengths, begins)
     for size in ID_SIZES:
       none = np.full(size, n, np.int32)
-      self.apply("hold", none)
-      self.apply("drop", none)
+      if holding:
+        self.apply("hold", none)
+        self.apply("drop", none)
       if scrubbing:
         self.cache = self.verbs.scrub(self.cache, none)
     for size in BYTE_SIZES if swapping else ():

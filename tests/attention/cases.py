@@ -112,7 +112,8 @@ class Problem:
   def attend(self, implementation: str, **changes) -> tuple[jax.Array, jax.Array]:
     """The backend's answer; `changes` replace fields."""
     p = dataclasses.replace(self, **changes)
-    plan = dataclasses.replace(p.plan, implementation=implementation)
+    num_rows = p.tables.block_tables.shape[0]
+    plan = _plan(p.plan.rows, p.plan.positions, p.plan.ok, num_rows, implementation)
     arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
     statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
     interpreted = attention.platform(implementation) not in (None, jax.default_backend())
@@ -182,19 +183,20 @@ def build(case: Case, seed: int = 0) -> Problem:
   )  # fmt: skip
 
 
-def plan(rows, positions, num_rows: int, *, refused=()) -> Plan:
+def plan(rows, positions, num_rows: int, *, refused=(), implementation="reference") -> Plan:
   """A plan made by hand: attention reads neither slots nor refcounts."""
   rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
   ok = np.ones(len(rows), bool)
   ok[list(refused)] = False
-  return _plan(rows, positions, ok, num_rows)
+  return _plan(rows, positions, ok, num_rows, implementation)
 
 
-@partial(jax.jit, static_argnames="num_rows")
-def _plan(rows, positions, ok, num_rows: int) -> Plan:
-  blocks, block_lengths, block_size = attention.schedule(rows, num_rows)
+@partial(jax.jit, static_argnames=("num_rows", "implementation"))
+def _plan(rows, positions, ok, num_rows: int, implementation: str) -> Plan:
+  block_size = attention.block_size(implementation, rows.shape[0], num_rows)
+  blocks, block_lengths = attention.schedule(rows, num_rows, block_size)
   return Plan(rows, positions, positions, ok, blocks, block_lengths,
-              block_size=block_size, implementation="reference")  # fmt: skip
+              block_size=block_size, implementation=implementation)  # fmt: skip
 
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:

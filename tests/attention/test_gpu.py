@@ -182,7 +182,7 @@ class Shapes:
     b, s = self.num_tokens, self.num_rows
     plan = jax.eval_shape(
       lambda rows: cases.Plan(
-        rows, rows, rows, rows > 0, *attention.schedule(rows, s)[:2],
+        rows, rows, rows, rows > 0, *attention.schedule(rows, s, self.block_size),
         block_size=self.block_size, implementation="gpu",
       ),
       shape((b,), jnp.int32),
@@ -199,7 +199,7 @@ class Shapes:
 
   @property
   def block_size(self) -> int:
-    return min(64, max(1, self.num_tokens // self.num_rows))
+    return attention.block_size("gpu", self.num_tokens, self.num_rows)
 
 
 LLAMA = Shapes("Llama-3-8B", 32, 8, 128)

@@ -161,7 +161,8 @@ def test_it_lowers_for_an_h200_at_the_sizes_of(name, page_size, num_tokens):
 
   def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
     ok = jnp.ones(num_tokens, bool)
-    blocks, block_lengths, block_size = attention.schedule(token_rows, rows)
+    block_size = attention.block_size("hopper", num_tokens, rows)
+    blocks, block_lengths = attention.schedule(token_rows, rows, block_size)
     plan = Plan(token_rows, positions, positions, ok, blocks, block_lengths, block_size, "hopper")
     tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
     pages = Pages(kv, np.dtype(jnp.bfloat16))

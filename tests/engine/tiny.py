@@ -28,12 +28,15 @@ class Tiny:
   def __call__(self, tokens, cache, plan):
     """What the engine calls: one write and one attend per layer."""
     x = self.embedding[tokens] + self.positions.at[plan.positions].get(mode="clip")
-    for layer in range(LAYERS):
-      q, k, v = self.qkv(layer, x)
-      cache = paged_jax.write(cache, layer, k, v, plan)
-      heads = paged_jax.attend(q, cache, layer, plan)
-      x = x + heads.reshape(len(x), -1) @ self.out[layer]
-    return x, cache
+
+    def layer(carry, index):
+      x, cache = carry
+      q, k, v = self.qkv(index, x)
+      cache = paged_jax.write(cache, index, k, v, plan)
+      heads = paged_jax.attend(q, cache, index, plan)
+      return (x + heads.reshape(len(x), -1) @ self.out[index], cache), None
+
+    return jax.lax.scan(layer, (x, cache), jnp.arange(LAYERS, dtype=jnp.int32))[0]
 
   def logits(self, hidden):
     """f32[B,V]"""

@@ -16,10 +16,17 @@ def test_pages_to_reach_are_those_that_extend_takes():
   one = m.allocate(Request("one", 6))
   two = m.clone(one, "two")  # shares a partly filled tail page
   free = m.num_free
-  assert m.pages_to_reach({one: 6, two: 6}) == 0
-  assert m.pages_to_reach({one: 4}) == 0  # no less than it has
-  assert m.pages_to_reach({one: 8}) == 1  # the copy
-  assert m.pages_to_reach({one: 9, two: 13}) == 1 + 1 + 2  # the last sharer copies nothing
+
+  def pages(lengths):
+    by_row = np.zeros(4, np.int32)
+    for handle, length in lengths.items():
+      by_row[handle.row] = length
+    return m.pages_to_reach(by_row)
+
+  assert pages({one: 6, two: 6}) == 0
+  assert pages({one: 4}) == 0  # no less than it has
+  assert pages({one: 8}) == 1  # the copy
+  assert pages({one: 9, two: 13}) == 1 + 1 + 2  # the last sharer copies nothing
   m.extend_many({one: 3, two: 7})
   assert free - m.num_free == 4
 

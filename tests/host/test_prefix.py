@@ -37,10 +37,15 @@ def fresh(count):
   return [Held(page=next(NUMBERS)) for _ in range(count)]
 
 
+def on(held):
+  """A sequence's pages, as the index asks for them."""
+  return lambda first: held[first:]
+
+
 def store(index, tokens, *, namespace=None, held=None, busy=nobody, **fields):
   """Stores `tokens` on pages of their own; returns those, or None if it was not stored."""
   held = fresh(-(-len(tokens) // index.page_size)) if held is None else held
-  released = index.store(namespace, encoded(tokens), held, busy=busy, **fields)
+  released = index.store(namespace, encoded(tokens), on(held), busy=busy, **fields)
   return None if released is None else held
 
 
@@ -236,7 +241,7 @@ class History:
     full = victim is None and len(self.sequences) >= self.max_entries
     refused = not tokens or (full and key not in self.sequences)
     held = row[1][: -(-len(tokens) // self.index.page_size)]
-    released = self.index.store(key[0], encoded(tokens), held, busy=self.used, **fields)
+    released = self.index.store(key[0], encoded(tokens), on(held), busy=self.used, **fields)
     assert (released is None) == refused
     if not refused:
       self.tick += 1
@@ -525,7 +530,7 @@ def test_a_longer_branch_makes_a_partial_page_superfluous():
   shelf = index()
   short = store(shelf, range(6))
   more = fresh(3)
-  released = shelf.store(None, encoded(range(9)), more, busy=nobody)
+  released = shelf.store(None, encoded(range(9)), on(more), busy=nobody)
   assert released == [short[1]]
   assert find(shelf, range(6)).held == [short[0], more[1]]
   assert find(shelf, range(9)).held == [short[0], more[1], more[2]]
@@ -549,7 +554,7 @@ def test_tokens_decide_where_all_hashes_are_equal():
   pages = {}
   for prompt in prompts:
     held = fresh(2)
-    assert shelf.store(None, Slow(encoded(prompt)), held, last_logits=prompt, busy=nobody) == []
+    assert shelf.store(None, Slow(encoded(prompt)), on(held), last_logits=prompt, busy=nobody) == []
     pages[prompt] = held[1]
   assert all(isinstance(key, Slow) for node in shelf.nodes() for key in node.children)
   for prompt in prompts:
@@ -636,7 +641,7 @@ def test_capacity_two_touch_the_first_and_the_third_evicts_the_second():
   store(shelf, [1] * 5)
   second = store(shelf, [2] * 5)
   find(shelf, [1] * 5)
-  assert shelf.store(None, encoded([3] * 5), fresh(2), busy=nobody) == second
+  assert shelf.store(None, encoded([3] * 5), on(fresh(2)), busy=nobody) == second
   assert [length(shelf, [token] * 5) for token in (1, 2, 3)] == [5, 0, 5]
   assert shelf.num_entries == 2
 
@@ -678,7 +683,7 @@ def test_entries_in_use_or_pinned_are_not_evicted():
 def test_what_an_eviction_frees_and_the_same_call_stores_again_is_not_reported_as_gone():
   shelf = index(max_entries=1)
   pages = store(shelf, range(4))
-  released = shelf.store(None, encoded(range(8)), [*pages, *fresh(1)], busy=nobody)
+  released = shelf.store(None, encoded(range(8)), on([*pages, *fresh(1)]), busy=nobody)
   assert released == [] and pages[0].indexed == 1
 
 
@@ -744,7 +749,7 @@ def test_a_page_with_the_last_tokens_of_a_parent_passes_to_it():
   shelf = index()
   pages = store(shelf, range(6), last_logits=LOGITS)
   more = [pages[0], *fresh(2)]
-  shelf.store(None, encoded(range(12)), more, busy=nobody)
+  shelf.store(None, encoded(range(12)), on(more), busy=nobody)
   assert shelf.forget_last(next_of(shelf.candidates(always))) == [more[2]]
   assert shelf.forget_last(next_of(shelf.candidates(always))) == []
   assert find(shelf, range(12)) == (6, None, more[:2])
@@ -757,7 +762,7 @@ def test_an_evicted_sequence_leaves_what_others_go_through():
   shelf = index()
   pages = store(shelf, range(6))
   more = [pages[0], *fresh(2)]
-  shelf.store(None, encoded(range(9)), more, busy=nobody)
+  shelf.store(None, encoded(range(9)), on(more), busy=nobody)
   assert shelf.evict_entry(nobody) == []
   assert find(shelf, range(9)).held == more
   assert set(shelf.evict_entry(nobody)) == set(more)

@@ -82,6 +82,7 @@ def test_split_keeps_the_last_tenth():
   assert lib.split("0123456789") == ("012345678", "9")
 
 
+@pytest.mark.once
 def test_command_trains_saves_and_goes_on_from_its_checkpoint(tmp_path, capsys):
   (tmp_path / "beer.txt").write_text(TEXT, encoding="utf-8")
   options = {"text": tmp_path / "beer.txt", "out": tmp_path / "beer", "steps": 2, "hidden_size": 96}
