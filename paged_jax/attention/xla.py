@@ -28,9 +28,9 @@ from paged_jax.types import Pages, Plan, Tables
 
 # A block computes the least of these numbers of tokens that holds its own: 1 for a row that
 # decodes, 16 for one that verifies drafts. Measured 2026-11 on two cores: prompts of 100 tokens
-# beside rows that decode take 0.55-0.7x the time that they take in blocks of 8, the average of
-# these rows; 32 for 64 is as good.
-QUERIES = (1, 16, 64)
+# beside rows that decode take 0.65-0.8x the time that they take in blocks of 8, the average of
+# these rows; without 32, ends of prompts of 24 tokens take 1.4x the time.
+QUERIES = (1, 16, 32, 64)
 
 # Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on an AMD EPYC (Zen 4, 1 MB
 # L2 per core), jax 0.10.2 and 0.12.0: on one core half as much is as fast and twice is 1.1-1.4x
@@ -39,8 +39,9 @@ CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
 
 # Most positions in the chunks at a row's end. Rows of 20 to 110 positions take 0.3-0.45x the time
-# that they take in large chunks alone; prompts of 100 tokens 0.85x that with 128.
-LAST_CHUNK_TOKENS = 64
+# that they take in large chunks alone. With 64, prompts of 100 tokens take 0.85x the time, and rows
+# of 240 that decode 1.3x.
+LAST_CHUNK_TOKENS = 128
 
 
 def refusal(pages: Pages) -> None:

@@ -48,7 +48,8 @@ class Holds:
     """What is kept on these device pages, and which of them the ledger must hold for that."""
     pages = list(pages)
     fresh = [page for page in dict.fromkeys(pages) if page not in self.by_page]
-    self.by_page.update((page, Held(page=page)) for page in fresh)
+    for page in fresh:
+      self.by_page[page] = Held(page)
     return [self.by_page[page] for page in pages], fresh
 
   def to_host(self, held: list[Held], images: Iterable[Pages]) -> list[int]:
