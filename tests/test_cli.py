@@ -265,7 +265,6 @@ def test_a_missing_extra_is_named_with_its_cure(command, missing):
 # A real process.
 
 
-@pytest.mark.once
 def test_a_process_gives_the_tokens_of_transformers(tmp_path):
   golden = Path(__file__).parent / "models" / "goldens" / "llama3"
   tokens = np.load(golden / "golden.npz")["tokens"].tolist()

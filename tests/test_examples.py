@@ -30,7 +30,6 @@ def test_public_names_have_docstrings():
       assert value.__doc__, name
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
 def test_examples_of_a_page_run(page):
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

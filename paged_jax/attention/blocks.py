@@ -26,23 +26,43 @@ class Blocks(NamedTuple):
 
 def make(q: jax.Array, h: int, tables: Tables, plan: Plan, window: jax.Array) -> Blocks:
   """The plan's blocks with their queries q [B,Q,D]."""
-  b, num_heads, d = q.shape
+  b, num_heads, _ = q.shape
   nth = jnp.arange(plan.block_size, dtype=jnp.int32)[None]
   tokens = plan.blocks[:, None] + nth
   live = (nth < plan.block_lengths[:, None]) & _take(plan.ok, tokens, False)
-  tokens = jnp.where(live, tokens, b)
   rows = _take(plan.rows, plan.blocks, tables.lengths.shape[0])
-  last = _take(plan.positions, tokens, -1)
-  first = jnp.maximum(_take(tables.starts, rows, 0)[:, None], last - window + 1)
-  queries = _take(q, tokens, 0).reshape(*tokens.shape, h, -1, d).swapaxes(1, 2)
-  repeats = num_heads // h
+  start = _take(tables.starts, rows, 0)[:, None]
+  first, last = seen(live, _take(plan.positions, tokens, -1), start, window)
+  tokens = jnp.where(live, tokens, b)
   return Blocks(
-    queries=queries.reshape(tokens.shape[0], h, -1, d),
+    queries=by_head(_take(q, tokens, 0), h),
     rows=rows,
-    first=jnp.repeat(jnp.where(live, first, _NEVER), repeats, axis=1),
-    last=jnp.repeat(last, repeats, axis=1),
+    first=jnp.repeat(first, num_heads // h, axis=1),
+    last=jnp.repeat(last, num_heads // h, axis=1),
     tokens=tokens,
   )
+
+
+def seen(
+  live: jax.Array, positions: jax.Array, start: jax.Array, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The positions first..last that tokens see, none where they are not `live`."""
+  last = jnp.where(live, positions, -1)
+  return jnp.where(live, jnp.maximum(start, last - window + 1), _NEVER), last
+
+
+def by_head(x: jax.Array, h: int) -> jax.Array:
+  """[...,B,Q,D] as [...,H,M,D]."""
+  *batch, b, num_heads, d = x.shape
+  x = x.reshape(*batch, b, h, num_heads // h, d).swapaxes(-4, -3)
+  return x.reshape(*batch, h, -1, d)
+
+
+def by_query(x: jax.Array, b: int) -> jax.Array:
+  """[...,H,M,D] as [...,B,Q,D]: what `by_head` was given."""
+  *batch, h, m, d = x.shape
+  x = x.reshape(*batch, h, b, m // b, d).swapaxes(-4, -3)
+  return x.reshape(*batch, b, -1, d)
 
 
 def start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
@@ -61,15 +81,10 @@ def by_token(
   q: jax.Array, blocks: Blocks, out: jax.Array, lse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Blocks' outputs [G,H,M,D] and LSE [G,H,M,1] as those of the tokens of q [B,Q,D]."""
-
-  def tokens(x):
-    g, h, _, d = x.shape
-    x = x.reshape(g, h, blocks.tokens.shape[1], -1, d).swapaxes(1, 2)
-    return x.reshape(g, blocks.tokens.shape[1], -1, d)
-
-  lse = tokens(lse)[..., 0]
+  out, lse = (by_query(x, blocks.tokens.shape[1]) for x in (out, lse))
+  lse = lse[..., 0]
   return (
-    jnp.zeros_like(q).at[blocks.tokens].set(tokens(out).astype(q.dtype), mode="drop"),
+    jnp.zeros_like(q).at[blocks.tokens].set(out.astype(q.dtype), mode="drop"),
     jnp.full_like(q[..., 0], -jnp.inf, jnp.float32).at[blocks.tokens].set(lse, mode="drop"),
   )
 

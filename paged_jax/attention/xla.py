@@ -67,9 +67,8 @@ def attend(
   sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, num_layers, h, t, d = pages_lib.sizes(pages)
+  n, num_layers, h, t, _ = pages_lib.sizes(pages)
   b, num_heads, _ = q.shape
-  repeats = num_heads // h
   large, small = _chunks(pages, tables)
   dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
 
@@ -83,12 +82,11 @@ def attend(
 
     live = (nth >= 0) & (nth < plan.block_lengths[g]) & of_block(plan.ok)
     row = plan.rows.at[plan.blocks[g]].get(mode="clip")
-    last = jnp.where(live, of_block(plan.positions), -1)
     start = tables.starts.at[row].get(mode="clip")
-    first = jnp.where(live, jnp.maximum(start, last - window + 1), jnp.iinfo(jnp.int32).max)
+    first, last = blocks_lib.seen(live, of_block(plan.positions), start, window)
     begin, end = jnp.min(first), jnp.max(last) + 1
-    first, last = (jnp.repeat(x, repeats)[:, None] for x in (first, last))
-    queries = of_block(q).reshape(m, h, repeats, d).swapaxes(0, 1).reshape(h, -1, d)
+    first, last = (jnp.repeat(x, num_heads // h)[:, None] for x in (first, last))
+    queries = blocks_lib.by_head(of_block(q), h)
 
     def add_chunk(first_page, chunk, c, sums):
       """Adds the `c`-th `chunk` pages from the row's `first_page` i32[] on."""
@@ -115,7 +113,7 @@ def attend(
     sums = jax.lax.fori_loop(0, num_small, functools.partial(add_chunk, page, small), sums)
 
     def updated(out, new):
-      new = new.reshape(h, m, repeats, -1).swapaxes(0, 1).reshape(m, num_heads, *out.shape[2:])
+      new = blocks_lib.by_query(new, m).reshape(m, *out.shape[1:])
       mask = live.reshape(-1, *[1] * (out.ndim - 1))
       new = jnp.where(mask, new.astype(out.dtype), of_block(out))
       return jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)

@@ -188,7 +188,7 @@ def run(
   def unfinished(state):
     return (state.step < num_steps) & jnp.any(state.rows.remaining > 0)
 
-  if num_steps > (prompts is not None):
+  if prompts is None or num_steps > 1:
     state = jax.lax.while_loop(unfinished, lambda state: step(state, None), state)
   ran = [("extend", state.growth)]
   ran += [("trim", state.kept)] if drafter is not None else []

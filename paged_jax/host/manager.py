@@ -531,9 +531,7 @@ class Manager:
     with self._transition():
       options = self.options
       swapping = options.swapping and options.num_host_pages > 0
-      holding = (
-        options.swapping or options.prefix_cache
-      )  # pages for the host, and rows that start on them
+      holding = options.swapping or options.prefix_cache
       self._state.warm_up(holding=holding, swapping=swapping, scrubbing=options.scrub)
 
   # What a program may take. These do not wait: they know what the last report taken over said, and

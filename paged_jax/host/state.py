@@ -107,7 +107,13 @@ class State:
     return np.asarray(pages)[:count].tolist()
 
   def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
-    """Compiles each verb for each size of a batch, by asking it for nothing."""
+    """Compiles each verb for each size of a batch, by asking it for nothing.
+
+    Args:
+      holding: Those with which the host keeps pages, and rows start on such pages.
+      swapping: Those that move bytes.
+      scrubbing: The one that clears them.
+    """
     s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
     nobody = np.full(2, s, np.int32)
     self.apply("extend", np.zeros(s, np.int32))
