@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from importlib import metadata
 
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+flags = "--xla_force_host_platform_device_count=8"
 if metadata.version("jaxlib").startswith("0.10."):
   # This version miscompiles some reductions on CPU, silently.
-  flags.append("--xla_cpu_experimental_ynn_fusion_type=-reduce")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+  flags += " --xla_cpu_experimental_ynn_fusion_type=-reduce"
+asked = os.environ.get("XLA_FLAGS", "")  # wins: the last flag counts
+# Without LLVM's optimizations, compilation, most of the tests' time, takes half as long.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags} {asked}"
 if "PYTEST_XDIST_WORKER" not in os.environ:
   # What one process compiles the others of this run load: workers, notebooks, commands.
   programs = tempfile.mkdtemp(prefix="programs-")
@@ -23,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+jax.devices()  # the flags are read
+os.environ["XLA_FLAGS"] = f"{flags} {asked}"  # processes that tests start compile as users do
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
