@@ -138,6 +138,13 @@ def test_a_prompt_is_not_stored_with_the_logits_of_a_longer_text():
   assert done.tokens == alone(PROMPTS[2], 0, 14)
 
 
+def test_a_prompt_with_a_single_new_token_is_cached_with_its_logits():
+  e = engine()
+  texts = [e.generate([PROMPTS[2]], Sampling(max_new_tokens=1))[0][0].tokens for _ in range(2)]
+  assert texts[0] == texts[1] and e.counts.cached_tokens == len(PROMPTS[2])
+  finish(e)
+
+
 def test_a_round_that_fails_ends_the_stream_of_a_search(monkeypatch):
   e = engine(max_beams=3)
 

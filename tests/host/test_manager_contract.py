@@ -14,7 +14,7 @@ from story import config
 
 import paged_jax
 from paged_jax import CacheConfig
-from paged_jax.host import Handle, Level, ManagerConfig, Request, errors, eviction
+from paged_jax.host import Handle, Level, ManagerConfig, Prefix, Request, errors, eviction
 from paged_jax.testing import replay
 
 FIVE = [1, 2, 3, 4, 5]
@@ -1377,6 +1377,31 @@ def test_without_logits_the_last_token_is_left_to_compute():
   store(m, FIVE)
   handle = m.allocate(Request("b", tokens=FIVE))
   assert handle.num_cached == 4 and handle.last_logits is None
+
+
+def test_logits_inside_a_stored_text_come_with_the_prompt_that_they_follow():
+  m = manager()
+  handle = begin(m, SIX, "a")
+  assert m.store_prefixes([Prefix(handle, logits_after={5: "five"})]) == [True]
+  assert m.prefix_stats().entries == 1
+  m.deallocate("a")
+  found = [(tokens, m.find_prefix(tokens).last_logits) for tokens in (SIX[:4], FIVE, SIX)]
+  assert found == [(SIX[:4], None), (FIVE, "five"), (SIX, None)]
+  handle = m.allocate(Request("b", tokens=FIVE))
+  assert handle.num_cached == 5 and handle.last_logits == "five"
+  check_bytes(m, handle, FIVE)
+  assert m.evict_prefixes(1) == 0  # "b" uses its last page
+  m.deallocate("b")
+  assert m.evict_prefixes(1) == 1 and m.find_prefix(FIVE).last_logits is None
+
+
+@pytest.mark.parametrize("count", [-1, 0, 7, True, 5.0, None])
+def test_logits_follow_tokens_that_are_stored(count):
+  m = manager()
+  handle = begin(m, SIX, "a")
+  with pytest.raises(ValueError, match=f"logits_after must be .*, got {count}"):
+    m.store_prefixes([Prefix(handle, logits_after={count: "L"})])
+  assert m.prefix_stats().entries == 0 and m.audit().clean
 
 
 def test_different_suffixes_of_a_shared_prefix_do_not_cross():
