@@ -355,13 +355,13 @@ class Scheduler:
     failed = sample.completion is None or sample.completion.error is not None
     if handle is None or sample.row < 0 or not sample.decoding or failed:
       return []
-    text, read = np.array(sample.text[:-1], np.int32), len(entry.prompt)
-    logits = {}
-    if entry.logits is not None and handle.num_cached < read < sample.length:
-      logits[read], entry.logits = entry.logits, None
+    prefixes, text = [], np.array(sample.text[:-1], np.int32)
+    if entry.logits is not None and handle.num_cached < len(entry.prompt) < sample.length:
+      prefixes.append(Prefix(handle, text[: len(entry.prompt)], entry.logits))
+      entry.logits = None
     if not sample.searching:
-      return [Prefix(handle, text, logits_after=logits)]
-    return [Prefix(handle, text[:read], logits_after=logits)] if logits else []
+      prefixes.append(Prefix(handle, text))
+    return prefixes
 
   def _beginning(self, sample: Sample) -> list[Prefix]:
     """The whole pages of a text that goes on; a page that is still written is not shared."""

@@ -15,7 +15,6 @@ import heapq
 import itertools
 import threading
 import time
-import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +69,6 @@ class Prefix(NamedTuple):
   last_logits: Any = None
   ttl: float | None = None
   pinned: bool = False
-  logits_after: Mapping[int, Any] = types.MappingProxyType({})  # so many of the tokens
 
 
 class Manager:
@@ -767,7 +765,8 @@ class Manager:
     Args:
       handle: The sequence; it may go on, and end, as it likes.
       tokens: What it holds from position 0 on; by default all that is known of it.
-      last_logits: Returned when somebody asks for exactly these tokens.
+      last_logits: Returned when somebody asks for exactly these tokens; None keeps those that are
+        stored.
       ttl: Seconds until they are gone; None = never.
       pinned: Whether they stay until `pin` says otherwise.
 
@@ -811,9 +810,6 @@ class Manager:
     if len(tokens) > length or self._state.twin.starts[row]:
       page = len(tokens) // self.config.page_size
       raise errors.UnmappedToken(sequence.request_id, page, len(tokens))
-    for count in prefix.logits_after:
-      if not 1 <= whole("logits_after", count) <= len(tokens):
-        raise ValueError(f"logits_after must be in [1, {len(tokens)}], got {count}")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
       raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
     return encoded(tokens)
@@ -835,8 +831,8 @@ class Manager:
       return kept_pages
 
     released = kept.prefixes.store(
-      sequence.namespace, key, keep, last_logits=prefix.last_logits,
-      logits_after=prefix.logits_after, ttl=prefix.ttl, pinned=prefix.pinned, busy=kept.busy,
+      sequence.namespace, key, keep, last_logits=prefix.last_logits, ttl=prefix.ttl,
+      pinned=prefix.pinned, busy=kept.busy,
     )  # fmt: skip
     if released is None:
       return False

@@ -17,8 +17,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-import types
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +62,7 @@ def _short(value) -> str:
 class Entry:
   """A whole stored sequence."""
 
+  last_logits: Any  # whatever came with it
   pinned: bool
   expires: float  # seconds of the clock
 
@@ -77,7 +77,6 @@ class Node:
   held: list[Held]
   use: Use
   entry: Entry | None = None
-  logits: dict[int, Any] = dataclasses.field(default_factory=dict)  # that follow so many tokens
   children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
 
   @property
@@ -90,7 +89,7 @@ class Match(NamedTuple):
   """What a lookup found."""
 
   length: int  # tokens of the query that are stored
-  last_logits: Any  # that follow them, if they are the whole query and came with logits
+  last_logits: Any  # of the last of them, if they are the whole query and came with logits
   held: list[Held]  # ceil(length / T) pages
 
 
@@ -163,8 +162,9 @@ class PrefixIndex:
     return self._match(*self._walk(namespace, tokens, split=False), tokens)
 
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
-    whole = length * TOKEN_BYTES == len(tokens)
-    return Match(length, node.logits.get(length) if whole else None, self._pages(node, length))
+    entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None
+    logits = None if entry is None else entry.last_logits
+    return Match(length, logits, self._pages(node, length))
 
   def _walk(self, namespace: Hashable, tokens: bytes, *, split: bool) -> tuple[Node, int]:
     """The node whose edge the match ends on (or, if `split`, at whose end) and the match's length."""
@@ -209,9 +209,7 @@ class PrefixIndex:
       end=cut,
       held=node.held[:whole],
       use=dataclasses.replace(node.use, num_tokens=cut),
-      logits={at: each for at, each in node.logits.items() if at <= cut},
     )
-    node.logits = {at: each for at, each in node.logits.items() if at > cut}
     node.parent.children[upper.tokens[:TOKEN_BYTES]] = upper
     node.parent, node.tokens, node.held = (
       upper,
@@ -231,12 +229,12 @@ class PrefixIndex:
     held: Callable[[int], list[Held]],
     *,
     last_logits: Any = None,
-    logits_after: Mapping[int, Any] = types.MappingProxyType({}),
     ttl: float | None = None,
     pinned: bool = False,
     busy: Callable[[Held], bool],
   ) -> list[Held] | None:
-    """Stores a sequence on its pages; storing it again replaces its logits, lifetime and pin.
+    """Stores a sequence on its pages; storing it again replaces its lifetime, its pin, and its
+    logits, if there are new ones.
 
     Args:
       namespace: Part of the key: model, adapter, tenant, weights.
@@ -244,7 +242,6 @@ class PrefixIndex:
       held: `held(n)` are its pages from number n on; asked for once, without those of what is
         stored already.
       last_logits: Returned when a query is exactly this sequence.
-      logits_after: The same for so many of its first tokens, as long as these are kept.
       ttl: Seconds until it is gone; None = never.
       pinned: Whether it stays until it is unpinned.
       busy: Whether somebody besides the host uses a page; entries in use are not evicted.
@@ -253,7 +250,7 @@ class PrefixIndex:
       What is kept no more, or None if nothing was stored: too short, or no room among entries.
     """
     length = len(tokens) // TOKEN_BYTES
-    if length < max(self.min_length, 1) or self.max_entries == 0:
+    if not self._storable(tokens):
       return None
     released: list[Held] = []
     if self.full(namespace, tokens):
@@ -275,13 +272,9 @@ class PrefixIndex:
       self._entries.push(node)
     else:
       self.num_pinned -= node.entry.pinned
+      last_logits = node.entry.last_logits if last_logits is None else last_logits
     self.num_pinned += pinned
-    node.entry = Entry(pinned, expires)
-    for count, logits in ((length, last_logits), *logits_after.items()):
-      owner = node
-      while owner.parent is not None and owner.start >= count:
-        owner = owner.parent
-      owner.logits[count] = logits
+    node.entry = Entry(last_logits, pinned, expires)
     node.use.last = tick
     self._mark_mortal(node)
     return [each for each in released if not each.kept]
@@ -405,7 +398,6 @@ class PrefixIndex:
       return self._detach(node)
     gone, node.held = node.held[index:], node.held[:index]
     self._remove_entry(node)
-    node.logits = {at: each for at, each in node.logits.items() if at <= cut}
     self.num_tokens -= node.end - cut
     node.tokens, node.end = node.tokens[: (cut - node.start) * TOKEN_BYTES], cut
     node.use.num_tokens = cut
@@ -470,7 +462,6 @@ class PrefixIndex:
   def _retire(self, node: Node) -> list[Held]:
     """Removes a whole sequence, and the pages that no other one goes through."""
     self._remove_entry(node)
-    node.logits.pop(node.end, None)
     released = []
     while node.parent is not None and not node.children and node.entry is None:
       parent = node.parent
@@ -478,10 +469,14 @@ class PrefixIndex:
       node = parent
     return released
 
+  def _storable(self, tokens: bytes) -> bool:
+    return self.max_entries > 0 and len(tokens) // TOKEN_BYTES >= max(self.min_length, 1)
+
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
     """Whether a sequence must go before this one can be stored."""
     self._bury()
-    return self.num_entries >= self.max_entries and self._stored(namespace, tokens) is None
+    new = self._storable(tokens) and self._stored(namespace, tokens) is None
+    return new and self.num_entries >= self.max_entries
 
   def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
     """Removes the sequence that goes first; None if all are in use or pinned."""

@@ -139,6 +139,7 @@ class Residency:
 
   def _stranded(self, guard: set[Held]) -> list[Held]:
     kept = self.holds.by_page.values()
+    # most are not swapped: this alone is quick to see
     return [x for x in kept if x.swapped and x not in guard and self.stranded(x)]
 
   def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:

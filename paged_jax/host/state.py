@@ -97,11 +97,11 @@ class State:
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
     """One verb on both. It must be granted: the manager asks only for what fits."""
-    after = self._thread.submit(_applied, self.twin.ledger, [(verb, operands)])
-    self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]  # meanwhile
+    ledger = self._thread.submit(_applied, self.twin.ledger, [(verb, operands)]).result()
+    self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
     if self._programs:
       self._programs[-1].verbs.append((verb, operands))
-    self.twin = Twin(after.result())
+    self.twin = Twin(ledger)
 
   def apply_ids(self, verb: str, pages: list[int]) -> None:
     """A verb on a list of pages, however long."""

@@ -14,7 +14,7 @@ from story import config
 
 import paged_jax
 from paged_jax import CacheConfig
-from paged_jax.host import Handle, Level, ManagerConfig, Prefix, Request, errors, eviction
+from paged_jax.host import Handle, Level, ManagerConfig, Request, errors, eviction
 from paged_jax.testing import replay
 
 FIVE = [1, 2, 3, 4, 5]
@@ -1379,31 +1379,6 @@ def test_without_logits_the_last_token_is_left_to_compute():
   assert handle.num_cached == 4 and handle.last_logits is None
 
 
-def test_logits_inside_a_stored_text_come_with_the_prompt_that_they_follow():
-  m = manager()
-  handle = begin(m, SIX, "a")
-  assert m.store_prefixes([Prefix(handle, logits_after={5: "five"})]) == [True]
-  assert m.prefix_stats().entries == 1
-  m.deallocate("a")
-  found = [(tokens, m.find_prefix(tokens).last_logits) for tokens in (SIX[:4], FIVE, SIX)]
-  assert found == [(SIX[:4], None), (FIVE, "five"), (SIX, None)]
-  handle = m.allocate(Request("b", tokens=FIVE))
-  assert handle.num_cached == 5 and handle.last_logits == "five"
-  check_bytes(m, handle, FIVE)
-  assert m.evict_prefixes(1) == 0  # "b" uses its last page
-  m.deallocate("b")
-  assert m.evict_prefixes(1) == 1 and m.find_prefix(FIVE).last_logits is None
-
-
-@pytest.mark.parametrize("count", [-1, 0, 7, True, 5.0, None])
-def test_logits_follow_tokens_that_are_stored(count):
-  m = manager()
-  handle = begin(m, SIX, "a")
-  with pytest.raises(ValueError, match=f"logits_after must be .*, got {count}"):
-    m.store_prefixes([Prefix(handle, logits_after={count: "L"})])
-  assert m.prefix_stats().entries == 0 and m.audit().clean
-
-
 def test_different_suffixes_of_a_shared_prefix_do_not_cross():
   m = manager()
   store(m, FIVE)
@@ -1424,6 +1399,12 @@ def test_too_short_prompts_are_not_stored():
   m = manager(dict(min_prefix_length=5))
   assert not store(m, FIVE[:4]) and store(m, FIVE)
   assert m.prefix_stats().entries == 1
+
+
+def test_what_is_too_short_to_be_stored_takes_nobodys_place():
+  m = manager(dict(min_prefix_length=5, max_prefixes=1))
+  assert store(m, FIVE) and not store(m, [7, 8, 9])
+  assert m.prefix_stats().entries == 1 and m.find_prefix(FIVE).length == 5
 
 
 @pytest.mark.parametrize("options", [dict(max_prefixes=0), dict(prefix_cache=False)])
@@ -1448,8 +1429,8 @@ def test_storing_again_replaces():
   stats = m.prefix_stats()
   assert (stats.entries, stats.cached_tokens) == (1, 5) and m.stats().free_pages == 6
   assert m.find_prefix(FIVE).last_logits == "new"
-  store(m, FIVE)
-  assert m.find_prefix(FIVE).last_logits is None
+  store(m, FIVE)  # none are no news: they follow from the tokens
+  assert m.find_prefix(FIVE).last_logits == "new"
 
 
 @pytest.mark.parametrize("tokens", [[*FIVE, 6], [0] * 24])

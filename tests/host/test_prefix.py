@@ -105,6 +105,7 @@ def check_tree(index):
 class Sequence:
   """What is known of a whole stored sequence."""
 
+  last_logits: Any
   pinned: bool
   expires: float
   stored: int
@@ -128,7 +129,6 @@ class History:
     self.rows: list[tuple[list[int], list[Held]]] = []
     self.known: set[tuple] = set()  # (namespace, tokens) of every stored beginning
     self.sequences: dict[tuple, Sequence] = {}
-    self.logits: dict[tuple, Any] = {}  # that follow a stored beginning
     self.tick = 0
     often = [self.do_start] * 3 + [self.do_store] * 5 + [self.do_write] * 2
     moves = [self.do_move_out, self.do_move_in, self.do_end, self.do_pin, self.do_clear]
@@ -139,7 +139,6 @@ class History:
     before = {each: each.indexed for each in self.written}
     released = self.rng.choice(self.operations)()
     self.forget_the_dead()
-    self.logits = {key: each for key, each in self.logits.items() if key in self.known}
     gone = {each for each, indexed in before.items() if indexed and not each.indexed}
     if not self.mortal:  # the dead are reported later, by `expire`
       assert set(released or ()) == gone
@@ -233,9 +232,6 @@ class History:
     key = self.namespace(), tokens
     fields = dict(
       last_logits=self.rng.choice([None, self.rng.random()]),
-      logits_after={
-        n + 1: self.rng.random() for n in range(len(tokens)) if self.rng.random() < 0.1
-      },
       pinned=self.rng.random() < 0.15,
       ttl=self.rng.choice([None, 1, 2, 3, 5]) if self.mortal else None,
     )
@@ -253,9 +249,10 @@ class History:
       self.known |= {(key[0], tokens[: n + 1]) for n in range(len(tokens))}
       expires = math.inf if fields["ttl"] is None else self.clock.now + fields["ttl"]
       first = self.sequences[key].stored if key in self.sequences else self.tick
-      self.sequences[key] = Sequence(fields["pinned"], expires, first, self.tick)
-      for n, logits in ({len(tokens): fields["last_logits"]} | fields["logits_after"]).items():
-        self.logits[key[0], tokens[:n]] = logits
+      logits = fields["last_logits"]
+      if logits is None and key in self.sequences:
+        logits = self.sequences[key].last_logits
+      self.sequences[key] = Sequence(logits, fields["pinned"], expires, first, self.tick)
     return released
 
   def do_pin(self):
@@ -281,12 +278,10 @@ class History:
   def retire(self, key):
     """A sequence goes, with its tokens that are in no other."""
     self.sequences.pop(key, None)
-    self.logits.pop(key, None)
     while key and key[1] and key not in self.sequences:
       if any((key[0], (*key[1], token)) in self.known for token in range(2)):
         break
       self.known.discard(key)
-      self.logits.pop(key, None)
       key = key[0], key[1][:-1]
 
   def do_evict(self):
@@ -341,10 +336,7 @@ class History:
     """A pinned sequence lives; any other one until its time is over."""
     if self.mortal:
       now = self.clock.now
-      dead = {k for k, x in self.sequences.items() if not x.pinned and x.expires <= now}
-      for key in dead:
-        del self.sequences[key]
-        self.logits.pop(key, None)
+      self.sequences = {k: x for k, x in self.sequences.items() if x.pinned or x.expires > now}
       self.known = {(k, t[: n + 1]) for k, t in self.sequences for n in range(len(t))}
 
   def do_expire(self):
@@ -376,7 +368,8 @@ class History:
       n for n in range(len(query) + 1) if n == 0 or (namespace, query[:n]) in self.known
     ]
     assert match.length == max(beginnings)
-    assert match.last_logits == self.logits.get((namespace, query))
+    whole = self.sequences.get((namespace, query))
+    assert match.last_logits == (None if whole is None else whole.last_logits)
     size = self.index.page_size
     assert len(match.held) == -(-match.length // size)
     for i, held in enumerate(match.held):
@@ -626,7 +619,7 @@ def test_storing_again_replaces_logits_and_pin_and_keeps_the_pages():
   assert find(shelf, range(6)) == (6, 2, pages)
   assert (shelf.num_entries, shelf.num_pinned, shelf.num_tokens) == (1, 0, 6)
   store(shelf, range(6))
-  assert find(shelf, range(6)).last_logits is None
+  assert find(shelf, range(6)).last_logits == 2
 
 
 def test_what_is_too_short_is_not_stored():
