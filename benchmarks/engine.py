@@ -224,7 +224,7 @@ def main():
   }
   runs = {name: [] for name in contenders}
   for turn in range(1 + max(3, args.rounds // 3)):
-    for name in (*("ours", "bare") * 3, "static", "continuous"):
+    for name in (*("ours", "bare") * 6, "static", "continuous"):
       result = contenders[name]()
       if turn:  # the first one compiles
         runs[name].append(result)

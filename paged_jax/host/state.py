@@ -179,7 +179,9 @@ class State:
     del self._programs[: len(settled)]
     after = settled[-1].after or self._thread.submit(settled[-1].replay)
     since = [each for program in self._programs for each in program.verbs]
-    self.twin = Twin(self._thread.submit(_applied, after.result(), since).result())
+    if since:  # each wait for the thread costs more than what it does
+      after = self._thread.submit(lambda before=after: _applied(before.result(), since))
+    self.twin = Twin(after.result())
     return True
 
 
