@@ -28,8 +28,9 @@ from paged_jax.types import Pages, Plan, Tables
 
 # A block computes the least of these numbers of tokens that holds its own: 1 for a row that
 # decodes, 16 for one that verifies drafts. Measured 2026-11 on two cores: prompts of 100 tokens
-# beside rows that decode take 0.65-0.8x the time that they take in blocks of 8, the average of
-# these rows; without 32, ends of prompts of 24 tokens take 1.4x the time.
+# beside rows that decode take 0.65-0.9x the time that they take in blocks of 8, the average of
+# these rows; without 32, the burst of `benchmarks/prefix.py`, whose prompts have 24 tokens of their
+# own, takes 1.5x the time.
 QUERIES = (1, 16, 32, 64)
 
 # Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on an AMD EPYC (Zen 4, 1 MB
@@ -39,8 +40,7 @@ CHUNK_TOKENS = 512
 CHUNK_BYTES = 2**21
 
 # Most positions in the chunks at a row's end. Rows of 20 to 110 positions take 0.3-0.45x the time
-# that they take in large chunks alone. With 64, prompts of 100 tokens take 0.85x the time, and rows
-# of 240 that decode 1.3x.
+# that they take in large chunks alone.
 LAST_CHUNK_TOKENS = 128
 
 
