@@ -23,8 +23,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from paged_jax import models, server
 from paged_jax.engine import Engine, EngineConfig, Sampling
 
-pytestmark = pytest.mark.once  # it speaks to the engine alone
-
 NAME, MAX_LENGTH, MAX_REQUESTS, MAX_BYTES = "shakespeare", 128, 4, 20_000
 TOKENIZER = models.tokenizer(models.embedded())
 TEXTS = ("ROMEO:\nBut", "To be, or not", "First Citizen:")
@@ -463,6 +461,7 @@ def folder(tmp_path):
   return tmp_path / "bytes"
 
 
+@pytest.mark.once
 def test_the_command_serves_until_interrupted(folder):
   command = [sys.executable, "-m", "paged_jax.cli", "serve", "--model", folder, "--port", "0"]
   command += ["--prompt-size", "16", "--num-rows", "4", "--num-host-pages", "0"]

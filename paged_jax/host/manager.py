@@ -140,13 +140,13 @@ class Manager:
           self._count["refusals"] += 1
           raise
         finally:
-          self._notifier.observe(self._level(), self._state.twin.num_free)
+          self._notifier.observe(self._level(), self._state.num_free)
     finally:
       self._notifier.deliver()
 
   def _level(self) -> pressure.Level:
     low, high = self.options.low_watermark, self.options.high_watermark
-    return pressure.level(self._state.twin.num_free, self.config.num_pages, low, high)
+    return pressure.level(self._state.num_free, self.config.num_pages, low, high)
 
   # Sequences
 
@@ -205,7 +205,7 @@ class Manager:
 
   def _fits(self, requests: Sequence[Request], matches: Sequence[Match], reserve: int = 0) -> bool:
     """Whether there is room for these requests, and a reserve, while their matches stay."""
-    short = self._needed(requests, matches) + reserve - self._state.twin.num_free
+    short = self._needed(requests, matches) + reserve - self._state.num_free
     guard = {each for match in matches for each in match.held}
     return short <= 0 or short <= self._kept.reclaimable(guard)  # which visits the whole index
 
@@ -309,14 +309,14 @@ class Manager:
 
   def _copies(self, num_tokens: np.ndarray) -> np.ndarray:
     """Rows whose shared tail page an extension copies: of n sharers, all but the last."""
-    twin, size = self._state.twin, self.config.page_size
-    grown = np.flatnonzero((num_tokens > 0) & (twin.lengths % size > 0))
-    tails = twin.block_tables[grown, twin.lengths[grown] // size]
-    shared = twin.refcount[tails] > 1
+    state, size = self._state, self.config.page_size
+    grown = np.flatnonzero((num_tokens > 0) & (state.lengths % size > 0))
+    tails = state.block_tables[grown, state.lengths[grown] // size]
+    shared = state.refcount[tails] > 1
     left: dict[int, int] = {}
     copied = np.zeros(len(num_tokens), bool)
     for row, page in zip(grown[shared].tolist(), tails[shared].tolist()):
-      left.setdefault(page, int(twin.refcount[page]))
+      left.setdefault(page, int(state.refcount[page]))
       copied[row] = left[page] > 1
       left[page] -= 1
     return copied
@@ -338,13 +338,13 @@ class Manager:
       for handle, count in num_tokens.items():
         sequence, row = self._running(handle)
         count = whole("num_tokens", count, 0)
-        wanted = int(self._state.twin.lengths[row]) + count
+        wanted = int(self._state.lengths[row]) + count
         if wanted > sequence.max_length:
           raise errors.TooLong(sequence.request_id, wanted, sequence.max_length)
         growth[row] = count
       counts = np.zeros(self.config.num_rows, np.int32)
       counts[list(growth)] = list(growth.values())
-      size, lengths = self.config.page_size, self._state.twin.lengths
+      size, lengths = self.config.page_size, self._state.lengths
       copied = self._copies(counts)
       if copied.any() and not self.config.copy_on_write:
         raise errors.Disabled("copy-on-write")
@@ -373,11 +373,11 @@ class Manager:
   def _cut(self, verb: str, handle: Handle, at: int) -> None:
     at = whole("num_tokens" if verb == "trim" else "start", at)
     sequence, row = self._running(handle)
-    twin = self._state.twin
-    begin, end = int(twin.starts[row]), int(twin.lengths[row])
+    state = self._state
+    begin, end = int(state.starts[row]), int(state.lengths[row])
     if not (begin if verb == "trim" and at else 0) <= at <= end:
       raise errors.UnmappedToken(sequence.request_id, at // self.config.page_size, at)
-    values = (twin.lengths if verb == "trim" else twin.starts).copy()
+    values = (state.lengths if verb == "trim" else state.starts).copy()
     values[row] = at
     before = self._mapped(row)
     self._kept.apply(verb, values)
@@ -423,9 +423,9 @@ class Manager:
     """Rows, those of them that hold something, become empty."""
     marked = np.zeros(self.config.num_rows, bool)
     marked[rows] = True
-    marked &= self._state.twin.lengths > 0
+    marked &= self._state.lengths > 0
     if marked.any():
-      pages = self._state.twin.block_tables[marked]
+      pages = self._state.block_tables[marked]
       self._kept.apply("free", marked)
       self._kept.scrub(pages[pages < self.config.num_pages].tolist())
 
@@ -456,17 +456,13 @@ class Manager:
       self._share(source, target, num_tokens)
 
   def _share(self, source: Handle, target: Handle, num_tokens: int) -> None:
-    twin, size, num_tokens = (
-      self._state.twin,
-      self.config.page_size,
-      whole("num_tokens", num_tokens),
-    )
+    state, size, num_tokens = self._state, self.config.page_size, whole("num_tokens", num_tokens)
     (giver, src), (taker, dst) = self._running(source), self._running(target)
     if num_tokens > taker.max_length:
       raise errors.TooLong(taker.request_id, num_tokens, taker.max_length)
-    if twin.lengths[dst]:
-      raise errors.NotEmpty(taker.request_id, int(twin.lengths[dst]))
-    held, begin = int(twin.lengths[src]), int(twin.starts[src])
+    if state.lengths[dst]:
+      raise errors.NotEmpty(taker.request_id, int(state.lengths[dst]))
+    held, begin = int(state.lengths[src]), int(state.starts[src])
     if not (begin <= num_tokens <= held or num_tokens == 0):
       raise errors.UnmappedToken(giver.request_id, num_tokens // size, num_tokens)
     if num_tokens % size and not self.config.copy_on_write:
@@ -485,7 +481,7 @@ class Manager:
       self._check_requests([request])
       if not self._rows:
         raise errors.OutOfRows(needed=1, free=0)
-      held, begin = int(self._state.twin.lengths[row]), int(self._state.twin.starts[row])
+      held, begin = int(self._state.lengths[row]), int(self._state.starts[row])
       length = held if num_tokens is None else whole("num_tokens", num_tokens)
       if not (begin <= length <= held or length == 0):
         raise errors.UnmappedToken(handle.request_id, length // self.config.page_size, length)
@@ -514,18 +510,18 @@ class Manager:
 
   def _own(self, handle: Handle, row: int, start: int) -> None:
     """The pages of `start` and after get no other holder."""
-    twin, size = self._state.twin, self.config.page_size
-    length = int(twin.lengths[row])
+    state, size = self._state, self.config.page_size
+    length = int(state.lengths[row])
     if not 0 <= start < max(length, 1):
       raise errors.UnmappedToken(handle.request_id, start // size, start)
-    first = max(start, int(twin.starts[row])) // size
-    pages = twin.block_tables[row, first : -(-length // size)]
-    shared = int((twin.refcount[pages] > 1).sum())
+    first = max(start, int(state.starts[row])) // size
+    pages = state.block_tables[row, first : -(-length // size)]
+    shared = int((state.refcount[pages] > 1).sum())
     if shared:
       if not self.config.copy_on_write:
         raise errors.Disabled("copy-on-write")
       self._kept.make_room(shared, set())
-      starts = twin.lengths.copy()
+      starts = state.lengths.copy()
       starts[row] = start
       self._count["copies"] += shared
       self._kept.apply("unshare", starts)
@@ -544,7 +540,7 @@ class Manager:
   @property
   def num_free(self) -> int:
     """Free pages."""
-    return self._state.twin.num_free
+    return self._state.num_free
 
   @property
   def num_free_rows(self) -> int:
@@ -559,13 +555,13 @@ class Manager:
   @property
   def num_mapped(self) -> int:
     """Pages that rows map, a shared one once for each: what they would take, were none shared."""
-    return int(np.count_nonzero(self._state.twin.block_tables < self.config.num_pages))
+    return int(np.count_nonzero(self._state.block_tables < self.config.num_pages))
 
   @property
   def num_idle(self) -> int:
     """Pages that only the host holds; at most so many could be had by eviction."""
-    twin = self._state.twin
-    return int(np.count_nonzero((twin.holds == 1) & (twin.refcount == 1)))
+    state = self._state
+    return int(np.count_nonzero((state.holds == 1) & (state.refcount == 1)))
 
   @property
   def num_reclaimable(self) -> int:
@@ -583,7 +579,7 @@ class Manager:
     """Pages that rows take, copies included, when they grow to `lengths` i32[S] tokens, if they have
     fewer."""
     with self._lock:
-      now, size = self._state.twin.lengths, self.config.page_size
+      now, size = self._state.lengths, self.config.page_size
       then = np.maximum(lengths, now)
       new = -(-then // size) - -(-now // size)
       return int(new.sum() + self._copies(then - now).sum())
@@ -592,11 +588,11 @@ class Manager:
     """Most pages that sequences take when they grow to `length` tokens each and `reorder` among
     themselves, but keep sharing their first `shared` tokens."""
     with self._lock:
-      twin, size = self._state.twin, self.config.page_size
+      state, size = self._state, self.config.page_size
       rows = [self._row(handle) for handle in handles]
-      pages = twin.block_tables[rows, shared // size :]
+      pages = state.block_tables[rows, shared // size :]
       own, entries = np.unique(pages[pages < self.config.num_pages], return_counts=True)
-      alone = int((twin.refcount[own] == entries).sum())
+      alone = int((state.refcount[own] == entries).sum())
       return max(0, len(rows) * (-(-length // size) - shared // size) - alone)
 
   # Bytes
@@ -661,7 +657,7 @@ class Manager:
       marks, writers = None, sequence.writers[start : start + num_tokens]
       if self.options.canary:
         marks = state.verbs.gather(state.cache, jnp.int32(config.num_layers), rows)
-      pages = state.twin.block_tables[row]
+      pages = state.block_tables[row]
     part = slice(start, start + num_tokens)
     if marks is not None:
       wrong = canary.mismatch(writers, start, *(np.asarray(x[0, part]) for x in marks))
@@ -677,7 +673,7 @@ class Manager:
     return int(layer)
 
   def _check_range(self, sequence: _Sequence, row: int, start: int, count: int) -> None:
-    begin, end = int(self._state.twin.starts[row]), int(self._state.twin.lengths[row])
+    begin, end = int(self._state.starts[row]), int(self._state.lengths[row])
     for token in (start, start + count - 1):
       if not begin <= token < end or count < 1:
         raise errors.UnmappedToken(sequence.request_id, token // self.config.page_size, token)
@@ -717,7 +713,7 @@ class Manager:
     if tokens is not None and num_tokens is not None:
       self.record(tokens, num_tokens)  # the twin catches up meanwhile
     with self._transition(but=but):
-      return self._state.twin.num_free
+      return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
     """Notes what sequences came to hold, so that `store_prefix` knows it.
@@ -805,9 +801,9 @@ class Manager:
   def _key(self, prefix: Prefix) -> bytes:
     """The encoded tokens of a prefix that its sequence holds."""
     sequence, row = self._running(prefix.handle)
-    length, ttl = int(self._state.twin.lengths[row]), prefix.ttl
+    length, ttl = int(self._state.lengths[row]), prefix.ttl
     tokens = self._recorded(row, length) if prefix.tokens is None else prefix.tokens
-    if len(tokens) > length or self._state.twin.starts[row]:
+    if len(tokens) > length or self._state.starts[row]:
       page = len(tokens) // self.config.page_size
       raise errors.UnmappedToken(sequence.request_id, page, len(tokens))
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
@@ -823,7 +819,7 @@ class Manager:
         return False
       dropped += kept.given_up(evicted)
     count, known = len(key) // TOKEN_BYTES, len(held)
-    pages = self._state.twin.block_tables[sequence.row, : -(-count // self.config.page_size)]
+    pages = self._state.block_tables[sequence.row, : -(-count // self.config.page_size)]
 
     def keep(first: int) -> list[Held]:
       kept_pages, fresh = kept.holds.at(pages[first:].tolist())
@@ -894,8 +890,8 @@ class Manager:
         raise ValueError(f"handles must be distinct, got {list(handles)}")
       self._check_host_room(rows)
       for sequence, row in running:
-        sequence.start = int(self._state.twin.starts[row])
-        sequence.length = int(self._state.twin.lengths[row])
+        sequence.start = int(self._state.starts[row])
+        sequence.length = int(self._state.lengths[row])
         sequence.held, fresh = self._kept.holds.at(self._mapped(row))
         self._kept.apply_ids("hold", fresh)
         for each in sequence.held:
@@ -915,14 +911,14 @@ class Manager:
 
   def _check_host_room(self, rows: list[int]) -> None:
     """Raises unless the pages that only these rows and swapped sequences use fit in the host pool."""
-    twin = self._state.twin
+    state = self._state
     pages, entries = np.unique(
       [page for row in rows for page in self._mapped(row)], return_counts=True
     )
     moving = 0
     for page, count in zip(pages.tolist(), entries.tolist()):
       held = self._kept.holds.by_page.get(page)
-      others = int(twin.refcount[page]) - count - (held is not None)
+      others = int(state.refcount[page]) - count - (held is not None)
       moving += others == 0 and (held is None or not held.indexed)
     room = self._kept.host_room(set())
     if moving > room:
@@ -967,7 +963,7 @@ class Manager:
         self._event("swapped_in", sequence.request_id, len(sequence.held), sequence.length)
         sequence.held = []
       if not self.config.copy_on_write:  # adopted by whole pages
-        lengths = self._state.twin.lengths.copy()
+        lengths = self._state.lengths.copy()
         for row, _, _, length in starts:
           lengths[row] = length
         self._kept.apply("trim", lengths)
@@ -984,12 +980,12 @@ class Manager:
       began, entries, free = (
         time.perf_counter(),
         self._kept.prefixes.num_entries,
-        self._state.twin.num_free,
+        self._state.num_free,
       )
       if target is None:
         target = int(np.ceil(self.options.low_watermark * self.config.num_pages))
       self._kept.collect(target, set())
-      freed = self._state.twin.num_free - free
+      freed = self._state.num_free - free
       return Collected(
         num_pages=freed,
         num_bytes=freed * self._state.config.page_bytes,
@@ -1032,7 +1028,7 @@ class Manager:
     return sequence.row
 
   def _mapped(self, row: int) -> list[int]:
-    pages = self._state.twin.block_tables[row]
+    pages = self._state.block_tables[row]
     return pages[pages < self.config.num_pages].tolist()
 
   def is_valid(self, handle: Handle) -> bool:
@@ -1050,7 +1046,7 @@ class Manager:
     """Whether any page of a sequence has another holder."""
     with self._transition():
       _, row = self._running(handle)
-      return bool((self._state.twin.refcount[self._mapped(row)] > 1).any())
+      return bool((self._state.refcount[self._mapped(row)] > 1).any())
 
   def row(self, handle: Handle) -> int:
     """A sequence's row of the cache."""
@@ -1065,7 +1061,7 @@ class Manager:
   def block_table(self, handle: Handle) -> np.ndarray:
     """i32[P] a sequence's row of the block tables, N where there is no page."""
     with self._transition():
-      return self._state.twin.block_tables[self._running(handle)[1]].copy()
+      return self._state.block_tables[self._running(handle)[1]].copy()
 
   def device(self, handle: Handle):
     """Where a sequence's pages are; the first device of several."""
@@ -1083,7 +1079,7 @@ class Manager:
     """Physical page of a logical one."""
     with self._transition():
       sequence, row = self._running(handle)
-      table = self._state.twin.block_tables[row]
+      table = self._state.block_tables[row]
       if not 0 <= logical_page < len(table) or table[logical_page] == self.config.num_pages:
         token = logical_page * self.config.page_size
         raise errors.UnmappedToken(sequence.request_id, logical_page, token)
@@ -1113,7 +1109,7 @@ class Manager:
         start, length, pages = sequence.start, sequence.length, len(sequence.held)
         on_host = sum(each.page is None for each in sequence.held)
       else:
-        start, length = int(state.twin.starts[sequence.row]), int(state.twin.lengths[sequence.row])
+        start, length = int(state.starts[sequence.row]), int(state.lengths[sequence.row])
         pages, on_host = len(self._mapped(sequence.row)), 0
       return SequenceStats(
         num_tokens=length,
@@ -1133,12 +1129,12 @@ class Manager:
   def free_pages(self) -> int:
     """Pages that are free, or would be for the asking."""
     with self._transition():
-      return self._state.twin.num_free + self._kept.reclaimable(set())
+      return self._state.num_free + self._kept.reclaimable(set())
 
   def stats(self) -> Stats:
     """Exact numbers, as of now."""
     with self._transition():
-      total, free = self.config.num_pages, self._state.twin.num_free
+      total, free = self.config.num_pages, self._state.num_free
       running = sum(each.row is not None for each in self._sequences.values())
       return Stats(
         num_pages=total,
@@ -1183,14 +1179,14 @@ class Manager:
     return {each.request_id: self._length(each) for each in self._sequences.values()}
 
   def _length(self, sequence: _Sequence) -> int:
-    return sequence.length if sequence.row is None else int(self._state.twin.lengths[sequence.row])
+    return sequence.length if sequence.row is None else int(self._state.lengths[sequence.row])
 
   def audit(self) -> AuditReport:
     """Reconciles device, twin, what the host keeps, and the host pool. Reads the device."""
     with self._transition():
       state, total = self._state, self.config.num_pages
       device = jax.tree.map(int, state.verbs.audit(state.cache))
-      leaves = zip(jax.tree.leaves(state.cache.ledger), jax.tree.leaves(state.twin.ledger))
+      leaves = zip(jax.tree.leaves(state.cache.ledger), jax.tree.leaves(state.ledger))
       twin = sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
       kept = np.zeros(total, np.int32)
       kept[list(self._kept.holds.by_page)] = 1
@@ -1202,11 +1198,11 @@ class Manager:
         swapped[each] = swapped.get(each, 0) + 1
       everything = {*indexed, *swapped, *self._kept.holds.by_page.values()}
       rows = [each.row for each in self._sequences.values() if each.row is not None]
-      empty = set(np.flatnonzero(state.twin.lengths == 0).tolist())
+      empty = set(np.flatnonzero(state.lengths == 0).tolist())
       return AuditReport(
         device=Audit(*device),
         twin=twin,
-        holds=int((kept != state.twin.holds).sum()),
+        holds=int((kept != state.holds).sum()),
         host_pages=abs(sum(x.image is not None for x in everything) - self._kept.holds.num_used),
         sequences=len(rows) - len(set(rows)) + len(set(self._rows) - empty)
         + abs(len(rows) + len(self._rows) - self.config.num_rows),

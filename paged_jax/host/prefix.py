@@ -475,8 +475,8 @@ class PrefixIndex:
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
     """Whether a sequence must go before this one can be stored."""
     self._bury()
-    new = self._storable(tokens) and self._stored(namespace, tokens) is None
-    return new and self.num_entries >= self.max_entries
+    crowded = self.num_entries >= self.max_entries and self._storable(tokens)
+    return crowded and self._stored(namespace, tokens) is None
 
   def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
     """Removes the sequence that goes first; None if all are in use or pinned."""

@@ -56,7 +56,7 @@ class Residency:
 
   def count_pages(self) -> None:
     """Pages taken and released since the last time, and the peak."""
-    used = self._config.num_pages - self.state.twin.num_free
+    used = self._config.num_pages - self.state.num_free
     change = used - (self.count["pages_taken"] - self.count["pages_released"])
     self.count["pages_taken" if change > 0 else "pages_released"] += abs(change)
     self.peak = max(self.peak, used)
@@ -69,8 +69,8 @@ class Residency:
 
   def busy(self, held: Held) -> bool:
     """Whether a row uses a kept page."""
-    twin = self.state.twin  # a hold that is noted, and not yet applied, makes no difference
-    return held.page is not None and bool(twin.refcount[held.page] > twin.holds[held.page])
+    state = self.state  # a hold that is noted, and not yet applied, makes no difference
+    return held.page is not None and bool(state.refcount[held.page] > state.holds[held.page])
 
   def stranded(self, held: Held) -> bool:
     """Whether only swapped sequences need a device page."""
@@ -138,14 +138,11 @@ class Residency:
     return plain + min(moving, room)
 
   def _stranded(self, guard: set[Held]) -> list[Held]:
-    kept = self.holds.by_page.values()
-    # most are not swapped: this alone is quick to see
-    return [x for x in kept if x.swapped and x not in guard and self.stranded(x)]
+    return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
 
   def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
     """Which pages the prefix index could give up, as long as no verb runs."""
-    twin = self.state.twin
-    busy = (twin.refcount > twin.holds).tobytes()  # looked up many times
+    busy = (self.state.refcount > self.state.holds).tobytes()  # looked up many times
     return lambda held: held not in guard and not (held.page is not None and busy[held.page])
 
   def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
@@ -154,18 +151,18 @@ class Residency:
     What clearly cannot succeed evicts nothing; what evicts does so for `spare` more pages, too.
     """
     state = self.state
-    if needed <= state.twin.num_free:
+    if needed <= state.num_free:
       return
-    idle = np.count_nonzero((state.twin.holds == 1) & (state.twin.refcount == 1))
+    idle = np.count_nonzero((state.holds == 1) & (state.refcount == 1))
     idle -= sum(each.page is not None and not self.busy(each) for each in guard)
-    if needed <= state.twin.num_free + idle:
+    if needed <= state.num_free + idle:
       self.reclaim(needed + spare, guard)
-    if needed > state.twin.num_free:
-      raise errors.OutOfPages(needed=needed, free=state.twin.num_free + self.reclaimable(guard))
+    if needed > state.num_free:
+      raise errors.OutOfPages(needed=needed, free=state.num_free + self.reclaimable(guard))
 
   def reclaim(self, target: int, guard: set[Held]) -> None:
     """Frees pages that only the host keeps until `target` are free, or none is left."""
-    while (short := target - self.state.twin.num_free) > 0:
+    while (short := target - self.state.num_free) > 0:
       moving = self._stranded(guard)[: min(short, self.host_room(guard))]
       batch = moving or self._victims(short, guard)
       if not batch and not (self._stranded(guard) and self.host_room(guard)):

@@ -11,7 +11,6 @@ after its report, since only then the pages that they take are known.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -42,43 +41,6 @@ class _Program:
     return _applied(ledger, self.verbs)
 
 
-class Twin:
-  """A ledger on the host's CPU; its integers are NumPy arrays, each made when it is asked for."""
-
-  def __init__(self, ledger: Ledger):
-    self.ledger = ledger
-
-  @functools.cached_property
-  def num_free(self) -> int:
-    """Free pages."""
-    return int(self.ledger.pool.num_free)
-
-  @functools.cached_property
-  def refcount(self) -> np.ndarray:
-    """i32[N]"""
-    return np.asarray(self.ledger.pool.refcount)
-
-  @functools.cached_property
-  def holds(self) -> np.ndarray:
-    """i32[N]"""
-    return np.asarray(self.ledger.pool.holds)
-
-  @functools.cached_property
-  def block_tables(self) -> np.ndarray:
-    """i32[S,P]"""
-    return np.asarray(self.ledger.tables.block_tables)
-
-  @functools.cached_property
-  def starts(self) -> np.ndarray:
-    """i32[S]"""
-    return np.asarray(self.ledger.tables.starts)
-
-  @functools.cached_property
-  def lengths(self) -> np.ndarray:
-    """i32[S]"""
-    return np.asarray(self.ledger.tables.lengths)
-
-
 class State:
   """One cache and its twin."""
 
@@ -90,18 +52,28 @@ class State:
     where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
     self.cache: Cache = jax.device_put(cache, where)
     self._cpu = jax.local_devices(backend="cpu")[0]
-    self.twin = Twin(jax.device_put(jitted.ledger.init(config), self._cpu))
+    self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
     self._programs: list[_Program] = []  # not settled yet, oldest first
     # The twin has a thread, since one's own would wait for programs that run on the CPU, too.
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
+    self._read()
+
+  def _read(self) -> None:
+    """The twin's integers, as NumPy arrays."""
+    pool, tables = self.ledger.pool, self.ledger.tables
+    self.num_free = int(pool.num_free)
+    self.refcount, self.holds = np.asarray(pool.refcount), np.asarray(pool.holds)
+    self.block_tables = np.asarray(tables.block_tables)
+    self.starts, self.lengths = np.asarray(tables.starts), np.asarray(tables.lengths)
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
     """One verb on both. It must be granted: the manager asks only for what fits."""
-    ledger = self._thread.submit(_applied, self.twin.ledger, [(verb, operands)]).result()
+    ledger = self._thread.submit(_applied, self.ledger, [(verb, operands)]).result()
     self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
     if self._programs:
       self._programs[-1].verbs.append((verb, operands))
-    self.twin = Twin(ledger)
+    self.ledger = ledger
+    self._read()
 
   def apply_ids(self, verb: str, pages: list[int]) -> None:
     """A verb on a list of pages, however long."""
@@ -126,11 +98,12 @@ class State:
   def _put(self, images: list[Pages], count: int) -> list[int]:
     """The first `count` of a batch of images into fresh pages."""
     most = BYTE_SIZES[-1]  # one program for batches of all sizes
-    ledger, pages, info = jitted.ledger.take_held(self.twin.ledger, np.int32(count), size=most)
+    ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=most)
     if not bool(info.ok):
-      raise AssertionError(f"the ledger refused {count} pages, {self.twin.num_free} are free")
+      raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
     self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
-    self.twin = Twin(ledger)
+    self.ledger = ledger
+    self._read()
     return np.asarray(pages)[:count].tolist()
 
   def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
@@ -144,7 +117,7 @@ class State:
     s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
     nobody = np.full(2, s, np.int32)
     self.apply("extend", np.zeros(s, np.int32))
-    self.apply("trim", self.twin.lengths.copy())
+    self.apply("trim", self.lengths.copy())
     self.apply("free", np.zeros(s, bool))
     self.apply("fork", nobody, nobody, np.zeros(2, np.int32))
     for size in row_sizes(s) if holding else ():
@@ -164,7 +137,7 @@ class State:
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
     self.cache, log, out = program(self.cache, *args, **kwargs)
-    before: Ledger | Future[Ledger] = self.twin.ledger
+    before: Ledger | Future[Ledger] = self.ledger
     if self._programs:
       last = self._programs[-1]
       before = last.after = self._thread.submit(last.replay)
@@ -179,9 +152,10 @@ class State:
     del self._programs[: len(settled)]
     after = settled[-1].after or self._thread.submit(settled[-1].replay)
     since = [each for program in self._programs for each in program.verbs]
-    if since:  # each wait for the thread costs more than what it does
+    if since:  # a wait for the thread takes longer than its work; so one for both
       after = self._thread.submit(lambda before=after: _applied(before.result(), since))
-    self.twin = Twin(after.result())
+    self.ledger = after.result()
+    self._read()
     return True
 
 
