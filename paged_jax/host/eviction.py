@@ -60,16 +60,16 @@ class Queue(Generic[Thing]):
     self._policy, self._now, self._alive = policy, now, alive
     self._number = itertools.count()
     self._heap: list = []
+    self._new: list[Thing] = []  # not in the heap yet: most things die before anything is popped
     self._limit = 64
 
   def push(self, thing: Thing) -> None:
     """Adds a thing, or adds it again."""
-    if len(self._heap) >= self._limit:
-      things = {id(each): each for *_, each in self._heap if self._alive(each)}
-      self._heap = [self._item(each) for each in things.values()]
-      heapq.heapify(self._heap)
-      self._limit = 2 * len(self._heap) + 64
-    heapq.heappush(self._heap, self._item(thing))
+    self._new.append(thing)
+    if len(self._heap) + len(self._new) > self._limit:
+      everything = [each for *_, each in self._heap] + self._new
+      self._heap, self._new = [], list({id(x): x for x in everything if self._alive(x)}.values())
+      self._limit = 2 * len(self._new) + 64
 
   def _item(self, thing: Thing) -> tuple:
     return self._policy.rank(thing.use), next(self._number), thing
@@ -83,7 +83,10 @@ class Queue(Generic[Thing]):
     """Every thing that is `ready`, the first one first; the others wait on when it is closed."""
     waiting: dict[int, Thing] = {}
     try:
-      while self._heap:
+      while self._heap or self._new:
+        for thing in self._new:
+          heapq.heappush(self._heap, self._item(thing))
+        self._new.clear()
         rank, number, thing = heapq.heappop(self._heap)
         if id(thing) in waiting or not self._alive(thing):
           continue
@@ -97,5 +100,4 @@ class Queue(Generic[Thing]):
         else:
           waiting[id(thing)] = thing
     finally:
-      for thing in waiting.values():
-        heapq.heappush(self._heap, self._item(thing))
+      self._new += waiting.values()

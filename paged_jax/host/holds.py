@@ -46,11 +46,14 @@ class Holds:
 
   def at(self, pages: Iterable[int]) -> tuple[list[Held], list[int]]:
     """What is kept on these device pages, and which of them the ledger must hold for that."""
-    pages = list(pages)
-    fresh = [page for page in dict.fromkeys(pages) if page not in self.by_page]
-    for page in fresh:
-      self.by_page[page] = Held(page)
-    return [self.by_page[page] for page in pages], fresh
+    found, fresh = [], []
+    for page in pages:
+      held = self.by_page.get(page)
+      if held is None:
+        held = self.by_page[page] = Held(page)
+        fresh.append(page)
+      found.append(held)
+    return found, fresh
 
   def to_host(self, held: list[Held], images: Iterable[Pages]) -> list[int]:
     """Their bytes are in host memory from now on; returns the device pages to drop."""

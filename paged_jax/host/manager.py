@@ -793,9 +793,8 @@ class Manager:
       held: list[int] = []
       dropped: list[int] = []
       stored = [self._store(*each, held, dropped) for each in zip(prefixes, keys)]
-      self._kept.apply_ids("hold", held)
-      self._kept.apply_ids("drop", dropped)
-      self._kept.scrub(dropped)
+      self._state.apply_ids("hold", held)
+      self._kept.let_go(dropped)
       return stored
 
   def _key(self, prefix: Prefix) -> bytes:
@@ -893,7 +892,7 @@ class Manager:
         sequence.start = int(self._state.starts[row])
         sequence.length = int(self._state.lengths[row])
         sequence.held, fresh = self._kept.holds.at(self._mapped(row))
-        self._kept.apply_ids("hold", fresh)
+        self._state.apply_ids("hold", fresh)
         for each in sequence.held:
           each.swapped += 1
         sequence.row, sequence.tokens = None, self._recorded(row).copy()
@@ -1123,7 +1122,8 @@ class Manager:
   @property
   def cache(self):
     """The cache as it is now; valid until the next method that changes it."""
-    return self._state.cache
+    with self._lock:
+      return self._state.cache
 
   @property
   def free_pages(self) -> int:

@@ -437,7 +437,7 @@ class PrefixIndex:
   def _drop_below(self, node: Node) -> list[Held]:
     """Takes everything under a node off the tree."""
     released: list[Held] = []
-    for each in reversed(list(_below(node))):
+    for each in reversed(list(_below(node))) if node.children else ():
       released += self._detach(each)
     return released
 
@@ -498,38 +498,46 @@ class PrefixIndex:
       if entry is not None and entry.expires <= self._clock() and not entry.pinned:
         self._buried += self._retire(node)
 
-  def reclaimable(self, ready: Callable[[Held], bool]) -> set[Held]:
-    """Every device page that could leave if asked for, given which are `ready`."""
-    found: dict[Held, int] = {}
-    staying: set[int] = set()  # nodes that have something here or below that stays
+  def stuck(self, staying: set[Held]) -> set[Held]:
+    """The device pages that cannot leave if asked for: what pinned sequences need, those that are
+    `staying`, and all that come before them."""
+    stuck: set[Held] = set()
+    if not (staying or self.num_pinned):
+      return stuck
+    above: set[int] = set()  # nodes with something stuck below
     for node in reversed(list(self.nodes())):  # children first
-      clear = id(node) not in staying
+      clear = id(node) not in above
       if clear and node.entry is not None and node.entry.pinned:
-        found.pop(self._pages(node, node.end)[-1], None)  # it would pass to the pinned one
+        stuck.add(self._pages(node, node.end)[-1])  # it would pass to the pinned one
         clear = False
-      for each in reversed(node.held):
-        clear = clear and (each.page is None or ready(each))
-        if clear and each.page is not None:
-          found[each] = found.get(each, 0) + 1
+      if not clear:
+        stuck.update(node.held)
+      elif not staying.isdisjoint(node.held):
+        last = max(i for i, each in enumerate(node.held) if each in staying)
+        stuck.update(node.held[: last + 1])
+        clear = False
       if not clear and node.parent is not None:
-        staying.add(id(node.parent))
-    return {each for each, count in found.items() if count == each.indexed}
+        above.add(id(node.parent))
+    return {each for each in stuck if each.page is not None}
 
 
 def last_page(node: Node) -> Held | None:
   """The last page of a node that is on the device, or None."""
-  return next((each for each in reversed(node.held) if each.page is not None), None)
+  for each in reversed(node.held):
+    if each.page is not None:
+      return each
+  return None
 
 
 def _frontier(node: Node) -> bool:
   """Whether a node of the tree has device pages and nothing below it has."""
-  alone = not any(_on_device(child) for child in node.children.values())
-  return alone and _attached(node) and last_page(node) is not None
+  here = _attached(node) and last_page(node) is not None
+  return here and not any(map(_on_device, node.children.values()))
 
 
 def _on_device(node: Node) -> bool:
   """Whether this node or one below has a device page."""
-  return any(last_page(each) is not None for each in [node, *_below(node)])
+  return last_page(node) is not None or any(last_page(each) is not None for each in _below(node))
 
 
 def _attached(node: Node) -> bool:

@@ -48,18 +48,19 @@ class Residency:
     self.state.apply(verb, *operands)
     self.count_pages()
 
-  def apply_ids(self, verb: str, pages: list[int]) -> None:
-    """A verb on a list of pages, counted."""
-    if pages:
-      self.state.apply_ids(verb, pages)
-      self.count_pages()
-
   def count_pages(self) -> None:
     """Pages taken and released since the last time, and the peak."""
     used = self._config.num_pages - self.state.num_free
     change = used - (self.count["pages_taken"] - self.count["pages_released"])
     self.count["pages_taken" if change > 0 else "pages_released"] += abs(change)
     self.peak = max(self.peak, used)
+
+  def let_go(self, pages: list[int]) -> None:
+    """The host holds these pages no more."""
+    if pages:
+      self.state.apply_ids("drop", pages)
+      self.count_pages()
+      self.scrub(pages)
 
   def scrub(self, pages: list[int]) -> None:
     """Clears those of `pages` that became free, if the manager is to do so."""
@@ -93,8 +94,7 @@ class Residency:
         self.drop(self.prefixes.forget_spilled(short, guard))
       images = self.state.offload(pages_of(held))
       pages = self.holds.to_host(held, images)
-      self.apply_ids("drop", pages)
-      self.scrub(pages)
+      self.let_go(pages)
       self.count["pages_swapped_out"] += len(held)
 
   def to_device(self, held: list[Held]) -> None:
@@ -108,42 +108,42 @@ class Residency:
 
   def drop(self, held: list[Held]) -> None:
     """Forgets kept pages that nobody needs any more."""
-    pages = self.holds.forget(held)
-    self.apply_ids("drop", pages)
-    self.scrub(pages)
+    self.let_go(self.holds.forget(held))
 
   def evicted(self, held: list[Held]) -> None:
     """Lets go of what the prefix index gave up."""
-    pages = self.given_up(held)
-    self.apply_ids("drop", pages)
-    self.scrub(pages)
+    self.let_go(self.given_up(held))
 
   def given_up(self, held: list[Held]) -> list[int]:
     """Forgets what the prefix index gave up; returns the pages to drop."""
+    pages = self.holds.forget(dict.fromkeys(held))
     if held:
-      self.count["evicted_pages"] += sum(each.page is not None for each in held)
+      self.count["evicted_pages"] += len(pages)
       self._event("evicted", len(held))
-    return self.holds.forget(dict.fromkeys(held))
+    return pages
 
   def reclaimable(self, guard: set[Held]) -> int:
     """Device pages that could become free now, without those in `guard`.
 
     Those that swapped sequences need, too, must fit in the host pool; no other page waits for them.
     """
-    ready = self._ready(guard)
-    indexed = self.prefixes.reclaimable(ready)
-    room = self.host_room(guard, ready)
-    plain = sum(not each.swapped for each in indexed)
-    moving = len(indexed) - plain + len(self._stranded(guard))
-    return plain + min(moving, room)
+    staying = self._staying(guard)
+    stuck = self.prefixes.stuck(staying)
+    swapped = [each for each in self.holds.by_page.values() if each.swapped]
+    plain = len(self.holds.by_page) - len(swapped) - sum(not each.swapped for each in stuck)
+    moving = sum(each.indexed > 0 and each not in stuck for each in swapped)
+    moving += len(self._stranded(guard))
+    return plain + min(moving, self.host_room(guard, lambda held: held not in staying))
 
   def _stranded(self, guard: set[Held]) -> list[Held]:
-    return [x for x in self.holds.by_page.values() if self.stranded(x) and x not in guard]
+    held = (x for x in self.holds.by_page.values() if x.swapped)  # of very many, few or none
+    return [x for x in held if self.stranded(x) and x not in guard]
 
-  def _ready(self, guard: set[Held]) -> Callable[[Held], bool]:
-    """Which pages the prefix index could give up, as long as no verb runs."""
-    busy = (self.state.refcount > self.state.holds).tobytes()  # looked up many times
-    return lambda held: held not in guard and not (held.page is not None and busy[held.page])
+  def _staying(self, guard: set[Held]) -> set[Held]:
+    """Device pages that the prefix index cannot give up as long as no verb runs."""
+    state, by_page = self.state, self.holds.by_page
+    busy = np.flatnonzero((state.holds > 0) & (state.refcount > state.holds))
+    return {x for x in guard if x.page is not None} | {by_page[page] for page in busy.tolist()}
 
   def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
@@ -167,8 +167,9 @@ class Residency:
       batch = moving or self._victims(short, guard)
       if not batch and not (self._stranded(guard) and self.host_room(guard)):
         return  # otherwise the index gave up what others need, and made room for it to move
-      self.evicted([each for each in batch if not each.kept])  # first: it may make room below
       moving = [each for each in batch if each.kept]
+      leaving = [each for each in batch if not each.kept] if moving else batch
+      self.evicted(leaving)  # first: it may make room below
       self.to_host(moving, guard | set(moving))
       self.prefixes.requeue_all(moving)
       if moving:
@@ -178,17 +179,17 @@ class Residency:
     """The next pages to leave the device; those still kept must move to the host."""
     batch: list[Held] = []
     room = self.host_room(guard)
-    leaving = set(guard)
+    staying = self._staying(guard)  # or leaving
     found = 0  # pages of the batch that are on the device
-    ready = self._ready(leaving)
-    with contextlib.closing(self.prefixes.candidates(ready)) as nodes:
+    candidates = self.prefixes.candidates(lambda held: held not in staying)
+    with contextlib.closing(candidates) as nodes:
       while found < count and (node := next(nodes, None)) is not None:
         if self._options.spill and room > 0:
-          gone = _leaving(node, min(room, count - len(batch)), ready)
+          gone = _leaving(node, min(room, count - len(batch)), staying)
           room -= len(gone)
-          leaving.update(gone)
+          staying.update(gone)
         else:
-          pages = _leaving(node, count - found, ready)
+          pages = _leaving(node, count - found, staying)
           gone = self.prefixes.forget_last(node, len(pages))
           # Without room they stay, for the swapped sequences alone.
           moving = [each for each in pages if each.swapped and not each.indexed][:room]
@@ -208,7 +209,9 @@ class Residency:
     self.reclaim(target, guard)
 
 
-def _leaving(node: Node, count: int, ready: Callable[[Held], bool]) -> list[Held]:
+def _leaving(node: Node, count: int, staying: set[Held]) -> list[Held]:
   """Up to `count` pages off the tail of a node, all of which may leave."""
-  on_device = [each for each in reversed(node.held) if each.page is not None]
-  return list(itertools.islice(itertools.takewhile(ready, on_device), count))
+  pages = [each for each in reversed(node.held) if each.page is not None][:count]
+  if staying.isdisjoint(pages):
+    return pages
+  return list(itertools.takewhile(lambda held: held not in staying, pages))

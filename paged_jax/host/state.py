@@ -1,7 +1,7 @@
 """The cache on the device, and its ledger's twin on the host's CPU, which move together.
 
-The twin runs the same ledger functions and gets the same page ids (law 8), so that the host knows
-every page without asking the device. A program that the user runs on the cache reports what it
+The twin follows the same ledger functions and gets the same page ids (law 8), so that the host
+knows every page without asking the device. A program that the user runs on the cache reports what it
 did to the ledger in a `Log`; until then the twin is behind. Verbs that follow such a program are
 said to the device at once, and to the twin twice: at once, as if the program did nothing, and again
 after its report, since only then the pages that they take are known.
@@ -12,14 +12,17 @@ after its report, since only then the pages that they take are known.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from paged_jax import jitted
 from paged_jax.config import CacheConfig
-from paged_jax.types import Cache, Ledger, Log, Pages
+from paged_jax.host import twin
+from paged_jax.types import Cache, Log, Pages
+
+Verb = tuple[str, tuple[np.ndarray, ...]]  # its name and operands
 
 ID_SIZES = (16, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
@@ -29,16 +32,8 @@ BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is
 class _Program:
   """A program whose report is not taken over, and the verbs that followed it."""
 
-  before: Ledger | Future[Ledger]
   log: Log
-  verbs: list[tuple[str, tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=list)
-  after: Future[Ledger] | None = None  # once another program follows
-
-  def replay(self) -> Ledger:
-    """The ledger after the program and these verbs."""
-    ledger = self.before.result() if isinstance(self.before, Future) else self.before
-    ledger = jitted.ledger.replay(ledger, jax.tree.map(np.asarray, self.log))
-    return _applied(ledger, self.verbs)
+  verbs: list[Verb] = dataclasses.field(default_factory=list)
 
 
 class State:
@@ -51,29 +46,49 @@ class State:
     # Placed for good from the start: a cache that is placed later compiles everything again.
     where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
     self.cache: Cache = jax.device_put(cache, where)
-    self._cpu = jax.local_devices(backend="cpu")[0]
-    self.ledger = jax.device_put(jitted.ledger.init(config), self._cpu)
+    self.ledger: twin.Ledger = _on_host(jitted.ledger.init(config))
+    self._reported = self.ledger  # what the oldest of these programs began with
     self._programs: list[_Program] = []  # not settled yet, oldest first
-    # The twin has a thread, since one's own would wait for programs that run on the CPU, too.
+    # One's own thread would wait for programs that run on the CPU, too.
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
-    self._read()
 
-  def _read(self) -> None:
-    """The twin's integers, as NumPy arrays."""
-    pool, tables = self.ledger.pool, self.ledger.tables
-    self.num_free = int(pool.num_free)
-    self.refcount, self.holds = np.asarray(pool.refcount), np.asarray(pool.holds)
-    self.block_tables = np.asarray(tables.block_tables)
-    self.starts, self.lengths = np.asarray(tables.starts), np.asarray(tables.lengths)
+  @property
+  def num_free(self) -> int:
+    """Free pages."""
+    return int(self.ledger.pool.num_free)
+
+  @property
+  def refcount(self) -> np.ndarray:
+    """i32[N] holders of each page."""
+    return self.ledger.pool.refcount
+
+  @property
+  def holds(self) -> np.ndarray:
+    """i32[N] those of them that are the host's."""
+    return self.ledger.pool.holds
+
+  @property
+  def block_tables(self) -> np.ndarray:
+    """i32[S,P] page of each logical page of each row, N where there is none."""
+    return self.ledger.tables.block_tables
+
+  @property
+  def starts(self) -> np.ndarray:
+    """i32[S] first live token of each row."""
+    return self.ledger.tables.starts
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """i32[S] tokens held by each row."""
+    return self.ledger.tables.lengths
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
     """One verb on both. It must be granted: the manager asks only for what fits."""
-    ledger = self._thread.submit(_applied, self.ledger, [(verb, operands)]).result()
+    ledger = self._applied(self.ledger, [(verb, operands)])
     self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
     if self._programs:
       self._programs[-1].verbs.append((verb, operands))
     self.ledger = ledger
-    self._read()
 
   def apply_ids(self, verb: str, pages: list[int]) -> None:
     """A verb on a list of pages, however long."""
@@ -98,13 +113,12 @@ class State:
   def _put(self, images: list[Pages], count: int) -> list[int]:
     """The first `count` of a batch of images into fresh pages."""
     most = BYTE_SIZES[-1]  # one program for batches of all sizes
-    ledger, pages, info = jitted.ledger.take_held(self.ledger, np.int32(count), size=most)
-    if not bool(info.ok):
+    ledger, pages, info = self._compiled("take_held", self.ledger, np.int32(count), size=most)
+    if not info.ok:
       raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
     self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
     self.ledger = ledger
-    self._read()
-    return np.asarray(pages)[:count].tolist()
+    return pages[:count].tolist()
 
   def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
     """Compiles each verb for each size of a batch, by asking it for nothing.
@@ -137,11 +151,9 @@ class State:
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
     self.cache, log, out = program(self.cache, *args, **kwargs)
-    before: Ledger | Future[Ledger] = self.ledger
-    if self._programs:
-      last = self._programs[-1]
-      before = last.after = self._thread.submit(last.replay)
-    self._programs.append(_Program(before, log))
+    if not self._programs:
+      self._reported = self.ledger
+    self._programs.append(_Program(log))
     return out
 
   def settle(self, but: int = 0) -> bool:
@@ -149,23 +161,47 @@ class State:
     settled = self._programs[: max(0, len(self._programs) - but)]
     if not settled:
       return False
+    ledger = self._reported
+    for program in settled:
+      ledger = self._applied(self._replayed(ledger, program.log), program.verbs)
+    self._reported = ledger
     del self._programs[: len(settled)]
-    after = settled[-1].after or self._thread.submit(settled[-1].replay)
-    since = [each for program in self._programs for each in program.verbs]
-    if since:  # a wait for the thread takes longer than its work; so one for both
-      after = self._thread.submit(lambda before=after: _applied(before.result(), since))
-    self.ledger = after.result()
-    self._read()
+    for program in self._programs:
+      ledger = self._applied(ledger, program.verbs)
+    self.ledger = ledger
     return True
 
+  # The twin alone
 
-def _applied(ledger: Ledger, verbs: list[tuple[str, tuple[np.ndarray, ...]]]) -> Ledger:
-  """The ledger after these verbs, all granted."""
-  for verb, operands in verbs:
-    ledger, info, *_ = getattr(jitted.ledger, verb)(ledger, *operands)
-    if not np.asarray(info.ok).all():
-      raise AssertionError(f"the ledger refused {verb} of {operands}: {np.asarray(info.ok)}")
-  return ledger
+  def _applied(self, ledger: twin.Ledger, verbs: list[Verb]) -> twin.Ledger:
+    """The ledger after these verbs, all granted."""
+    for verb, operands in verbs:
+      after = twin.apply(ledger, verb, operands)
+      if after is None:
+        after, info, *_ = self._compiled(verb, ledger, *operands)
+        if not info.ok.all():
+          raise AssertionError(f"the ledger refused {verb} of {operands}: {info.ok}")
+      ledger = after
+    return ledger
+
+  def _replayed(self, ledger: twin.Ledger, log: Log) -> twin.Ledger:
+    """The ledger after the program that this is the log of."""
+    after = twin.replay(ledger, log)
+    return self._compiled("replay", ledger, _on_host(log)) if after is None else after
+
+  def _compiled(self, verb: str, ledger: twin.Ledger, *operands, **statics):
+    """What a compiled verb returns, in NumPy."""
+
+    def run():
+      placed = jax.device_put(ledger, jax.local_devices(backend="cpu")[0])
+      return _on_host(getattr(jitted.ledger, verb)(placed, *operands, **statics))
+
+    return self._thread.submit(run).result()
+
+
+def _on_host(tree):
+  """Arrays as NumPy's; waits for them."""
+  return jax.tree.map(np.asarray, tree)
 
 
 def row_sizes(num_rows: int) -> tuple[int, ...]:

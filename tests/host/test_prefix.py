@@ -61,6 +61,12 @@ def length(index, tokens, namespace=None):
   return peek(index, tokens, namespace).length
 
 
+def reclaimable(index, staying=frozenset()):
+  """Device pages of the index that could leave."""
+  pages = {x for node in index.nodes() for x in node.held if x.page is not None}
+  return pages - index.stuck(set(staying))
+
+
 def next_of(nodes):
   """The first of the candidates, None if there is none."""
   return next(nodes, None)
@@ -377,7 +383,9 @@ class History:
       assert self.written[held][: len(wanted)] == wanted
 
   def end(self):
-    """What is said to be reclaimable is exactly what leaves; unpinned, everything does."""
+    """What is said to be reclaimable is exactly what leaves; unpinned and unused, everything does."""
+    if not self.mortal:
+      self.drain({x for _, pages in self.rows for x in pages if x.page is not None})
     self.rows = []
     if not self.mortal:
       self.drain()
@@ -389,16 +397,18 @@ class History:
     assert not any(each.indexed for each in self.written)
     assert self.index.num_entries == self.index.num_tokens == self.index.num_pinned == 0
 
-  def drain(self):
+  def drain(self, staying=frozenset()):
     """As many pages leave as were said to be reclaimable; if two branches share some, or more."""
+
+    def ready(held):
+      return held not in staying
+
     exact = all(each.indexed < 2 for each in self.written)
-    promised = len(self.index.reclaimable(always))
+    promised = len(reclaimable(self.index, staying))
     gone = set()
-    while (node := next_of(self.index.candidates(always))) is not None:
-      gone |= {
-        x for x in self.forget_last(node, self.frontier(always), always) if x.page is not None
-      }
-    assert not self.frontier(always)
+    while (node := next_of(self.index.candidates(ready))) is not None:
+      gone |= {x for x in self.forget_last(node, self.frontier(ready), ready) if x.page is not None}
+    assert not self.frontier(ready)
     assert len(gone) == promised if exact else len(gone) >= promised
 
 
@@ -775,23 +785,23 @@ def test_nothing_above_a_pinned_sequence_leaves():
   store(shelf, range(4))
   store(shelf, range(8), pinned=True)
   branch = store(shelf, [*range(4), 9])
-  assert shelf.reclaimable(always) == {branch[1]}
+  assert reclaimable(shelf) == {branch[1]}
   assert shelf.forget_last(next_of(shelf.candidates(always))) == [branch[1]]
-  assert next_of(shelf.candidates(always)) is None and shelf.reclaimable(always) == set()
+  assert next_of(shelf.candidates(always)) is None and reclaimable(shelf) == set()
 
 
 def test_a_page_that_passes_to_a_pinned_parent_is_not_reclaimable():
   shelf = index()
   store(shelf, range(6), pinned=True)
   store(shelf, range(8))
-  assert shelf.reclaimable(always) == set()
+  assert reclaimable(shelf) == set()
 
 
 def test_a_page_that_a_pinned_branch_keeps_too_is_not_reclaimable():
   shelf = index()
   pages = store(shelf, range(4))
   store(shelf, range(4), namespace="b", held=pages, pinned=True)
-  assert shelf.reclaimable(always) == set()
+  assert reclaimable(shelf) == set()
 
 
 def moved(shelf, pages, *, to_host=True):
@@ -805,7 +815,7 @@ def test_pages_in_host_memory_are_found_but_give_up_nothing():
   pages = store(shelf, range(12))
   moved(shelf, pages[2:])
   assert find(shelf, range(12)).held == pages
-  assert shelf.reclaimable(always) == set(pages[:2])
+  assert reclaimable(shelf) == set(pages[:2])
   assert set(shelf.forget_last(next_of(shelf.candidates(always)))) == set(pages[1:])
   moved(shelf, pages[:1])
   assert next_of(shelf.candidates(always)) is None
@@ -818,7 +828,7 @@ def test_a_lookup_that_cuts_an_edge_leaves_the_upper_part_evictable():
   pages = store(shelf, range(8))
   moved(shelf, pages[1:])
   find(shelf, range(4))
-  assert shelf.reclaimable(always) == {pages[0]}
+  assert reclaimable(shelf) == {pages[0]}
   assert last_page(next_of(shelf.candidates(always))) is pages[0]
 
 
@@ -829,7 +839,7 @@ def test_a_page_is_evictable_once_all_branches_below_it_are_in_host_memory_or_go
   second = store(shelf, [*range(4), 2], held=[*trunk, *fresh(1)])
   moved(shelf, first[1:])
   assert shelf.forget_last(next_of(shelf.candidates(always))) == second[1:]
-  assert shelf.reclaimable(always) == set(trunk)
+  assert reclaimable(shelf) == set(trunk)
   assert last_page(next_of(shelf.candidates(always))) is trunk[0]
 
 
