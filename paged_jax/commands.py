@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import gc
 import json
 import socket
 import sys
@@ -185,6 +186,8 @@ def serve(
         tokenizer=tokenizer,
       )  # fmt: skip
     _warm_up(engine, console)
+    gc.collect()
+    gc.freeze()  # what is here stays: no later collection stops the tokens for long
     name = name or folder.resolve().name
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
     shown = f"[{host}]" if ":" in host else host

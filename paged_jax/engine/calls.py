@@ -226,7 +226,7 @@ class Calls:
       tokens, logprobs = texts[row]
       tokens, logprobs = sample.tokens + tokens, sample.logprobs + logprobs
       drawn.append(Drawn(sample, tokens, logprobs, remaining[row] == 0, broken[row]))
-    self._manager.settle(but=len(self._calls))  # the twin has caught up by now
+    self._manager.settle(but=len(self._calls))
     return drawn + _searched(report, beams)
 
 

@@ -711,7 +711,7 @@ class Manager:
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
     if tokens is not None and num_tokens is not None:
-      self.record(tokens, num_tokens)  # the twin catches up meanwhile
+      self.record(tokens, num_tokens)
     with self._transition(but=but):
       return self._state.num_free
 
