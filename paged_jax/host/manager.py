@@ -527,8 +527,9 @@ class Manager:
       self._kept.apply("unshare", starts)
 
   def warm_up(self) -> None:
-    """Compiles what sequences come, go, share and move with; nothing changes."""
-    with self._transition():
+    """Compiles what sequences come, go, share and move with, and what follows the reports of programs
+    like those that were run so far; nothing changes."""
+    with self._transition(wait=False):
       options = self.options
       swapping = options.swapping and options.num_host_pages > 0
       holding = options.swapping or options.prefix_cache

@@ -207,24 +207,46 @@ def test_batches_pad_to_few_sizes():
   ]
 
 
-def test_nothing_compiles_once_every_size_was_seen():
+@pytest.fixture
+def compiled():
+  """What has been compiled since."""
+  events = []
+
+  def listener(event, seconds, **_):
+    if "backend_compile" in event:
+      events.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_nothing_compiles_once_every_size_was_seen(compiled):
   m = manager(dict(spill=True), num_pages=9, num_rows=5)
   story = Story(np.random.default_rng(2), m)
   for _ in range(400):
     story.step()
-  compiled = []
-
-  def listener(event, seconds, **_):
-    if "backend_compile" in event:
-      compiled.append(event)
-
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  try:
-    for _ in range(200):
-      story.step()
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listener)
+  compiled.clear()
+  for _ in range(200):
+    story.step()
   assert not compiled
+
+
+def test_warm_up_compiles_what_the_twin_needs_for_copies(compiled):
+  m = manager(num_pages=43, num_rows=5)  # a size that no other test has
+  m.run(decode, np.zeros(5, bool), num_steps=7)
+  m.warm_up()
+  assert compiled
+  compiled.clear()
+  one = m.allocate(Request("one", 6))
+  two = one.clone("two")
+  m.run(decode, np.array([True, True] + [False] * 3), num_steps=7)  # copies the page they share
+  assert (one.num_tokens, two.num_tokens) == (13, 13)
+  three = one.clone("three")
+  m.extend(three, 1)  # copies one, too
+  assert not compiled
+  assert m.num_copies == 1
+  assert m.audit().clean
 
 
 def ahead(m, wait, num_turns):
