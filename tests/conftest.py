@@ -40,3 +40,17 @@ def room_for_programs():
   yield
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled():
+  """What has been compiled since the test began, by whatever part of jax."""
+  names = []
+
+  def listen(event, seconds, **_):
+    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+      names.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listen)

@@ -24,7 +24,7 @@ import numpy as np
 
 from paged_jax import jitted
 from paged_jax.config import CacheConfig
-from paged_jax.host import canary, errors, events, pressure
+from paged_jax.host import canary, errors, events, pressure, twin
 from paged_jax.host.handle import Handle
 from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.options import ManagerConfig, Request, whole
@@ -304,22 +304,8 @@ class Manager:
       return
     num_tokens = np.zeros(self.config.num_rows, np.int32)
     num_tokens[list(growth)] = list(growth.values())
-    self._count["copies"] += int(self._copies(num_tokens).sum())
+    self._count["copies"] += int(twin.copied(self._state.ledger, num_tokens > 0).sum())
     self._kept.apply("extend", num_tokens)
-
-  def _copies(self, num_tokens: np.ndarray) -> np.ndarray:
-    """Rows whose shared tail page an extension copies: of n sharers, all but the last."""
-    state, size = self._state, self.config.page_size
-    grown = np.flatnonzero((num_tokens > 0) & (state.lengths % size > 0))
-    tails = state.block_tables[grown, state.lengths[grown] // size]
-    shared = state.refcount[tails] > 1
-    left: dict[int, int] = {}
-    copied = np.zeros(len(num_tokens), bool)
-    for row, page in zip(grown[shared].tolist(), tails[shared].tolist()):
-      left.setdefault(page, int(state.refcount[page]))
-      copied[row] = left[page] > 1
-      left[page] -= 1
-    return copied
 
   def extend(self, handle: Handle, num_tokens: int) -> None:
     """Room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
@@ -345,7 +331,7 @@ class Manager:
       counts = np.zeros(self.config.num_rows, np.int32)
       counts[list(growth)] = list(growth.values())
       size, lengths = self.config.page_size, self._state.lengths
-      copied = self._copies(counts)
+      copied = twin.copied(self._state.ledger, counts > 0)
       if copied.any() and not self.config.copy_on_write:
         raise errors.Disabled("copy-on-write")
       new = -(-(lengths + counts) // size) - -(-lengths // size)
@@ -527,9 +513,8 @@ class Manager:
       self._kept.apply("unshare", starts)
 
   def warm_up(self) -> None:
-    """Compiles what sequences come, go, share and move with, and what follows the reports of programs
-    like those that were run so far; nothing changes."""
-    with self._transition(wait=False):
+    """Compiles what sequences come, go, share and move with; nothing changes."""
+    with self._transition():
       options = self.options
       swapping = options.swapping and options.num_host_pages > 0
       holding = options.swapping or options.prefix_cache
@@ -583,7 +568,7 @@ class Manager:
       now, size = self._state.lengths, self.config.page_size
       then = np.maximum(lengths, now)
       new = -(-then // size) - -(-now // size)
-      return int(new.sum() + self._copies(then - now).sum())
+      return int(new.sum() + twin.copied(self._state.ledger, then > now).sum())
 
   def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
     """Most pages that sequences take when they grow to `length` tokens each and `reorder` among
@@ -1188,7 +1173,7 @@ class Manager:
       state, total = self._state, self.config.num_pages
       device = jax.tree.map(int, state.verbs.audit(state.cache))
       leaves = zip(jax.tree.leaves(state.cache.ledger), jax.tree.leaves(state.ledger))
-      twin = sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
+      differing = sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
       kept = np.zeros(total, np.int32)
       kept[list(self._kept.holds.by_page)] = 1
       indexed: dict[Held, int] = {}
@@ -1202,7 +1187,7 @@ class Manager:
       empty = set(np.flatnonzero(state.lengths == 0).tolist())
       return AuditReport(
         device=Audit(*device),
-        twin=twin,
+        twin=differing,
         holds=int((kept != state.holds).sum()),
         host_pages=abs(sum(x.image is not None for x in everything) - self._kept.holds.num_used),
         sequences=len(rows) - len(set(rows)) + len(set(self._rows) - empty)

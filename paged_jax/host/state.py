@@ -129,10 +129,6 @@ class State:
       scrubbing: The one that clears them.
     """
     s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
-    for program in self._programs:  # what NumPy does for the twin may have to be compiled one day
-      self._compiled("replay", self._reported, _on_host(program.log))
-    self.settle()
-    self._compiled("extend", self.ledger, np.zeros(s, np.int32))
     nobody = np.full(2, s, np.int32)
     self.apply("extend", np.zeros(s, np.int32))
     self.apply("trim", self.lengths.copy())

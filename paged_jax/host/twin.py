@@ -1,8 +1,7 @@
 """The commonest ledger verbs in NumPy, bit for bit as `paged_jax.ledger` computes them.
 
-They know one case, which is nearly every one: all is granted, and no page is copied. For any other
-they return None, and the compiled verb decides. On a CPU that one waits for a thread of the device's
-program, and several calls of it are made for each of the device's.
+They know one case, which is nearly every one: all is granted. For any other they return None, and the
+compiled verb decides. On a CPU that one waits for a thread of the device's program.
 """
 
 import dataclasses
@@ -17,13 +16,36 @@ Ledger = Any  # a `paged_jax.types.Ledger` of NumPy arrays
 
 def apply(ledger: Ledger, verb: str, operands: tuple[np.ndarray, ...]) -> Ledger | None:
   """The ledger after a verb."""
-  known = {"extend": _extend, "free": _free, "hold": _hold, "drop": _drop}.get(verb)
-  return None if known is None else known(ledger, *operands)
+  known = {"extend": _extend, "free": _free, "hold": _hold, "drop": _drop, "adopt": _adopt}
+  return known[verb](ledger, *operands) if verb in known else None
 
 
 def replay(ledger: Ledger, log: Log) -> Ledger | None:
   """The ledger after a program; None as well if it did more than extend."""
-  return _grow(ledger, np.asarray(log.operands[0][0])) if log.verbs == ("extend",) else None
+  if log.verbs != ("extend",):
+    return None
+  num_tokens = np.asarray(log.operands[0][0])
+  while len(num_tokens) > 1 and copied(ledger, (num_tokens != 0).any(axis=0)).any():
+    ledger, num_tokens = _grow(ledger, num_tokens[:1]), num_tokens[1:]
+    if ledger is None:
+      return None
+  return _grow(ledger, num_tokens) if len(num_tokens) else None
+
+
+def copied(ledger: Ledger, growing: Any) -> np.ndarray:
+  """bool[S] those of the `growing` rows bool[S] that copy a shared tail page: of n sharers, all but the
+  last."""
+  tables, size = ledger.tables, ledger.page_size
+  copying = np.zeros(ledger.num_rows, bool)
+  rows = np.flatnonzero(growing & (tables.lengths % size > 0))
+  tails = tables.block_tables[rows, tables.lengths[rows] // size]
+  shared = ledger.pool.refcount[tails] > 1
+  left: dict[int, int] = {}
+  for row, page in zip(rows[shared].tolist(), tails[shared].tolist()):
+    left.setdefault(page, int(ledger.pool.refcount[page]))
+    copying[row] = left[page] > 1
+    left[page] -= 1
+  return copying
 
 
 def _extend(ledger: Ledger, num_tokens: np.ndarray) -> Ledger | None:
@@ -31,37 +53,36 @@ def _extend(ledger: Ledger, num_tokens: np.ndarray) -> Ledger | None:
 
 
 def _grow(ledger: Ledger, num_tokens: np.ndarray) -> Ledger | None:
-  """Rows grow by `num_tokens` i32[K,S], step by step."""
+  """Rows grow by `num_tokens` i32[K,S], step by step; if K > 1 none of them copies a page."""
   pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
+  copying = copied(ledger, (num_tokens != 0).any(axis=0))
   after = tables.lengths + np.cumsum(num_tokens, axis=0, dtype=np.int64)
   before, lengths = after - num_tokens, after[-1]
-  grown = lengths > tables.lengths
-  written = np.flatnonzero(grown & (tables.lengths % size > 0))
-  tails = tables.block_tables[written, tables.lengths[written] // size]
-  first = -(-before // size)
+  first = -(-before // size) - copying  # the copy of the tail comes just before the new pages
   need = (-(-after // size) - first).reshape(-1)
   total = int(need.sum())
-  if (
-    (num_tokens < 0).any()
-    or (lengths > ledger.capacity).any()
-    or total > pool.num_free
-    or (pool.refcount[tails] > 1).any()
-  ):
+  valid = (num_tokens >= 0).all() and (lengths <= ledger.capacity).all()
+  if not valid or total > pool.num_free or (copying.any() and not ledger.copy_on_write):
     return None
-  tables = dataclasses.replace(
-    tables, lengths=lengths.astype(np.int32), stale=tables.stale & ~grown
-  )
+  block_tables = tables.block_tables
   if total:
     free = np.flatnonzero(pool.refcount == 0)
     pages = np.roll(free, -np.searchsorted(free, pool.cursor))[:total]
     rows = np.repeat(np.arange(need.size) % ledger.num_rows, need)
-    nth = np.arange(total) - np.repeat(np.cumsum(need) - need, need)
-    block_tables, refcount = tables.block_tables.copy(), pool.refcount.copy()
-    block_tables[rows, np.repeat(first.reshape(-1), need) + nth] = pages
+    columns = np.arange(total) - np.repeat(np.cumsum(need) - need - first.reshape(-1), need)
+    refcount, block_tables = pool.refcount.copy(), block_tables.copy()
     refcount[pages] = 1
+    tails = block_tables[copying, tables.lengths[copying] // size]
+    refcount -= _entries(tails, refcount.size)
+    block_tables[rows, columns] = pages
     pool = _counted(pool, refcount, pool.holds)
     pool = dataclasses.replace(pool, cursor=np.int32((pages[-1] + 1) % refcount.size))
-    tables = dataclasses.replace(tables, block_tables=block_tables)
+  tables = dataclasses.replace(
+    tables,
+    block_tables=block_tables,
+    lengths=lengths.astype(np.int32),
+    stale=tables.stale & (lengths == tables.lengths),
+  )
   return dataclasses.replace(ledger, pool=pool, tables=tables)
 
 
@@ -98,6 +119,39 @@ def _drop(ledger: Ledger, pages: np.ndarray) -> Ledger | None:
     return None
   pool = _counted(pool, pool.refcount - entries, pool.holds - entries)
   return dataclasses.replace(ledger, pool=pool)
+
+
+def _adopt(
+  ledger: Ledger, rows: np.ndarray, pages: np.ndarray, lengths: np.ndarray, starts: np.ndarray
+) -> Ledger | None:
+  pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
+  real = rows < ledger.num_rows
+  rows, pages, lengths, starts = rows[real], pages[real], lengths[real], starts[real]
+  first = np.where(lengths > 0, starts // size, 0)
+  count = -(-lengths // size) - first
+  entry, nth = np.nonzero(np.arange(pages.shape[1]) < count[:, None])
+  used = pages[entry, nth]
+  if (
+    np.unique(rows).size < rows.size
+    or (tables.lengths[rows] > 0).any()
+    or ((starts < 0) | (starts > lengths) | (lengths > ledger.capacity)).any()
+    or (count > pages.shape[1]).any()
+    or ((lengths % size).any() and not ledger.copy_on_write)
+    or ((used < 0) | (used >= pool.num_pages)).any()
+    or (pool.holds[used] == 0).any()
+  ):
+    return None
+  block_tables, begins, ends, stale = (
+    x.copy() for x in (tables.block_tables, tables.starts, tables.lengths, tables.stale)
+  )
+  block_tables[rows[entry], first[entry] + nth] = used
+  begins[rows], ends[rows] = np.where(lengths > 0, starts, 0), lengths
+  stale[rows] = lengths > 0
+  pool = _counted(pool, pool.refcount + _entries(used, pool.num_pages), pool.holds)
+  tables = dataclasses.replace(
+    tables, block_tables=block_tables, starts=begins, lengths=ends, stale=stale
+  )
+  return dataclasses.replace(ledger, pool=pool, tables=tables)
 
 
 def _entries(pages: np.ndarray, num_pages: int) -> np.ndarray:

@@ -270,20 +270,6 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 # What a call costs
 
 
-@pytest.fixture
-def compiled():
-  """What has been compiled since the test began, by whatever part of jax."""
-  names = []
-
-  def listen(event, seconds, **_):
-    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-      names.append(event)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  yield names
-  jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_nothing_compiles_after_warm_up(compiled):
   jax.clear_caches()  # nor is anything there already
   e, steps = engine(drafter=PromptLookup(2), max_beams=2), []

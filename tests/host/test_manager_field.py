@@ -390,21 +390,6 @@ def test_branches_are_freed_before_their_trunk():
 # 9 Recompiles
 
 
-class Compiled(list):
-  """The programs that are compiled while it listens."""
-
-  def __enter__(self):
-    jax.monitoring.register_event_duration_secs_listener(self.note)
-    return self
-
-  def note(self, event, seconds, **_):
-    if "backend_compile" in event:
-      self.append(event)
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self.note)
-
-
 def serve(m, lengths):
   """Requests of these lengths come, grow a token at a time, share, move and go."""
   for n, length in enumerate(lengths):
@@ -423,20 +408,20 @@ def serve(m, lengths):
   m.clear_prefixes()
 
 
-def test_nothing_compiles_in_steady_state():
+def test_nothing_compiles_in_steady_state(compiled):
   m = manager()
   serve(m, [1, 5, 9, 12, 3])
-  with Compiled() as compiled:
-    serve(m, [2, 4, 6, 7, 8, 10, 11, 2, 5])
-    assert compiled == []
-    jax.jit(lambda x: x + 17)(jnp.float32(1))
+  compiled.clear()
+  serve(m, [2, 4, 6, 7, 8, 10, 11, 2, 5])
+  assert compiled == []
+  jax.jit(lambda x: x + 17)(jnp.float32(1))
   assert compiled  # it would have been noticed
 
 
-def test_another_manager_of_the_same_configuration_compiles_nothing():
+def test_another_manager_of_the_same_configuration_compiles_nothing(compiled):
   serve(manager(), [1, 5, 9, 12, 3])
-  with Compiled() as compiled:
-    serve(manager(), [2, 6])
+  compiled.clear()
+  serve(manager(), [2, 6])
   assert compiled == []
 
 

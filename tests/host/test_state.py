@@ -207,20 +207,6 @@ def test_batches_pad_to_few_sizes():
   ]
 
 
-@pytest.fixture
-def compiled():
-  """What has been compiled since."""
-  events = []
-
-  def listener(event, seconds, **_):
-    if "backend_compile" in event:
-      events.append(event)
-
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  yield events
-  jax.monitoring.unregister_event_duration_listener(listener)
-
-
 def test_nothing_compiles_once_every_size_was_seen(compiled):
   m = manager(dict(spill=True), num_pages=9, num_rows=5)
   story = Story(np.random.default_rng(2), m)
@@ -232,7 +218,7 @@ def test_nothing_compiles_once_every_size_was_seen(compiled):
   assert not compiled
 
 
-def test_warm_up_compiles_what_the_twin_needs_for_copies(compiled):
+def test_copies_compile_nothing_after_warm_up(compiled):
   m = manager(num_pages=43, num_rows=5)  # a size that no other test has
   m.run(decode, np.zeros(5, bool), num_steps=7)
   m.warm_up()
