@@ -55,6 +55,7 @@ def check(case):
     )  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_the_kernel_equals_the_definition_in_float64(case, interpreted):
   interpreted(True)

@@ -28,6 +28,7 @@ def run(e):
   raise AssertionError("it never stops")
 
 
+@pytest.mark.once
 def test_a_request_that_ended_long_ago_goes_on_from_its_text():
   e = engine()
   handle = e.submit(PROMPTS[3], hot(0))
@@ -147,6 +148,7 @@ def test_a_prompt_with_a_single_new_token_is_cached_with_its_logits():
   finish(e)
 
 
+@pytest.mark.once
 def test_a_round_that_fails_ends_the_stream_of_a_search(monkeypatch):
   e = engine(max_beams=3)
 

@@ -66,7 +66,7 @@ def stories(draw):
   return setting, requests, forced
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(stories())
 def test_any_mix_of_requests_gives_each_its_own_text(story):
   setting, requests, forced = story

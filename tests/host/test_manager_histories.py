@@ -28,6 +28,7 @@ def run(seed, options, num_steps, **fields):
   return story
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=12, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip

@@ -57,6 +57,7 @@ def decode(decoder, cache, token, steps):
   return np.asarray(tokens), np.asarray(logits)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_paged_decoder_equals_transformers(name):
   golden = np.load(GOLDENS / name / "golden.npz")
