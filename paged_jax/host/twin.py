@@ -56,20 +56,24 @@ def _grow(ledger: Ledger, num_tokens: np.ndarray) -> Ledger | None:
   """Rows grow by `num_tokens` i32[K,S], step by step; if K > 1 none of them copies a page."""
   pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
   copying = copied(ledger, (num_tokens != 0).any(axis=0))
-  after = tables.lengths + np.cumsum(num_tokens, axis=0, dtype=np.int64)
-  before, lengths = after - num_tokens, after[-1]
-  first = -(-before // size) - copying  # the copy of the tail comes just before the new pages
-  need = (-(-after // size) - first).reshape(-1)
-  total = int(need.sum())
-  valid = (num_tokens >= 0).all() and (lengths <= ledger.capacity).all()
+  lengths = np.zeros((1 + len(num_tokens), ledger.num_rows), np.int64)
+  np.cumsum(num_tokens, axis=0, out=lengths[1:])
+  lengths += tables.lengths
+  reached = -(-lengths // size)  # logical pages, before the first step and after each
+  reached[0] -= copying  # the copy of the tail comes just before the new pages
+  need = np.diff(reached, axis=0)
+  lengths, total = lengths[-1].astype(np.int32), int(need.sum())
+  valid = (num_tokens >= 0).all() and (reached[-1] <= ledger.pages_per_row).all()
   if not valid or total > pool.num_free or (copying.any() and not ledger.copy_on_write):
     return None
   block_tables = tables.block_tables
   if total:
     free = np.flatnonzero(pool.refcount == 0)
     pages = np.roll(free, -np.searchsorted(free, pool.cursor))[:total]
-    rows = np.repeat(np.arange(need.size) % ledger.num_rows, need)
-    columns = np.arange(total) - np.repeat(np.cumsum(need) - need - first.reshape(-1), need)
+    takes = np.nonzero(need)  # of all steps and rows, few
+    need, first = need[takes], reached[takes]
+    rows = np.repeat(takes[1], need)
+    columns = np.arange(total) - np.repeat(np.cumsum(need) - need - first, need)
     refcount, block_tables = pool.refcount.copy(), block_tables.copy()
     refcount[pages] = 1
     tails = block_tables[copying, tables.lengths[copying] // size]
@@ -80,7 +84,7 @@ def _grow(ledger: Ledger, num_tokens: np.ndarray) -> Ledger | None:
   tables = dataclasses.replace(
     tables,
     block_tables=block_tables,
-    lengths=lengths.astype(np.int32),
+    lengths=lengths,
     stale=tables.stale & (lengths == tables.lengths),
   )
   return dataclasses.replace(ledger, pool=pool, tables=tables)
