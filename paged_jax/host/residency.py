@@ -143,7 +143,8 @@ class Residency:
     """Device pages that the prefix index cannot give up as long as no verb runs."""
     state, by_page = self.state, self.holds.by_page
     busy = np.flatnonzero((state.holds > 0) & (state.refcount > state.holds))
-    return {x for x in guard if x.page is not None} | {by_page[page] for page in busy.tolist()}
+    used = {by_page[page] for page in busy.tolist() if page in by_page}
+    return used | {each for each in guard if each.page is not None}
 
   def make_room(self, needed: int, guard: set[Held], spare: int = 0) -> None:
     """Sees to it that `needed` pages are free, or raises OutOfPages.
