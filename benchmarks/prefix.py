@@ -20,9 +20,9 @@ import time
 
 import numpy as np
 
-from paged_jax import models
+from paged_jax import models, twin
 from paged_jax.engine import Engine, EngineConfig, Sampling
-from paged_jax.host import ManagerConfig, twin
+from paged_jax.host import ManagerConfig
 
 SHARED, OWN, NEW_TOKENS, SIZE, ROWS = 200, 24, 32, 16, 64
 PAGES = ROWS * -(-(SHARED + OWN + NEW_TOKENS) // SIZE)

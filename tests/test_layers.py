@@ -14,7 +14,7 @@ ROOT = pathlib.Path(paged_jax.__file__).parent
 LAYERS = {
   "types": 0, "config": 0, "arguments": 0, "loops": 0, "text": 0,
   "pool": 1, "tables": 1, "pages": 1, "pages_tpu": 1, "attention": 1,
-  "ledger": 2,
+  "ledger": 2, "twin": 2,
   "cache": 3,
   "jitted": 4, "sharding": 4,
   "testing": 5, "models": 5, "host": 5,

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import jitted
+from paged_jax import jitted, twin
 from paged_jax.config import CacheConfig
-from paged_jax.host import canary, errors, events, pressure, twin
+from paged_jax.host import canary, errors, events, pressure
 from paged_jax.host.handle import Handle
 from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.options import ManagerConfig, Request, whole
@@ -207,7 +207,7 @@ class Manager:
     """Whether there is room for these requests, and a reserve, while their matches stay."""
     short = self._needed(requests, matches) + reserve - self._state.num_free
     guard = {each for match in matches for each in match.held}
-    return short <= 0 or short <= self._kept.reclaimable(guard)  # which visits the whole index
+    return short <= 0 or short <= self._kept.reclaimable(guard)  # which may visit the whole index
 
   def _check_requests(self, requests: Sequence[Request]) -> None:
     config = self.config

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import paged_jax
-from paged_jax import jitted
-from paged_jax.host import twin
+from paged_jax import jitted, twin
 
 MANY = 2**31 - 1
 

@@ -1,4 +1,4 @@
-"""The commonest ledger verbs in NumPy, bit for bit as `paged_jax.ledger` computes them.
+"""The ledger's twin for the host: the commonest verbs in NumPy, bit for bit as `ledger` computes them.
 
 They know one case, which is nearly every one: all is granted. For any other they return None, and the
 compiled verb decides. On a CPU that one waits for a thread of the device's program.
