@@ -114,9 +114,9 @@ def contestants(case: Case):
   by_token = jax.jit(lambda *args: einsum_attention(*args, layout="bxhd"))
   by_head = jax.jit(lambda *args: einsum_attention(*args, layout="bhxd"))
   fused, gathered = jax.jit(fused_attention), jax.jit(gathered_attention)
-  attend = jax.jit(paged_jax.attend, static_argnums=2)
+  attend = jax.jit(paged_jax.attend, static_argnums=1)
   return {
-    "paged": lambda: attend(flat, cache, 0, plan),
+    "paged": lambda: attend(cache, 0, flat, plan),
     "by token": lambda: by_token(q, k, v, lengths),
     "by head": lambda: by_head(q, k_heads, v_heads, lengths),
     "fused": lambda: fused(q, k, v, lengths),

@@ -36,7 +36,7 @@ def decode(cache, _):
   def layer(carry, index):
     cache, x = carry
     cache = paged_jax.write(cache, index, x, -x, plan)
-    return (cache, x + paged_jax.attend(x, cache, index, plan)), None
+    return (cache, x + paged_jax.attend(cache, index, x, plan)), None
 
   x = jnp.ones((ROWS, HEADS, DIM))
   (cache, _), _ = jax.lax.scan(layer, (cache, x), jnp.arange(LAYERS, dtype=jnp.int32))

@@ -67,7 +67,7 @@ def layer_step(model: Model, mesh, num_tokens: int):
   def step(cache, q, k, rows, positions, layer):
     plan = paged_jax.plan(cache, rows, positions, implementation="tpu")
     cache = paged_jax.write(cache, layer, k, k, plan)
-    return cache, paged_jax.attend(q, cache, layer, plan, **dict(model.options))
+    return cache, paged_jax.attend(cache, layer, q, plan, **dict(model.options))
 
   def compiled(config):
     heads, whole = P(None, "model"), P()

@@ -185,7 +185,7 @@ def forward(cache, tokens, rows, positions):
     heads = jnp.einsum("be,ehd->bhd", x, qkv[layer])
     q, k, v = jnp.split(heads, [num_heads, num_heads + 2], axis=1)
     cache = paged_jax.write(cache, layer, k, v, plan)
-    x += jnp.einsum("bhd,hde->be", paged_jax.attend(q, cache, layer, plan), out[layer])
+    x += jnp.einsum("bhd,hde->be", paged_jax.attend(cache, layer, q, plan), out[layer])
   return cache, jnp.argmax(x @ readout, axis=-1).astype(jnp.int32)
 
 

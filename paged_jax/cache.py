@@ -121,9 +121,9 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
 
 
 def attend(
-  q: jax.Array,
   cache: Cache,
   layer: int | jax.Array,
+  q: jax.Array,
   plan: Plan,
   *,
   scale: float | jax.Array | None = None,
@@ -138,9 +138,9 @@ def attend(
   sees its row's live tokens up to i.
 
   Args:
-    q: [B,Q,D] queries; Q is a multiple of H, and H groups of query heads share a KV head.
     cache: The cache, this step's keys and values already written.
     layer: Which layer, a Python int or i32[].
+    q: [B,Q,D] queries; Q is a multiple of H, and H groups of query heads share a KV head.
     plan: What `plan` returned for this step.
     scale: Factor of the logits, D**-0.5 by default.
     window: Tokens that a query sees, itself included; the largest int32 means all.

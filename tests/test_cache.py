@@ -45,14 +45,14 @@ MISUSES = {
   ),
   "plan nothing": (lambda c, p: paged_jax.plan(c, ids(), ids()), r"rows must.*\[any\].*\[0\]"),
   "write numpy layer": (lambda c, p: paged_jax.write(c, np.int32(-1), K, K, p), "layer.*-1"),
-  "window float": (lambda c, p: paged_jax.attend(K, c, 0, p, window=2.5), "window.*2.5"),
-  "window beyond int32": (lambda c, p: paged_jax.attend(K, c, 0, p, window=2**31), "window.*int32"),
-  "softcap numpy": (lambda c, p: paged_jax.attend(K, c, 0, p, softcap=np.float32(-1)), "softcap"),
+  "window float": (lambda c, p: paged_jax.attend(c, 0, K, p, window=2.5), "window.*2.5"),
+  "window beyond int32": (lambda c, p: paged_jax.attend(c, 0, K, p, window=2**31), "window.*int32"),
+  "softcap numpy": (lambda c, p: paged_jax.attend(c, 0, K, p, softcap=np.float32(-1)), "softcap"),
   "write layer": (lambda c, p: paged_jax.write(c, 2, K, K, p), r"layer.*\[0, 2\).*2"),
   "gather layer": (lambda c, p: paged_jax.gather(c, -1, ids(0)), "layer.*-1"),
   "gather tokens": (lambda c, p: paged_jax.gather(c, 0, ids(0), num_tokens=25), "num_tokens.*25"),
-  "attend heads": (lambda c, p: paged_jax.attend(jnp.zeros((1, 3, 2)), c, 0, p), "q.*3"),
-  "attend dim": (lambda c, p: paged_jax.attend(jnp.zeros((1, 2, 4)), c, 0, p), "q.*4"),
+  "attend heads": (lambda c, p: paged_jax.attend(c, 0, jnp.zeros((1, 3, 2)), p), "q.*3"),
+  "attend dim": (lambda c, p: paged_jax.attend(c, 0, jnp.zeros((1, 2, 4)), p), "q.*4"),
   "fork sizes": (lambda c, p: paged_jax.fork(c, ids(0), ids(1, 2)), "dst.*2"),
   "fork tokens": (lambda c, p: paged_jax.fork(c, ids(0), ids(1), ids(1, 2)), "num_tokens.*2"),
   "reorder sizes": (lambda c, p: paged_jax.reorder(c, ids(0)), r"sources.*\[3\]"),
@@ -168,7 +168,7 @@ def test_a_traced_layer_out_of_range_writes_nothing_and_reads_zero():
     written = jax.jit(paged_jax.write)(cache, jnp.int32(layer), K + 9, K + 9, plan)
     chex.assert_trees_all_equal(written, cache)
     assert not jnp.any(jitted.gather(cache, jnp.int32(layer), ids(0))[0])
-    assert not jnp.any(jitted.attend(K + 1, cache, jnp.int32(layer), plan))
+    assert not jnp.any(jitted.attend(cache, jnp.int32(layer), K + 1, plan))
 
 
 def test_a_verb_that_reads_traces_once_for_all_values():
@@ -180,7 +180,7 @@ def test_a_verb_that_reads_traces_once_for_all_values():
     "gather": lambda i: (cache, jnp.int32(i), ids(i)),
     "read_pages": lambda i: (cache, ids(i, i + 1)),
     "offload": lambda i: (cache, ids(i, i + 1)),
-    "attend": lambda i: (K + i, cache, jnp.int32(i), plan),
+    "attend": lambda i: (cache, jnp.int32(i), K + i, plan),
     "audit": lambda i: (cache,),
   }
   for name, args in calls.items():
@@ -206,7 +206,7 @@ def story(cache):
   cache, f = paged_jax.reorder(cache, ids(0, 0, 3))
   cache, g = paged_jax.swap_in(cache, jnp.int32(2), image)
   cache, h = paged_jax.trim(cache, cache.lengths // 2)
-  out = paged_jax.attend(k, cache, 1, paged_jax.plan(cache, ids(0, 2, 3), ids(1, 0, 0)))
+  out = paged_jax.attend(cache, 1, k, paged_jax.plan(cache, ids(0, 2, 3), ids(1, 0, 0)))
   return cache, (a, b, c, d, e, f, g, h), image, out
 
 
@@ -249,7 +249,7 @@ def decode(cache, num_steps):
     def layer(carry, index):
       cache, x = carry
       cache = paged_jax.write(cache, index, x, -x, plan)
-      return (cache, x + paged_jax.attend(x, cache, index, plan)), None
+      return (cache, x + paged_jax.attend(cache, index, x, plan)), None
 
     x = jnp.ones((3, 2, 2)) * cache.lengths.astype(jnp.float32)[:, None, None]
     (cache, x), _ = jax.lax.scan(layer, (cache, x), jnp.arange(2, dtype=jnp.int32))
@@ -394,7 +394,7 @@ def test_attention_over_rows_of_one_token_and_of_many_does_not_copy_the_pool(bat
     def layer(carry, index):
       cache, x = carry
       cache = paged_jax.write(cache, index, x, -x, plan)
-      return (cache, x + paged_jax.attend(x, cache, index, plan)), None
+      return (cache, x + paged_jax.attend(cache, index, x, plan)), None
 
     return jax.lax.scan(layer, (cache, jnp.ones((24, 2, 16))), jnp.arange(4, dtype=jnp.int32))[0]
 

@@ -34,7 +34,7 @@ def step(cache, q, k):
   outs = []
   for layer in range(2):
     cache = paged_jax.write(cache, layer, k + layer, k - layer, plan)
-    outs.append(paged_jax.attend(q, cache, layer, plan))
+    outs.append(paged_jax.attend(cache, layer, q, plan))
   cache, image, _ = paged_jax.swap_out(cache, jnp.int32(1))
   cache, _ = paged_jax.swap_in(cache, jnp.int32(1), image)
   return cache, jnp.stack(outs), info

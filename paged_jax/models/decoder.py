@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
     def attend(cache, layer, window, q, k, v):
       cache = cache_lib.write(cache, layer, k, v, plan)
       heads = cache_lib.attend(
-        q, cache, layer, plan, scale=self.config.attention_scale, window=window,
+        cache, layer, q, plan, scale=self.config.attention_scale, window=window,
         softcap=self.config.attention_softcap,
       )  # fmt: skip
       return heads, cache

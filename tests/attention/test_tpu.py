@@ -170,7 +170,7 @@ def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted):
     plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
     assert plan.implementation == implementation
     written = paged_jax.write(cache, 1, k, v, plan)
-    return written.pages.kv, paged_jax.attend(q, written, 1, plan)
+    return written.pages.kv, paged_jax.attend(written, 1, q, plan)
 
   run = jax.jit(step, static_argnames="implementation")
   (kernel_kv, kernel_out), (kv, out) = run(cache, "tpu"), run(cache, "xla")

@@ -33,7 +33,7 @@ class Tiny:
       x, cache = carry
       q, k, v = self.qkv(index, x)
       cache = paged_jax.write(cache, index, k, v, plan)
-      heads = paged_jax.attend(q, cache, index, plan)
+      heads = paged_jax.attend(cache, index, q, plan)
       return (x + heads.reshape(len(x), -1) @ self.out[index], cache), None
 
     return jax.lax.scan(layer, (x, cache), jnp.arange(LAYERS, dtype=jnp.int32))[0]

@@ -64,7 +64,7 @@ def test_nan_of_a_former_tenant_is_not_read_and_not_attended_to():
   handle = begin(m, FIVE, "b")
   check_bytes(m, handle, FIVE)
   plan = jitted.plan(m.cache, jnp.array([handle.row], jnp.int32), jnp.array([4], jnp.int32))
-  out = jitted.attend(jnp.ones((1, *SHAPE), jnp.float32), m.cache, jnp.int32(0), plan)
+  out = jitted.attend(m.cache, jnp.int32(0), jnp.ones((1, *SHAPE), jnp.float32), plan)
   assert np.isfinite(np.asarray(out)).all()
 
 
