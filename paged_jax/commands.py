@@ -27,7 +27,6 @@ from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
 from paged_jax.progress import Update
-from paged_jax.text import Text
 
 # The base class, which typer takes from its own click or from another, by version.
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
@@ -108,7 +107,6 @@ def generate(
   ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer)
   if stop and (tokenizer is None or not all(stop)):
     raise ValueError("--stop needs a text, and a model with a tokenizer")
-  texts = [Text(tokenizer, prompt, tuple(stop or ())) for prompt in ids]
   wanted = Sampling(
     max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=temperature, top_k=top_k,
     top_p=top_p, seed=seed, stop=tuple(stop or ()),
@@ -123,8 +121,7 @@ def generate(
     updates = progress.follow(engine, requests)
     last = next(updates)
     engine.warm_up()
-  samples = [text for text in texts for _ in range(num_samples)]
-  writer = Writer(samples, _labels(len(texts), num_samples))
+  writer = Writer(_labels(len(ids), num_samples))
   for update in updates:
     print(writer.add(update), end="", flush=True)
     last = update
@@ -202,24 +199,22 @@ def serve(
 class Writer:
   """Writes samples one after another, the first unfinished one as it grows."""
 
-  texts: list[Text]  # of each sample
   labels: list[str]  # before each sample
   current: int = 0  # the sample being written
-  num_chars: int = 0  # written of it
+  num_written: int | None = None  # pieces of it; None: not even its label
 
   def add(self, update: Update) -> str:
     """What to write after an update."""
     added = ""
-    while self.current < len(self.texts):
-      text, tokens = self.texts[self.current], update.tokens[self.current]
-      done = update.done[self.current]
-      whole = self.labels[self.current]
-      whole += text.decode(tokens) + "\n" if done else text.settled(tokens)
-      added += whole[self.num_chars :]
-      self.num_chars = max(self.num_chars, len(whole))
-      if not done:
+    while self.current < len(self.labels):
+      pieces = update.texts[self.current]
+      added += self.labels[self.current] if self.num_written is None else ""
+      added += "".join(pieces[self.num_written or 0 :])
+      self.num_written = len(pieces)
+      if not update.done[self.current]:
         break
-      self.current, self.num_chars = self.current + 1, 0
+      added += "\n"
+      self.current, self.num_written = self.current + 1, None
     return added
 
 

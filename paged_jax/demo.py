@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import rich.text
+import tokenizers
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -14,7 +15,6 @@ from paged_jax import models, progress, viz
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 from paged_jax.progress import Update
-from paged_jax.text import Text
 
 PROMPTS = (
   "ROMEO:\nBut, soft! what light through yonder window breaks?\n"
@@ -33,23 +33,24 @@ def run() -> None:
   tokenizer = models.tokenizer(folder)
   if tokenizer is None:
     raise ValueError(f"{folder} has no tokenizer.json")
-  texts = [Text(tokenizer, tuple(tokenizer.encode(prompt).ids), ("\n\n",)) for prompt in PROMPTS]
+  prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
   with console.status("loading and compiling"):
-    updates = start(models.load(folder), texts)
+    updates = start(models.load(folder), tokenizer, prompts)
     last = next(updates)
-  samples = [text for text, count in zip(texts, NUM_SAMPLES) for _ in range(count)]
   with _screen(console) as show:
     for update in updates:
       happened = events(last, update)
-      show(picture(update, samples, ", ".join(happened)), happened)
+      show(picture(update, ", ".join(happened)), happened)
       last = update
-  console.print(PROMPTS[0] + samples[0].decode(last.tokens[0]), markup=False, highlight=False)
-  console.print(f"\n{len(samples)} texts: {last.summary}", highlight=False)
+  console.print(PROMPTS[0] + "".join(last.texts[0]), markup=False, highlight=False)
+  console.print(f"\n{len(last.texts)} texts: {last.summary}", highlight=False)
   console.print(f"{last.cache.num_free} of {NUM_PAGES} pages are free again", highlight=False)
 
 
-def start(decoder: models.Decoder, texts: list[Text]) -> Iterator[Update]:
-  """Generates several samples of each text, which end with a speech at the latest."""
+def start(
+  decoder: models.Decoder, tokenizer: tokenizers.Tokenizer, prompts: list[list[int]]
+) -> Iterator[Update]:
+  """Generates several samples of each prompt, which end with a speech at the latest."""
   config = models.cache_config(
     decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE, max_length=256,
     dtype=decoder.embed_tokens.weight.dtype,
@@ -62,20 +63,20 @@ def start(decoder: models.Decoder, texts: list[Text]) -> Iterator[Update]:
       num_steps=4,
       prompt_sizes=(128,),
     ),
-    tokenizer=texts[0].tokenizer,
+    tokenizer=tokenizer,
   )
   engine.warm_up()
   return progress.follow(
     engine,
     [
       (
-        text.prompt,
+        prompt,
         Sampling(
           max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95, seed=100 * i,
-          stop=text.stops,
+          stop=("\n\n",),
         ),
       )
-      for i, (text, count) in enumerate(zip(texts, NUM_SAMPLES))
+      for i, (prompt, count) in enumerate(zip(prompts, NUM_SAMPLES))
     ],
   )  # fmt: skip
 
@@ -90,14 +91,14 @@ def events(before: Update, after: Update) -> list[str]:
   return [event for event, true in happened.items() if true]
 
 
-def picture(update: Update, texts: list[Text], title: str) -> Panel:
+def picture(update: Update, title: str) -> Panel:
   """The page map, and the end of each text in the colour of its row."""
   pages = viz.pages(update.cache)
   used, unshared = sum(page.refcount > 0 for page in pages), sum(len(page.rows) for page in pages)
   lines = [
     rich.text.Text.assemble(
       (f" {viz.label(row)} ", f"black on {viz.colour(row)}"),
-      " " + " / ".join(texts[sample].decode(update.tokens[sample]).splitlines())[-60:],
+      " " + " / ".join("".join(update.texts[sample]).splitlines())[-60:],
       no_wrap=True,
     )
     for row, sample in sorted(update.rows.items())

@@ -34,6 +34,7 @@ class Update(NamedTuple):
   """Where a run stands. Samples are numbered request by request."""
 
   tokens: list[list[int]]  # all new tokens of each sample so far, an end token included
+  texts: list[list[str]]  # what each of them added to the sample's text, in numbers if need be
   done: list[bool]  # which samples are complete
   rows: dict[int, int]  # sample in each busy row
   cache: Cache  # valid until the next update is asked for
@@ -64,6 +65,7 @@ def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -
   def update():
     return Update(
       tokens=[tokens for handle in handles for tokens in handle.tokens],
+      texts=[handle.pieces(nth) for handle, width in zip(handles, widths) for nth in range(width)],
       done=[done is not None for handle in handles for done in handle.completions],
       rows={
         row: first + nth

@@ -1,7 +1,19 @@
-"""Text of tokens that are still arriving."""
+"""Text of tokens that are still arriving.
 
+# tokens   [To][ be][ or][<0xE4>][<0xBD>][<0xA0>][<|end|>]
+# pieces   "To" " be" " or"  ""      ""     "你"      ""       together they are the text
+# stops    look at the same pieces, and at the names of special tokens, which no text shows
+
+A token is read once, beside a few before it: what it adds does not depend on earlier ones. Characters
+whose bytes have not all come, and what may be the beginning of a stop, are held back.
+"""
+
+import codecs
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+CONTEXT = 8  # tokens that decide how the next one reads
 
 
 class Tokenizer(Protocol):
@@ -12,36 +24,152 @@ class Tokenizer(Protocol):
     ...
 
 
-class Text(NamedTuple):
-  """How the new tokens of a prompt read."""
+def numbers(tokens: Sequence[int], start: int = 0) -> list[str]:
+  """The pieces of a text that shows `tokens` as numbers, from token number `start` on."""
+  return [f" {token}" if nth else str(token) for nth, token in enumerate(tokens[start:], start)]
 
-  tokenizer: Tokenizer | None  # None: as numbers
+
+class Vocabulary:
+  """What single tokens are. Made once per tokenizer, for all texts.
+
+  Args:
+    tokenizer: One of `tokenizers`, or of `transformers`, or whatever has `decode`.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    self.decode = tokenizer.decode
+    added = getattr(tokenizer, "get_added_tokens_decoder", dict)()
+    self.specials = {i: token.content for i, token in added.items() if token.special}
+    find = getattr(tokenizer, "token_to_id", lambda token: None)
+    ids = {find(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
+    falls_back = None not in ids and self.decode([find("<0x41>")]) == "A"
+    self.bytes = ids if falls_back else {}  # byte-fallback tokens
+
+
+class Reader:
+  """The text of one sample.
+
+  Args:
+    vocabulary: What tokens are.
+    prompt: Tokens before the first new one; their text is not part of this one.
+    stops: Texts that end it, and are not part of it. The one that is complete first counts, of those
+      that are complete at once the longest one.
+  """
+
+  def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int] = (), stops: Sequence[str] = ()):
+    self.pieces: list[str] = []  # what each token added to the text
+    self.done = False  # a stop is complete, or `finish` was called
+    self._vocabulary, self._stops = vocabulary, stops
+    self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # of byte-fallback tokens
+    self._held, self._shown = "", ""  # may begin a stop: all of it, and "x" for what a text shows
+    self._window: list[int] = []  # the last tokens that `decode` is asked about
+    self._told = 0  # characters of the window's text that are in pieces, or held
+    self._begin(prompt)
+
+  def _begin(self, prompt: Sequence[int]) -> None:
+    """The window is the end of the prompt; a character that is begun there goes on."""
+    vocabulary = self._vocabulary
+    recent = [token for token in prompt[-2 * CONTEXT :] if token not in vocabulary.specials]
+    self._window = [token for token in recent if token not in vocabulary.bytes][-CONTEXT:]
+    text = vocabulary.decode(self._window)
+    self._unfinished = text.endswith(_BROKEN)  # the prompt ends inside a character, or so it seems
+    self._told = len(text) - self._unfinished
+    for token in recent:
+      self._read(token) if token in vocabulary.bytes else self._utf8.reset()
+
+  @property
+  def text(self) -> str:
+    """The text so far, as much of it as no further token changes."""
+    return "".join(self.pieces)
+
+  def add(self, tokens: Sequence[int]) -> int | None:
+    """Reads the next tokens; how many of them it takes to complete a stop, None if none is there."""
+    if self.done:
+      return 0
+    for count, token in enumerate(tokens, start=1):
+      special = self._vocabulary.specials.get(token)
+      piece = self._read(token) if special is None else special
+      self.pieces.append(self._released(piece, shown=special is None))
+      if self.done:
+        return count
+    return None
+
+  def finish(self) -> None:
+    """No token comes any more: what was held back belongs to the text, broken characters too."""
+    if not self.pieces or self.done:
+      return
+    rest = self._utf8.decode(b"", final=True)
+    if not self._unfinished:
+      rest += self._vocabulary.decode(self._window)[self._told :]
+    self._stops = ()
+    self.pieces[-1] += self._released(rest, shown=True)
+    self.done = True
+
+  def _read(self, token: int) -> str:
+    """What a token adds, but for the beginning of a character."""
+    if byte := self._vocabulary.bytes.get(token):
+      if not self._window:  # a text does not begin with the next token
+        self._window, self._told = [token], len(self._vocabulary.decode([token]))
+      return self._utf8.decode(byte)
+    before = self._utf8.decode(b"", final=True)
+    self._window.append(token)
+    text = self._vocabulary.decode(self._window)
+    settled = len(text) - text.endswith(_BROKEN)
+    if self._unfinished and settled > self._told:
+      self._told += text[self._told] == _BROKEN  # no new token made a character of it
+      self._unfinished = False
+    new = text[self._told : settled]
+    self._told = max(self._told, settled)
+    if len(self._window) > 2 * CONTEXT:
+      self._window = self._window[-CONTEXT:]
+      self._told += len(self._vocabulary.decode(self._window)) - len(text)
+    return before + new
+
+  def _released(self, piece: str, *, shown: bool) -> str:
+    """What can be told once `piece` has come; up to the first stop."""
+    if not (self._stops or self._held):
+      return piece if shown else ""
+    held, mask = self._held + piece, self._shown + ("x" if shown else "-") * len(piece)
+    found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+    if found:
+      self.done, end = True, min(found)[1]
+    else:
+      end = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
+    self._held, self._shown = held[end:], mask[end:]
+    return "".join(x for x, sign in zip(held[:end], mask) if sign == "x")
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Characters at the end of `text` that `stop` begins with."""
+  counts = range(min(len(text), len(stop) - 1), 0, -1)
+  return next((n for n in counts if text.endswith(stop[:n])), 0)
+
+
+class Text(NamedTuple):
+  """How the new tokens of a prompt read, for those who have all of them."""
+
+  tokenizer: Tokenizer
   prompt: tuple[int, ...]
   stops: tuple[str, ...] = ()
 
+  def reader(self) -> Reader:
+    """Reads its tokens as they arrive."""
+    return Reader(Vocabulary(self.tokenizer), self.prompt, self.stops)
+
   def decode(self, tokens: Sequence[int]) -> str:
     """What `tokens` add to the prompt's text, up to a stop."""
-    text = self._whole(tokens)
-    return text[: min((text.find(stop) for stop in self.stops if stop in text), default=None)]
+    reader = self.reader()
+    reader.add(tokens)
+    reader.finish()
+    return reader.text
 
   def settled(self, tokens: Sequence[int]) -> str:
     """The part of `decode` that no further token changes."""
-    text = self.decode(tokens).rstrip("\ufffd")  # half a character
-    begun = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
-    return text[: len(text) - max(begun, default=0)]
+    reader = self.reader()
+    reader.add(tokens)
+    return reader.text
 
   def end(self, tokens: Sequence[int]) -> int | None:
     """How many of `tokens` it takes to complete a stop, None if there is none in them."""
-
-    def stopped(count):
-      text = self._whole(tokens[:count])
-      return any(stop in text for stop in self.stops)
-
-    counts = range(1, len(tokens) + 1) if stopped(len(tokens)) else ()
-    return next(filter(stopped, counts), None)
-
-  def _whole(self, tokens: Sequence[int]) -> str:
-    if self.tokenizer is None:
-      return " ".join(map(str, tokens))
-    before = self.tokenizer.decode(self.prompt)
-    return self.tokenizer.decode([*self.prompt, *tokens])[len(before) :]
+    return self.reader().add(tokens)

@@ -13,7 +13,6 @@ from flax import nnx
 from paged_jax import cli, models
 from paged_jax.commands import Writer
 from paged_jax.progress import Summary, Update
-from paged_jax.text import Text
 
 # A model with one token per byte, small enough to compile in seconds.
 
@@ -289,42 +288,12 @@ def test_a_process_fails_with_code_2_and_no_traceback(folder):
   assert result.stderr == "error: prompt 1 is empty\n"
 
 
-# Text as it comes.
-
-
-def tokens_of(text):
-  return byte_tokenizer().encode(text).ids
-
-
-def test_half_a_character_is_held_back():
-  text = Text(byte_tokenizer(), tuple(tokens_of("x")))
-  tokens = tokens_of("né")
-  assert text.settled(tokens[:2]) == "n"
-  assert text.settled(tokens) == "né"
-
-
-def test_what_may_begin_a_stop_is_held_back():
-  text = Text(byte_tokenizer(), tuple(tokens_of("x")), ("\n\n", "END"))
-  assert text.settled(tokens_of("one\n")) == "one"
-  assert text.settled(tokens_of("one\ntwo EN")) == "one\ntwo "
-  assert text.settled(tokens_of("one\ntwo ENT")) == "one\ntwo ENT"
-  assert text.decode(tokens_of("one END\n\n")) == "one "
-
-
-def test_end_is_where_the_first_stop_is_complete():
-  text = Text(byte_tokenizer(), tuple(tokens_of("x")), ("\n\n", "END"))
-  assert text.end(tokens_of("one EN")) is None
-  assert text.end(tokens_of("one END two\n\n")) == 7
-
-
 def test_the_first_unfinished_sample_is_written_as_it_grows():
-  text = Text(byte_tokenizer(), tuple(tokens_of("x")))
-  writer = Writer([text, text, text], ["[1]\n", "[2]\n", "[3]\n"])
-  start = Update([], [], {}, None, Summary())
+  writer = Writer(["[1]\n", "[2]\n", "[3]\n"])
+  start = Update([], [], [], {}, None, Summary())
 
   def add(texts, done):
-    tokens = [tokens_of(text) for text in texts]
-    return writer.add(start._replace(tokens=tokens, done=[bool(x) for x in done]))
+    return writer.add(start._replace(texts=list(map(list, texts)), done=list(map(bool, done))))
 
   assert add(["", "", ""], [0, 0, 0]) == "[1]\n"
   assert add(["a", "b", "c"], [0, 0, 1]) == "a"

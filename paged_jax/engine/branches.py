@@ -1,19 +1,36 @@
 """Branches of a running request: fork, commit and rollback, for rollouts and tree search.
 
 A branch begins on the pages of the request that it was forked from; nothing is copied before one of
-them writes. These functions run between calls, when all reports have been read.
+them writes.
 
     # request      [prompt | a b c] rests
     # branch 0     [prompt | a b c | d e ...
     # branch 1     [prompt | a b c | f ...      commit: the request goes on with "a b c f ..."
+
+A command changes what a sample is to be, at once; each sees what those before it have made. Only the
+outcome is carried out, by the next round, when all reports have been read (`apply`).
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from paged_jax.engine.queue import Entry, Sample
+from paged_jax.engine.queue import Change, Entry, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
+
+
+def change(sample: Sample) -> Change:
+  """What a sample is to be; so far what it is."""
+  if sample.change is None:
+    tokens, logprobs = list(sample.tokens), list(sample.logprobs)
+    sample.change = Change(tokens, logprobs, sample.sampling, sample.resting, source=sample)
+  return sample.change
+
+
+def alone(sample: Sample) -> Sampling:
+  """How a sample draws, as the only one of its request."""
+  sampling = (sample.change or sample).sampling
+  return dataclasses.replace(sampling, num_samples=1, seed=sampling.seed + sample.nth)
 
 
 def seeds(sampling: Sampling, count: int) -> list[Sampling]:
@@ -21,79 +38,71 @@ def seeds(sampling: Sampling, count: int) -> list[Sampling]:
   return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
 
 
-def make(
-  parent: Entry, num_tokens: int, samplings: Sequence[Sampling], numbers: Iterator[int]
-) -> list[Entry]:
-  """Branches that share the parent's prompt and first `num_tokens` new tokens."""
-  (origin,) = parent.samples
+def fork(sample: Sample, samplings: Sequence[Sampling], numbers: Iterator[int]) -> list[Entry]:
+  """Branches that begin as `sample` is to be; it rests."""
+  now = change(sample)
+  now.resting, now.reason = True, None
   entries = []
-  tokens, logprobs = origin.tokens[:num_tokens], origin.logprobs[:num_tokens]
   for sampling in samplings:
-    entry = dataclasses.replace(parent, samples=[], branches=[], on_token=None, parent=parent)
-    own = (list(tokens), list(logprobs))
-    entry.samples.append(Sample(next(numbers), 0, entry, sampling, *own, origin=origin))
+    entry = dataclasses.replace(sample.entry, samples=[], on_token=None, parent=sample)
+    own = (list(now.tokens), list(now.logprobs))
+    entry.samples.append(Sample(next(numbers), 0, entry, sampling, *own, origin=sample))
     entries.append(entry)
-  parent.branches += entries
+  sample.branches += entries
   return entries
 
 
-def fork(scheduler: Scheduler, parent: Entry, num_tokens: int, entries: list[Entry]) -> None:
-  """The branches come to wait; the parent rests where they begin."""
-  (origin,) = parent.samples
-  roll_back(scheduler, origin, num_tokens, None)
-  origin.resting = True
-  if origin.row >= 0:
-    scheduler.calls.changed[origin.row] = origin
-  scheduler.queue.add([entry.samples[0] for entry in entries])
-
-
-def roll_back(
-  scheduler: Scheduler, sample: Sample, num_tokens: int, sampling: Sampling | None
-) -> None:
+def roll_back(sample: Sample, num_tokens: int, sampling: Sampling) -> None:
   """A sample goes on from its first `num_tokens` new tokens, even if it had ended or rested."""
-  sample.completion, sample.resting = None, False
-  sample.sampling = sampling or sample.sampling
-  del sample.tokens[num_tokens:], sample.logprobs[num_tokens:]
-  sample.told = min(sample.told, num_tokens)
-  scheduler.ended = [each for each in scheduler.ended if each is not sample]
-  if sample.row >= 0 and sample.decoding and sample.handle is not None:
-    if sample.handle.num_tokens >= sample.length:
-      scheduler.manager.trim(sample.handle, sample.length - 1)
-    scheduler.calls.changed[sample.row] = sample
-  else:
-    _release(scheduler, sample)
-    scheduler.queue.add([sample])
+  now = change(sample)
+  now.resting, now.reason, now.sampling = False, None, sampling
+  del now.tokens[num_tokens:], now.logprobs[num_tokens:]
 
 
-def commit(scheduler: Scheduler, branch: Entry) -> list[Sample]:
-  """The parent goes on as the branch, on its pages; returns the samples that end."""
-  parent = branch.parent
-  assert parent is not None
-  (to,), (source,) = parent.samples, branch.samples
-  _release(scheduler, to)
-  scheduler.ended = [each for each in scheduler.ended if each not in (to, source)]
-  waits = source in scheduler.queue.waiting or source.handle is None
-  scheduler.queue.remove(source)
-  to.take_over(source)
-  to.resting = False
-  stopped = source.completion is not None and source.completion.reason == "stop"
-  to.completion = source.completion if stopped else None
-  if to.row >= 0:
-    scheduler.queue.running[to.row] = to
-    scheduler.calls.changed[to.row] = to
-  ended = [entry.samples[0] for entry in parent.branches if not entry.done]
+def commit(branch: Entry, parent: Sample) -> list[Sample]:
+  """The parent goes on as the branch, on its pages; returns the samples that change."""
+  (source,) = branch.samples
+  now, chosen = change(parent), source.change or source
+  stopped = source.result is not None and source.result.reason == "stop"
+  now.tokens, now.logprobs = list(chosen.tokens), list(chosen.logprobs)
+  now.source = source.change.source if source.change else source
+  full = len(now.tokens) >= now.sampling.max_new_tokens
+  now.resting, now.reason = False, "stop" if stopped else "length" if full else None
+  ended = cancel([entry.samples[0] for entry in parent.branches])
+  if source.change is not None:
+    source.change.source = None  # the parent has it
   parent.branches.clear()
-  if to.completion is not None or to.remaining < 1:
-    ended.append(to)
-  elif waits:
-    scheduler.queue.add([to])
+  return [parent, *ended]
+
+
+def cancel(samples: Sequence[Sample]) -> list[Sample]:
+  """Those of `samples` that have not ended do so; returns them."""
+  going = [sample for sample in samples if not sample.result]
+  for sample in going:
+    change(sample).reason = "cancelled"
+  return going
+
+
+def apply(scheduler: Scheduler, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+  """Makes of `samples` what commands said; returns those that end, and why.
+
+  # before   parent ─ row 3     branch ─ row 5     sibling ─ row 6     commit of the branch
+  # after    parent ─ row 5     branch ends        sibling ─ row 6, ends      row 3 is given back
+  """
+  sources = [each.change.source for each in samples if each.change and each.change.source]
+  bodies = {each: scheduler.detach(each) for each in dict.fromkeys([*samples, *sources])}
+  ended = []
+  for sample in samples:
+    now, sample.change = sample.change, None
+    if now is None:
+      continue
+    body = bodies.pop(now.source, None) if now.source else None
+    sample.completion, sample.reader = None, None
+    sample.tokens, sample.logprobs = now.tokens, now.logprobs
+    sample.sampling, sample.resting = now.sampling, now.resting
+    sample.told = min(sample.told, len(sample.tokens))
+    scheduler.attach(sample, body, ends=now.reason is not None)
+    if now.reason is not None:
+      ended.append((sample, now.reason))
+  scheduler.give_back(list(bodies.values()))
   return ended
-
-
-def _release(scheduler: Scheduler, sample: Sample) -> None:
-  """A sample holds nothing, and waits no more."""
-  if sample.row >= 0:
-    scheduler.withdraw(sample)
-  if sample.handle is not None:
-    scheduler.forget(sample)
-  scheduler.queue.remove(sample)

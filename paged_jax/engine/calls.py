@@ -7,8 +7,10 @@ The device runs ahead: while one call computes, the host reads the report of the
 """
 
 import collections
+import dataclasses
 import functools
 import time
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from paged_jax.engine.drafts import Drafter
 from paged_jax.engine.options import Counts
 from paged_jax.engine.queue import Queue, Sample
 from paged_jax.host import Manager
+from paged_jax.types import Cache, Plan
 
 
 class Piece(NamedTuple):
@@ -40,10 +43,33 @@ class Drawn(NamedTuple):
   """What a call made of a sample."""
 
   sample: Sample
-  tokens: list[int]  # all new ones so far
+  tokens: list[int]  # those of this call; of a beam all of its text's
   logprobs: list[float]
   ended: bool
   broken: bool  # its logits were not numbers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """A model that is not made of arrays alone, as modules of Equinox are: the rest is compiled in."""
+
+  arrays: tuple[Any, ...]
+  rest: tuple[Any, ...] = dataclasses.field(metadata={"static": True})  # None where an array is
+  structure: Any = dataclasses.field(metadata={"static": True})
+
+  def _whole(self) -> Any:
+    arrays = iter(self.arrays)
+    leaves = [next(arrays) if each is None else each for each in self.rest]
+    return jax.tree.unflatten(self.structure, leaves)
+
+  def __call__(self, tokens: jax.Array, cache: Cache, plan: Plan) -> tuple[Any, Cache]:
+    """What the model computes."""
+    return self._whole()(tokens, cache, plan)
+
+  def logits(self, hidden: Any) -> jax.Array:
+    """What the model makes of hidden states."""
+    return self._whole().logits(hidden)
 
 
 class _Call(NamedTuple):
@@ -77,11 +103,11 @@ class Calls:
     max_beams: int,
     counts: Counts,
   ):
-    self._manager, self._model, self._queue = manager, model, queue
+    self._manager, self._model, self._queue = manager, _compilable(model), queue
     self._counts = counts
     self._eos, self._drafter, self._max_beams = eos, drafter, max_beams
     self._config: CacheConfig = manager.config
-    self.vocab_size = jax.eval_shape(_probe, model, manager.cache).shape[1]
+    self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
     # Placed for good from the start: what is placed later compiles everything again.
@@ -205,12 +231,16 @@ class Calls:
 
   # Reports
 
+  def await_report(self) -> None:
+    """Waits until the oldest report is there."""
+    began = time.perf_counter()
+    self._calls[0].packed.block_until_ready()
+    self._counts.seconds_waited += time.perf_counter() - began
+
   def collect(self) -> list[Drawn]:
     """Reads the oldest report."""
     call = self._calls.popleft()
-    began = time.perf_counter()
     report = program.unpack(np.asarray(call.packed), call.like)
-    self._counts.seconds_waited += time.perf_counter() - began
     self._counts.copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
@@ -218,16 +248,34 @@ class Calls:
     texts = _texts(report)
     for row, sample in call.samples.items():
       sample.pending -= call.num_steps
-      if sample.completion or sample.resting:  # meanwhile the host ended it, or rolls it back
+      if sample.completion or sample.change or sample.resting:  # the host knows better
         continue
       if sample.searching:
         beams[row] = sample
         continue
-      tokens, logprobs = texts[row]
-      tokens, logprobs = sample.tokens + tokens, sample.logprobs + logprobs
-      drawn.append(Drawn(sample, tokens, logprobs, remaining[row] == 0, broken[row]))
+      drawn.append(Drawn(sample, *texts[row], remaining[row] == 0, broken[row]))
     self._manager.settle(but=len(self._calls))
     return drawn + _searched(report, beams)
+
+
+def _compilable(model: Any) -> Any:
+  """The model as an argument of a compiled program.
+
+  Raises:
+    ValueError: It has a leaf that is neither an array nor hashable.
+  """
+  leaves, structure = jax.tree.flatten(model)
+  arrays = [hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves]
+  if all(arrays):
+    return model
+  for leaf, is_array in zip(leaves, arrays):
+    if not (is_array or isinstance(leaf, Hashable)):
+      raise ValueError(
+        f"model has a leaf {leaf!r}, which is neither an array nor hashable: make an array of it, or"
+        " a static field"
+      )
+  rest = tuple(None if is_array else leaf for leaf, is_array in zip(leaves, arrays))
+  return _Parts(tuple(x for x, is_array in zip(leaves, arrays) if is_array), rest, structure)
 
 
 @functools.cache
@@ -281,7 +329,7 @@ _give = jax.jit(program.give, donate_argnums=0)
 _take = jax.jit(program.take)
 
 
-def _probe(model: Any, cache: paged_jax.Cache) -> jax.Array:
+def _probe(model: Any, cache: Cache) -> jax.Array:
   one = jnp.zeros(1, jnp.int32)
   hidden, _ = model(one, cache, paged_jax.plan(cache, one, one))
   return model.logits(hidden)

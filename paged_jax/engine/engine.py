@@ -10,7 +10,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,13 @@ import numpy as np
 from paged_jax.engine import branches
 from paged_jax.engine.calls import Calls, Drawn, Piece
 from paged_jax.engine.options import Counts, EngineConfig
-from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
+from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample, SequenceId
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
-from paged_jax.host import Manager, Request, errors
+from paged_jax.host import Manager, Request
 from paged_jax.host.options import whole
-from paged_jax.text import Text, Tokenizer
+from paged_jax.host.stats import AuditReport
+from paged_jax.text import CONTEXT, Reader, Tokenizer, Vocabulary, numbers
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +37,30 @@ class Token(NamedTuple):
   sample: int  # of the request
   token: int
   logprob: float
+  text: str  # what it added to the sample's text, see `RequestHandle.pieces`
+
+
+class EngineAudit(NamedTuple):
+  """Zero everywhere, and a clean manager, for a sound engine."""
+
+  manager: AuditReport
+  sequences: int  # of the engine in the manager that no sample has
+  pages: int  # that they hold
+  rows: int  # whose sample the engine, the sample and the manager do not agree about
+  samples: int  # that have not ended, and are in no list: nothing will ever come of them
+
+  @property
+  def clean(self) -> bool:
+    """Whether everything agrees."""
+    return self.manager.clean and not any(self[1:])
 
 
 class RequestHandle:
-  """A submitted request. All of this may be called from any thread."""
+  """A submitted request. All of this may be called from any thread.
+
+  Commands count in the order in which they are given, and each sees what those before it have made
+  of the request; the next round carries them out.
+  """
 
   def __init__(self, engine: "Engine", entry: Entry):
     self._engine, self._entry = engine, entry
@@ -51,12 +73,21 @@ class RequestHandle:
   @property
   def tokens(self) -> list[list[int]]:
     """The new tokens of each sample so far; of a beam search, the texts it keeps at the moment."""
-    return [list(sample.tokens) for sample in self._entry.samples]
+    return [list((sample.change or sample).tokens) for sample in self._entry.samples]
 
   @property
   def completions(self) -> list[Completion | None]:
     """Of each sample, None while it goes on; of a beam search the best one first."""
-    return [sample.completion for sample in self._entry.samples]
+    return [sample.result for sample in self._entry.samples]
+
+  def pieces(self, sample: int = 0, start: int = 0) -> list[str]:
+    """What each token from number `start` on added to a sample's text; together they are the text.
+
+    What may still change is held back: a piece is "" if its token ends inside a character, or what
+    may be a stop, and a later one has what it lacks. A stop is in no piece. Without a tokenizer they
+    are numbers. Beams have none before they end.
+    """
+    return self._engine._pieces(self._entry.samples[sample], start)
 
   @property
   def num_cached(self) -> int:
@@ -71,48 +102,60 @@ class RequestHandle:
 
   def cancel(self) -> None:
     """Ends it before the next call; what it has drawn stays readable."""
-    self._engine._command(lambda: self._engine._cancel(self._entry.samples))
+    self._engine._cancel(self._entry)
 
   def fork(
-    self, count: int, sampling: Sampling | Sequence[Sampling] | None = None
+    self,
+    count: int,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    sample: int | None = None,
   ) -> "list[RequestHandle]":
-    """Branches that start with all that this request's `tokens` are now, on the same pages.
+    """Branches that start with all that a sample's `tokens` are now, on the same pages.
 
-    The request itself rests, and keeps its pages for further forks, until a branch is committed or
+    The sample itself rests, and keeps its pages for further forks, until a branch is committed or
     it is rolled back. A branch may be forked, too.
 
     Args:
       count: How many.
-      sampling: How each goes on, by default as the request does; `max_new_tokens` counts from the
+      sampling: How each goes on, by default as the sample does; `max_new_tokens` counts from the
         prompt. If one for all, branch i draws with its seed + i.
+      sample: Which one of the request's; may be left out if it has one.
 
     Raises:
-      ValueError: The request has several samples, or a branch could never run.
+      ValueError: It is a beam, or a branch could never run.
+      RuntimeError: The engine has failed, or is closed.
     """
-    return self._engine._fork(self._entry, count, sampling)
+    return self._engine._fork(self._entry, count, sampling, sample)
 
-  def rollback(self, num_tokens: int, sampling: Sampling | None = None) -> None:
+  def rollback(
+    self, num_tokens: int, sampling: Sampling | None = None, *, sample: int | None = None
+  ) -> None:
     """Forgets all but the first `num_tokens` new tokens, and goes on from there.
 
-    A request that rests, or has ended, goes on, too.
+    A sample that rests, or has ended, goes on, too.
 
     Args:
       num_tokens: How many to keep; all of them to go on as it is.
-      sampling: How to go on, by default as before: equal seeds draw the same tokens again.
+      sampling: How to go on, by default as before: equal seeds draw the same tokens again. Sample i
+        of a request draws with its seed + i.
+      sample: Which one of the request's; may be left out if it has one.
 
     Raises:
-      ValueError: The request has several samples, or fewer tokens, or could never run.
+      ValueError: It is a beam, or has fewer tokens, or could never run.
+      RuntimeError: The engine has failed, or is closed.
     """
-    self._engine._roll_back(self._entry, num_tokens, sampling)
+    self._engine._roll_back(self._entry, num_tokens, sampling, sample)
 
   def commit(self) -> None:
-    """The request that this one was forked from goes on with this one's text and pages.
+    """The sample that this branch was forked from goes on with the branch's text and pages.
 
-    This branch and the others of that request end as cancelled, unless they are done; branches of
+    This branch and the others of that sample end as cancelled, unless they are done; branches of
     theirs go on by themselves.
 
     Raises:
-      ValueError: It is no branch, or another one was committed.
+      ValueError: It is no branch, or one of its sample's branches has been committed since.
+      RuntimeError: The engine has failed, or is closed.
     """
     self._engine._commit(self._entry)
 
@@ -120,12 +163,13 @@ class RequestHandle:
 class Engine:
   """Continuous batching for one model on one cache.
 
-  `submit` and the methods of `RequestHandle` may be called from any thread; the rest belongs to the
-  thread that calls `step` (or to the engine's own, see `start`).
+  Safe to call from several threads: rounds take turns, whoever asks for them, an own thread (see
+  `start`) included. A context manager that closes it.
 
   Args:
     model: A pytree; `model(tokens i32[B], cache, plan) -> (hidden [B,...], cache)` writes keys and
-      values and attends by `plan`, `model.logits(hidden) -> f32[B,V]`.
+      values and attends by `plan`, `model.logits(hidden) -> f32[B,V]`. What is no array in it is
+      compiled in, and must be hashable.
     config: How to work.
     tokenizer: Needed for texts and stop strings: `decode(list of tokens) -> str`.
   """
@@ -140,13 +184,30 @@ class Engine:
       max_beams=config.max_beams, counts=self.counts,
     )  # fmt: skip
     self._scheduler = Scheduler(self.manager, self._queue, self._calls, config, self.counts)
-    self._lock = threading.Condition()
-    self._commands: list[Callable[[], None]] = []  # to be done when all reports are read
+    self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+    # Guards what any thread may do: arrivals, changes, and taking what was drawn into samples.
+    self._lock = threading.RLock()
     self._arrivals: list[Entry] = []
+    self._changed: dict[int, Sample] = {}  # by number: they have a change to be carried out
+    self._live: dict[int, Sample] = {}  # by number: they have not ended
     self._untold: dict[int, Sample] = {}  # by number: they have news for whoever listens
+    self._turn = threading.RLock()  # one round at a time; taken before `_lock`
+    self._in_round = False
     self._thread: threading.Thread | None = None
-    self._stopping = False
-    self._failure: Exception | None = None  # of a round in the engine's own thread
+    self._wake = threading.Event()  # the thread may have something to do
+    self._closed = False
+    self._failure: Exception | None = None  # of a round
+
+  def __enter__(self) -> "Engine":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+  @property
+  def failure(self) -> Exception | None:
+    """What a round has failed with: all requests have ended, and no other is taken."""
+    return self._failure
 
   @property
   def num_copies(self) -> int:
@@ -189,7 +250,7 @@ class Engine:
 
     Raises:
       ValueError: The request could never run; the message says why.
-      RuntimeError: A round has failed in the engine's own thread.
+      RuntimeError: The engine has failed, or is closed.
     """
     sampling = Sampling() if sampling is None else sampling
     prompt, priority = tuple(prompt), whole("priority", priority)
@@ -198,16 +259,25 @@ class Engine:
     beginning = prompt[:size] if len(prompt) > size else None
     entry = Entry(tuple(map(int, prompt)), priority, on_token, beginning)
     with self._lock:
-      if self._failure is not None:
-        raise RuntimeError("the engine has failed") from self._failure
+      self._check_open()
       numbers = self._queue.numbers
       entry.samples += [Sample(next(numbers), i, entry, sampling) for i in range(sampling.width)]
       if sampling.num_beams == 1:
         for sample in entry.samples[1:]:
           sample.origin = entry.samples[0]
-      self._arrivals.append(entry)
-      self._lock.notify_all()
+      return self._arrive(entry)
+
+  def _arrive(self, entry: Entry) -> RequestHandle:
+    self._arrivals.append(entry)
+    self._live |= {sample.number: sample for sample in entry.samples}
+    self._wake.set()
     return RequestHandle(self, entry)
+
+  def _check_open(self) -> None:
+    if self._failure is not None:
+      raise RuntimeError(f"the engine has failed: {self._failure!r}") from self._failure
+    if self._closed:
+      raise RuntimeError("the engine is closed")
 
   def _check(self, prompt: tuple, sampling: Sampling) -> None:
     config, vocab = self.config.cache, self.vocab_size
@@ -235,43 +305,51 @@ class Engine:
     if needed > config.num_pages:
       raise ValueError(f"the request needs {needed} pages, but there are {config.num_pages}")
 
-  def _command(self, command: Callable[[], None]) -> None:
-    """Something to do before the next call, when all reports have been read."""
+  # Commands
+
+  def _change(self, samples: Iterable[Sample]) -> None:
+    """The next round carries out the changes of these samples."""
+    changed = {sample.number: sample for sample in samples}
+    self._changed |= changed
+    self._live |= changed
+    self._wake.set()
+
+  def _cancel(self, entry: Entry) -> None:
     with self._lock:
-      self._commands.append(command)
-      self._lock.notify_all()
+      self._change(branches.cancel(entry.samples))
 
-  def _cancel(self, samples: Sequence[Sample]) -> None:
-    for sample in samples:
-      if not sample.completion:
-        self._end(sample, "cancelled")
-        self._tell(sample)
-
-  def _alone(self, entry: Entry) -> Sample:
-    if len(entry.samples) > 1:
-      raise ValueError(
-        f"only a request with one sample has branches, this one has {len(entry.samples)}"
-      )
-    return entry.samples[0]
+  def _sample(self, entry: Entry, nth: int | None) -> Sample:
+    """The sample of a request that a command is about."""
+    samples = entry.samples
+    if nth is None and len(samples) > 1:
+      raise ValueError(f"the request has {len(samples)} samples: say which with `sample`")
+    if not 0 <= whole("sample", nth or 0) < len(samples):
+      raise ValueError(f"sample must be in [0, {len(samples)}), got {nth}")
+    if samples[nth or 0].searching:
+      raise ValueError("a beam can neither be forked nor rolled back")
+    return samples[nth or 0]
 
   def _fork(
-    self, entry: Entry, count: int, sampling: Sampling | Sequence[Sampling] | None
+    self,
+    entry: Entry,
+    count: int,
+    sampling: Sampling | Sequence[Sampling] | None,
+    nth: int | None,
   ) -> list[RequestHandle]:
-    sample = self._alone(entry)
     if whole("count", count) < 1:
       raise ValueError(f"count must be at least 1, got {count}")
-    if not isinstance(sampling, Sequence):
-      sampling = branches.seeds(sampling or sample.sampling, count)
-    if len(sampling) != count:
-      raise ValueError(f"sampling must be one for each of {count} branches, got {len(sampling)}")
-    num_tokens = len(sample.tokens)
-    for each in sampling:
-      self._check_branch(entry, num_tokens, each)
     with self._lock:
-      made = branches.make(entry, num_tokens, sampling, self._queue.numbers)
-      sample.resting = True  # what calls in flight draw is not taken
-    self._command(lambda: branches.fork(self._scheduler, entry, num_tokens, made))
-    return [RequestHandle(self, branch) for branch in made]
+      self._check_open()
+      sample = self._sample(entry, nth)
+      if not isinstance(sampling, Sequence):
+        sampling = branches.seeds(sampling or branches.alone(sample), count)
+      if len(sampling) != count:
+        raise ValueError(f"sampling must be one for each of {count} branches, got {len(sampling)}")
+      for each in sampling:
+        self._check_branch(entry, len((sample.change or sample).tokens), each)
+      made = branches.fork(sample, sampling, self._queue.numbers)
+      self._change([sample])
+      return [self._arrive(branch) for branch in made]
 
   def _check_branch(self, entry: Entry, num_tokens: int, sampling: Sampling) -> None:
     self._check(tuple(entry.prompt), sampling)
@@ -280,29 +358,37 @@ class Engine:
         f"sampling must be of one sample with max_new_tokens above {num_tokens}, got {sampling}"
       )
 
-  def _roll_back(self, entry: Entry, num_tokens: int, sampling: Sampling | None) -> None:
-    sample = self._alone(entry)
-    if not 0 <= whole("num_tokens", num_tokens) <= len(sample.tokens):
-      raise ValueError(f"num_tokens must be in [0, {len(sample.tokens)}], got {num_tokens}")
-    self._check_branch(entry, num_tokens, sampling or sample.sampling)
-    sample.resting = True  # what calls in flight draw is not taken
-    self._command(lambda: branches.roll_back(self._scheduler, sample, num_tokens, sampling))
+  def _roll_back(
+    self, entry: Entry, num_tokens: int, sampling: Sampling | None, nth: int | None
+  ) -> None:
+    with self._lock:
+      self._check_open()
+      sample = self._sample(entry, nth)
+      known = len((sample.change or sample).tokens)
+      if not 0 <= whole("num_tokens", num_tokens) <= known:
+        raise ValueError(f"num_tokens must be in [0, {known}], got {num_tokens}")
+      self._check_branch(entry, num_tokens, sampling or branches.alone(sample))
+      branches.roll_back(sample, num_tokens, sampling or (sample.change or sample).sampling)
+      self._change([sample])
 
   def _commit(self, entry: Entry) -> None:
-    if entry.parent is None:
-      raise ValueError("only a branch can be committed; this request was not forked")
+    with self._lock:
+      self._check_open()
+      if entry.parent is None:
+        raise ValueError("only a branch can be committed; this request was not forked")
+      if entry not in entry.parent.branches:
+        raise ValueError("a branch of this one's parent has been committed already")
+      self._change(branches.commit(entry, entry.parent))
 
-    def commit():
-      if entry.parent is not None and entry in entry.parent.branches:
-        (parent,) = entry.parent.samples
-        for sample in branches.commit(self._scheduler, entry):
-          if sample is parent:
-            self._end(sample, "stop" if sample.completion else "length")
-          else:
-            self._cancel([sample])
-        self._tell(parent)
-
-    self._command(commit)
+  def _carry_out(self) -> None:
+    """Makes of all changed samples what commands said; all reports have been read."""
+    with self._lock:
+      changed = list(self._changed.values())
+      self._changed.clear()
+      ended = branches.apply(self._scheduler, changed)
+      for sample, reason in ended:
+        self._end(sample, reason)
+      self._untold |= {sample.number: sample for sample in changed}
 
   def generate(
     self,
@@ -313,15 +399,23 @@ class Engine:
 
     Raises:
       ValueError: A request could never run.
-      OutOfPages: Pages or rows that others hold are missing.
+      OutOfPages, OutOfRows: What others hold is missing; the requests wait.
+      RuntimeError: The engine has failed, or is closed.
     """
     each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
-    handles = [self.submit(*pair) for pair in zip(prompts, each, strict=True)]
+    handles: list[RequestHandle] = []
+    try:
+      for pair in zip(prompts, each, strict=True):
+        handles.append(self.submit(*pair))
+    except ValueError:
+      for handle in handles:
+        handle.cancel()
+      raise
     while self.step():
       pass
-    if not all(handle.done for handle in handles):
-      needed = self._scheduler.pages(self._queue.waiting[0].length)
-      raise errors.OutOfPages(needed=needed, free=self.manager.free_pages)
+    refusal = self._scheduler.refusal
+    if refusal is not None and not all(handle.done for handle in handles):
+      raise refusal
     return [[done for done in handle.completions if done] for handle in handles]
 
   # Streams
@@ -344,12 +438,13 @@ class Engine:
     handle = self.submit(prompt, sampling, priority=priority, on_token=on_token)
     self.start()
     try:
-      seen = 0
-      while not (handle.done and seen == sum(map(len, handle.tokens))):
+      known = [0] * len(handle.tokens)  # tokens of each sample
+      while not (handle.done and known == list(map(len, handle.tokens))):
         nth, tokens, logprobs = await arrived.get()
-        seen += len(tokens)
-        for token, logprob in zip(tokens, logprobs):
-          yield Token(nth, token, logprob)
+        pieces = handle.pieces(nth, known[nth])
+        known[nth] += len(tokens)
+        for token, logprob, piece in zip(tokens, logprobs, pieces):
+          yield Token(nth, token, logprob, piece)
     finally:
       if not handle.done:
         handle.cancel()
@@ -358,50 +453,85 @@ class Engine:
         raise RuntimeError(completion.error)
 
   def start(self) -> None:
-    """Starts the engine's own thread, if it has none; it does the steps until `close`."""
+    """Starts the engine's own thread, if it has none; it does the rounds until `close`."""
     with self._lock:
+      self._check_open()
       if self._thread is None:
-        self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        args = (weakref.ref(self), self._wake)
+        self._thread = threading.Thread(target=_serve, args=args, name="engine", daemon=True)
         self._thread.start()
 
-  def _serve(self) -> None:
-    while True:
-      with self._lock:
-        if self._stopping:
-          return
-      try:
-        going = self.step()
-      except Exception as error:  # whoever listens must hear of it
-        _log.exception("a round failed; all requests end")
-        return self._fail(error)
-      if not going:
-        with self._lock:
-          if not (self._stopping or self._arrivals or self._commands):
-            self._lock.wait(timeout=0.05 if self._queue.waiting else None)
+  def _turned(self) -> float | None:
+    """One round in the own thread: most seconds until the next, None if there is to be none."""
+    if self._closed or self._failure:
+      return None
+    try:
+      going = self.step()
+    except Exception:
+      _log.exception("a round failed; all requests end")
+      return None
+    if going:
+      return 0
+    return 0.05 if self._queue.waiting else 1  # somebody else may give back what it needs
 
   def _fail(self, error: Exception) -> None:
-    """Every request ends, and no other is taken: nobody knows what the device holds."""
+    """Every request ends, and no other is taken."""
+    self._failure = error
+    self._end_all(repr(error))
+
+  def _end_all(self, error: str) -> None:
+    """Every request ends with an error."""
     with self._lock:
-      self._failure = error
-    self._take_arrivals()
+      live = list(self._live.values())
+      self._arrivals, self._changed = [], {}
+      for sample in live:
+        sample.change = None
+        if sample.completion is None:
+          self._end(sample, "error", error)
+      self._live.clear()
+    self._untold |= {sample.number: sample for sample in live}
     self._tell_all()
-    samples = [*self._queue.running.values(), *self._queue.waiting]
-    samples += [branch.samples[0] for x in samples for branch in x.entry.branches]
-    for sample in samples:
-      for each in sample.beams:
-        if each.completion is None:
-          each.completion = Completion(each.tokens, each.logprobs, "error", None, repr(error))
-          self._tell(each)
 
   def close(self) -> None:
-    """Stops the engine's own thread, if it has one, after the round it is in."""
+    """Stops the own thread, if there is one, after the round it is in; what has not ended ends with
+    an error, and no request is taken any more."""
     with self._lock:
-      thread, self._thread = self._thread, None
-      self._stopping = True
-      self._lock.notify_all()
-    if thread is not None:
+      thread, self._thread, self._closed = self._thread, None, True
+      self._wake.set()
+    if thread is not None and thread is not threading.current_thread():
       thread.join()
+    with self._turn:
+      if self._failure is None:
+        self._drain()
+      self._end_all("the engine was closed")
+      if self._failure is None:
+        self._scheduler.tidy()
+      self.manager.close()
+
+  def audit(self) -> EngineAudit:
+    """Reconciles requests, samples, rows and the manager. Reads the device, between rounds."""
+    with self._turn, self._lock:
+      running, manager = self._queue.running, self.manager
+      holders = {*running.values(), *self._queue.waiting, *self._scheduler.ended}
+      holders |= {beam for sample in holders for beam in sample.beams}
+      coming = {sample for entry in self._arrivals for sample in entry.samples}
+      coming |= {*self._changed.values()}
+      held = {id(sample.handle) for sample in holders}
+      ours = [x for x in manager.list_handles() if isinstance(x.request_id, SequenceId)]
+      lost = [handle for handle in ours if id(handle) not in held]
+      return EngineAudit(
+        manager=manager.audit(),
+        sequences=len(lost),
+        pages=sum(handle.stats().num_pages for handle in lost),
+        rows=sum(
+          sample.row != row or sample.handle is None or sample.handle.row != row
+          for row, sample in running.items()
+        )
+        + sum(sample.row >= 0 and running.get(sample.row) is not sample for sample in holders),
+        samples=sum(
+          sample not in holders and sample not in coming for sample in self._live.values()
+        ),
+      )
 
   # One round
 
@@ -435,7 +565,9 @@ class Engine:
   def _time_swaps(self) -> None:
     """Swaps a few pages out and in again, if there are any."""
     config, manager = self.config, self.manager
-    count = min(4, config.options.num_host_pages, config.cache.pages_per_row, manager.free_pages)
+    count = min(
+      4, config.options.num_host_pages, config.cache.pages_per_row, manager.available_pages
+    )
     if not count or not manager.num_free_rows:
       return
     handle = manager.allocate(Request(self, count * config.cache.page_size))
@@ -447,17 +579,36 @@ class Engine:
     manager.deallocate(self)
 
   def step(self) -> bool:
-    """One round: takes in, admits, dispatches, hands out. False if there was nothing to do."""
+    """One round: takes in, admits, dispatches, hands out. False if there was nothing to do.
+
+    Raises:
+      RuntimeError: The engine has failed, or `step` is called from within a round.
+    """
+    with self._turn:
+      if self._closed:
+        return False
+      self._check_open()
+      if self._in_round:
+        raise RuntimeError("step must not be called from within a round, as on_token is")
+      self._in_round = True
+      try:
+        return self._round()
+      except Exception as error:  # nobody knows what the device holds
+        self._fail(error)
+        raise
+      finally:
+        self._in_round = False
+
+  def _round(self) -> bool:
     scheduler = self._scheduler
-    commands = self._take_arrivals()
+    changed = self._take_arrivals()
     going = any(sample.draws or sample.unread for sample in self._queue.running.values())
-    read = bool(commands) or (bool(scheduler.ended) and not going)
+    read = changed or (bool(scheduler.ended) and not going)
     if read:
       self._drain()
-      if commands:
-        self._tell_all()
-      for command in commands:
-        command()
+    if changed:
+      self._tell_all()
+      self._carry_out()
     if read or scheduler.may_admit():
       scheduler.tidy()
       if not scheduler.admit():
@@ -468,7 +619,9 @@ class Engine:
     if not scheduler.secure(1 if pieces else self.config.num_steps):
       self._drain()
       scheduler.tidy()
-      scheduler.make_room(self.config.num_steps)
+      if stuck := scheduler.make_room(self.config.num_steps):
+        self._end(stuck[0], "error", str(stuck[1]))
+        self._untold[stuck[0].number] = stuck[0]
       pieces = scheduler.pieces()
     dispatched = bool(pieces) or any(sample.draws for sample in self._queue.running.values())
     if dispatched:
@@ -477,15 +630,15 @@ class Engine:
     for _ in range(behind):
       self._collect()
     self._tell_all()  # the next call computes meanwhile
-    return dispatched or behind > 0 or bool(scheduler.ended) or bool(commands)
+    return dispatched or behind > 0 or bool(scheduler.ended) or changed
 
-  def _take_arrivals(self) -> list[Callable[[], None]]:
+  def _take_arrivals(self) -> bool:
+    """Those who came join the queue; whether there are changes to carry out."""
     with self._lock:
-      arrivals, self._arrivals = self._arrivals, []
-      commands, self._commands = self._commands, []
-    for entry in arrivals:
-      self._queue.add(entry.samples)
-    return commands
+      for entry in self._arrivals:
+        self._queue.add(entry.samples)
+      self._arrivals = []
+      return bool(self._changed)
 
   def _dispatch(self, pieces: list[Piece]) -> None:
     total = sum(piece.num_tokens for piece in pieces)
@@ -503,32 +656,76 @@ class Engine:
 
   def _collect(self) -> None:
     """Reads the oldest report."""
-    for drawn in self._calls.collect():
-      known = len(drawn.sample.tokens)
-      self._take(drawn)
-      self.counts.drawn_tokens += len(drawn.sample.tokens) - known
-      self._untold[drawn.sample.number] = drawn.sample
+    self._calls.await_report()
+    with self._lock:  # no command comes between what is drawn and what is taken
+      for drawn in self._calls.collect():
+        known = len(drawn.sample.tokens)
+        self._take(drawn)
+        self.counts.drawn_tokens += len(drawn.sample.tokens) - known
+        self._untold[drawn.sample.number] = drawn.sample
 
   def _take(self, drawn: Drawn) -> None:
     """A sample has what a call drew for it."""
-    sample, count = drawn.sample, None
-    if sample.sampling.stop:
-      count = self._text(sample).end(drawn.tokens)
-    sample.tokens, sample.logprobs = drawn.tokens[:count], drawn.logprobs[:count]
-    if drawn.broken and (drawn.ended or not sample.searching):
-      self._end(sample, "error", "the model's logits are not numbers")
-    elif count is not None or drawn.ended:
-      ends = (*self.config.eos, *sample.sampling.stop_tokens)
-      stopped = count is not None or sample.tokens[-1] in ends
-      self._end(sample, "stop" if stopped else "length")
+    sample = drawn.sample
+    if sample.searching:
+      sample.tokens, sample.logprobs = drawn.tokens, drawn.logprobs
+      if drawn.ended:
+        self._end_beam(sample)
+    elif drawn.broken:
+      self._add(sample, drawn)
+      self._end(sample, "error", _NOT_NUMBERS)
+    elif self._add(sample, drawn):
+      self._end(sample, "stop")
+    elif drawn.ended:
+      self._end(sample, "stop" if self._stops(sample) else "length")
 
-  def _text(self, sample: Sample) -> Text:
-    return Text(self.tokenizer, tuple(sample.entry.prompt[-_CONTEXT:]), sample.sampling.stop)
+  def _add(self, sample: Sample, drawn: Drawn) -> bool:
+    """Adds what was drawn, up to a stop; whether there is one."""
+    reader, count = self._reader(sample), None
+    if reader is not None:
+      count = reader.add(drawn.tokens)
+    sample.tokens += drawn.tokens[:count]
+    sample.logprobs += drawn.logprobs[:count]
+    return count is not None
+
+  def _reader(self, sample: Sample) -> Reader | None:
+    """What reads the text of a sample, up to its tokens so far; None without a tokenizer."""
+    if sample.reader is None and self._vocabulary is not None:
+      prompt, stops = sample.entry.prompt[-2 * CONTEXT :], sample.sampling.stop
+      sample.reader = Reader(self._vocabulary, prompt, stops)
+      sample.reader.add(sample.tokens)
+    return sample.reader
+
+  def _pieces(self, sample: Sample, start: int) -> list[str]:
+    if sample.reader is not None:
+      return sample.reader.pieces[start:]
+    if self._vocabulary is not None or (sample.searching and not sample.completion):
+      return []
+    return numbers(sample.tokens, start)
+
+  def _stops(self, sample: Sample) -> bool:
+    """Whether the last token is one that ends the sample."""
+    return sample.tokens[-1] in (*self.config.eos, *sample.sampling.stop_tokens)
+
+  def _end_beam(self, beam: Sample) -> None:
+    """A search has ended, and one of its texts with it."""
+    if beam.score > -np.inf:
+      self._end(beam, "stop" if self._stops(beam) else "length")
+    elif any(other.score > -np.inf for other in beam.beams):
+      beam.tokens, beam.logprobs = [], []
+      self._end(beam, "surplus")
+    else:
+      self._end(beam, "error", _NOT_NUMBERS)
 
   def _end(self, sample: Sample, reason: str, error: str | None = None) -> None:
     """A sample has its completion; what it holds is given back soon."""
-    text = None if self.tokenizer is None else self._text(sample).decode(sample.tokens)
+    reader, text = self._reader(sample), None
+    if reader is not None:
+      if reason in ("stop", "length"):  # otherwise the text ends where whoever listens has heard it
+        reader.finish()
+      text = reader.text
     sample.completion = Completion(list(sample.tokens), list(sample.logprobs), reason, text, error)
+    del self._live[sample.number]
     self._scheduler.end(sample)
     if sample.searching and sample.entry.done:
       sample.entry.samples.sort(key=_rank)
@@ -556,7 +753,18 @@ class Engine:
         self._end(sample, "error", repr(error))
 
 
-_CONTEXT = 16  # tokens of the prompt that decide how the first new ones read
+_NOT_NUMBERS = "the model's logits are not numbers"
+
+
+def _serve(engine: "weakref.ref[Engine]", wake: threading.Event) -> None:
+  """The rounds of an engine, as long as anybody has it."""
+  while (there := engine()) is not None:
+    seconds = there._turned()
+    del there
+    if seconds is None:
+      return
+    if wake.wait(seconds):
+      wake.clear()
 
 
 def _rank(beam: Sample) -> float:

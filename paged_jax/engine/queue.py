@@ -10,6 +10,7 @@ import jax
 
 from paged_jax.engine.sampling import Sampling
 from paged_jax.host import Handle
+from paged_jax.text import Reader
 
 
 class Completion(NamedTuple):
@@ -17,12 +18,42 @@ class Completion(NamedTuple):
 
   tokens: list[int]  # new ones, a stop token included
   logprobs: list[float]  # of each under the model's own distribution
-  reason: str  # stop, length, cancelled or error
+  reason: str  # stop, length, cancelled, error, or surplus: a beam for which there was no text
   text: str | None  # None without a tokenizer
   error: str | None = None
 
 
 OnToken = Callable[[int, list[int], list[float]], None]  # sample, new tokens, their logprobs
+
+
+class SequenceId(NamedTuple):
+  """The manager's name for what a sample holds: another one each time that it gets a row anew."""
+
+  sample: int
+  nth: int
+
+
+class Body(NamedTuple):
+  """What a sample holds."""
+
+  handle: Handle | None
+  row: int
+  swapped: bool
+  decoding: bool
+  prefilled: int
+
+
+@dataclasses.dataclass(eq=False)
+class Change:
+  """What commands have made of a sample, in their order. The next round carries it out; until then
+  nothing that is drawn for the sample counts."""
+
+  tokens: list[int]  # from which it goes on
+  logprobs: list[float]
+  sampling: Sampling
+  resting: bool
+  source: "Sample | None"  # on whose pages it goes on
+  reason: str | None = None  # why it ends, None if it does not
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +72,7 @@ class Sample:
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   origin: "Sample | None" = None  # on whose pages it can start
+  branches: "list[Entry]" = dataclasses.field(default_factory=list)  # forked from it, one to commit
   score: float = 0.0  # of a beam
   ended: bool = False  # a beam's text does not go on, while others of its search do
   handle: Handle | None = None  # None: it holds nothing
@@ -51,7 +83,14 @@ class Sample:
   prefilled: int = 0  # tokens of its text written or about to be, while it is not decoding
   pending: int = 0  # steps of calls in flight in which it draws
   told: int = 0  # new tokens that whoever listens has heard of
+  reader: Reader | None = None  # of the text of `tokens`, made when it is first needed
+  change: Change | None = None  # to be carried out by the next round
   completion: Completion | None = None
+
+  @property
+  def result(self) -> Completion | None:
+    """Its completion, unless a command has made it go on."""
+    return None if self.change else self.completion
 
   @property
   def text(self) -> list[int]:
@@ -97,17 +136,18 @@ class Sample:
     """Those that run only together: all of a beam search, or itself alone."""
     return self.entry.samples if self.searching else [self]
 
-  def take_over(self, other: "Sample") -> None:
-    """Its text, and what it holds, are those of `other`, which holds nothing any more."""
-    self.tokens, self.logprobs = list(other.tokens), list(other.logprobs)
-    self.handle, self.row, self.swapped = other.handle, other.row, other.swapped
-    self.decoding, self.prefilled = other.decoding, other.prefilled
-    other.let_go()
+  @property
+  def body(self) -> Body:
+    """What it holds."""
+    return Body(self.handle, self.row, self.swapped, self.decoding, self.prefilled)
+
+  @body.setter
+  def body(self, body: Body) -> None:
+    self.handle, self.row, self.swapped, self.decoding, self.prefilled = body
 
   def let_go(self) -> None:
     """It holds nothing any more."""
-    self.handle, self.row, self.swapped = None, -1, False
-    self.decoding, self.prefilled = False, 0
+    self.body = _NOTHING
 
   def could_share(self, origin: "Sample") -> bool:
     """Whether all of its text but the last token is on the pages of `origin`'s row."""
@@ -131,13 +171,15 @@ class Entry:
   samples: list[Sample] = dataclasses.field(default_factory=list)
   logits: jax.Array | None = None  # f32[V] after its prompt, for whoever asks the same
   num_cached: int = 0  # tokens of its prompt that the prefix cache had
-  parent: "Entry | None" = None  # what it was forked from
-  branches: "list[Entry]" = dataclasses.field(default_factory=list)
+  parent: Sample | None = None  # what it was forked from
 
   @property
   def done(self) -> bool:
     """Whether all samples have ended."""
-    return bool(self.samples) and all(sample.completion for sample in self.samples)
+    return bool(self.samples) and all(sample.result for sample in self.samples)
+
+
+_NOTHING = Body(handle=None, row=-1, swapped=False, decoding=False, prefilled=0)
 
 
 class Queue:

@@ -163,7 +163,7 @@ def draw(logits: jax.Array, draws: Draws, positions: jax.Array) -> jax.Array:
     warm = (draws.temperature > 0)[:, None]
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow when nearly cold
     scaled = scaled / jnp.where(warm, draws.temperature[:, None], 1)
-    kept = scaled >= cutoff(scaled, draws)[:, None]
+    kept = likely(scaled, draws)
     noisy = scaled + jax.vmap(noise)(draws.seeds, positions)
     return jnp.argmax(jnp.where(warm, jnp.where(kept, noisy, -jnp.inf), logits), axis=-1)
 
@@ -173,19 +173,22 @@ def draw(logits: jax.Array, draws: Draws, positions: jax.Array) -> jax.Array:
   return jax.lax.cond(jnp.any(draws.temperature > 0), drawn, greedy).astype(jnp.int32)
 
 
-def cutoff(logits: jax.Array, draws: Draws) -> jax.Array:
-  """The smallest of `logits` f32[S,V] that top-k, nucleus and min-p sampling keep: f32[S].
+def likely(logits: jax.Array, draws: Draws) -> jax.Array:
+  """The tokens that top-k, nucleus and min-p sampling keep of `logits` f32[S,V]: bool[S,V].
 
   Nucleus: Holtzman et al. 2020, §3.1, among the top k. Min-p: Nguyen et al. 2024, §3, relative to
-  the most likely token.
+  the most likely token. Of tokens that are equally likely, those with lower ids come first.
   """
   values = jnp.sort(logits, axis=-1, descending=True)
-  likely = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] < draws.top_k[:, None]
-  weights = jax.nn.softmax(jnp.where(likely, values, -jnp.inf), axis=-1)
+  top = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] < draws.top_k[:, None]
+  weights = jax.nn.softmax(jnp.where(top, values, -jnp.inf), axis=-1)
   before = jnp.cumsum(weights, axis=-1) - weights
-  kept = likely & (before < draws.top_p[:, None])
-  lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1)
-  return jnp.maximum(lowest, values[:, 0] + jnp.log(draws.min_p))
+  kept = top & (before < draws.top_p[:, None])
+  lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
+  room = jnp.sum(kept & (values == lowest), axis=-1, dtype=jnp.int32, keepdims=True)
+  ties = logits == lowest
+  first = ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= room)
+  return ((logits > lowest) | first) & (logits >= values[:, :1] + jnp.log(draws.min_p)[:, None])
 
 
 def logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:

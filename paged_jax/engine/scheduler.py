@@ -4,11 +4,14 @@ Nothing here looks at the device. What runs ahead of the reports is covered by b
 dispatched only when the pages that it, and every call in flight, may take are certainly there.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.options import Counts, EngineConfig
-from paged_jax.engine.queue import Queue, Sample
+from paged_jax.engine.queue import Body, Queue, Sample, SequenceId
 from paged_jax.host import Handle, Manager, Prefix, Request, errors
 
 _CALLS_AHEAD = 4  # for so many prefixes are evicted at once: before, all reports must be read
@@ -27,6 +30,8 @@ class Scheduler:
     self.prompt_seconds = 0.0  # per token
     self._unstored: list[Sample] = []  # their prompt is in the cache, not in the prefix index
     self._refused: tuple[Sample | None, int] = (None, 0)  # who, with how many pages to be had
+    self.refusal: errors.CacheError | None = None  # what the manager said to the last one refused
+    self._ids = itertools.count()
 
   # Room
 
@@ -62,20 +67,25 @@ class Scheduler:
     """Whether a call of so many steps certainly finds its pages."""
     return self.growth(num_steps) <= self.manager.num_free
 
-  def make_room(self, num_steps: int) -> None:
+  def make_room(self, num_steps: int) -> tuple[Sample, errors.OutOfPages] | None:
     """Sees to it that the next call finds its pages: evicts prefixes, then preempts.
 
     All calls must have been read.
+
+    Returns:
+      The only sample that runs, and why, if it cannot go on: what is missing is pinned, or held by
+      others than the engine.
     """
     while (needed := self.growth(num_steps)) > self.manager.num_free:
       self.manager.gc(self.growth(_CALLS_AHEAD * num_steps))
       if needed <= self.manager.num_free:
         break
       victim = self.queue.last()
-      if len(self.queue.running) == len(victim.beams) and self.manager.prefix_stats().entries:
-        self.manager.clear_prefixes()  # it may share its last page with nobody but the cache
-      else:
+      if len(self.queue.running) > len(victim.beams):
         self.preempt(victim)
+      elif not self.manager.clear_prefixes(pinned=False):  # one may share its last page
+        return victim, errors.OutOfPages(needed=needed, free=self.manager.num_free)
+    return None
 
   def _available(self) -> int:
     """Pages that somebody new could hope for, were all reports read."""
@@ -145,6 +155,8 @@ class Scheduler:
       batch = self._allocate(batch, growth)
       overtakes = self._overtakes(sample)
       if self.manager.num_free_rows < len(sample.beams) and not overtakes:
+        free = self.manager.num_free_rows
+        self.refusal = errors.OutOfRows(needed=len(sample.beams), free=free)
         break
       if len(self.calls) and (overtakes or not plain):
         return False
@@ -168,7 +180,7 @@ class Scheduler:
     if not samples:
       return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
-    requests = [Request(x.number, tokens=text) for x, text in zip(samples, texts)]
+    requests = [Request(self._id(x), tokens=text) for x, text in zip(samples, texts)]
     spare = 0
     if self.manager.num_free < growth + sum(self.pages(len(text)) + 1 for text in texts):
       ahead = _CALLS_AHEAD * self.config.num_steps
@@ -177,6 +189,9 @@ class Scheduler:
     for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
+
+  def _id(self, sample: Sample) -> SequenceId:
+    return SequenceId(sample.number, next(self._ids))
 
   def _run(self, sample: Sample, handle: Handle) -> None:
     """A sample has its row."""
@@ -197,7 +212,8 @@ class Scheduler:
       try:
         self._place(sample)
         return True
-      except (errors.OutOfPages, errors.OutOfRows):
+      except (errors.OutOfPages, errors.OutOfRows) as error:
+        self.refusal = error
         if self._overtakes(sample):
           self.preempt(self.queue.last())
         elif self.queue.running or not self._drop_swapped(sample):
@@ -226,15 +242,15 @@ class Scheduler:
         self._run(beam, handle)
     elif origin is not None and origin.handle and sample.could_share(origin):
       self._check_room(self.pages(ahead) - self.pages(sample.length) + 2 + growth)
-      handle = manager.clone(origin.handle, sample.number, num_tokens=sample.length - 1)
+      handle = manager.clone(origin.handle, self._id(sample), num_tokens=sample.length - 1)
       sample.decoding = True
       self._run(sample, handle)
     else:
       text, later = np.array(sample.text, np.int32), most - self.pages(sample.length) + 1
       reserve = later + growth if self.queue.running else 0
       self._check_room(manager.pages_to_begin(text) + reserve)  # before it looks for room
-      requests = [Request(sample.number, tokens=text)]
-      requests += [Request(beam.number) for beam in sample.beams[1:]]
+      requests = [Request(self._id(sample), tokens=text)]
+      requests += [Request(self._id(beam)) for beam in sample.beams[1:]]
       handles = manager.allocate_many(requests, reserve=reserve, wait=False)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle)
@@ -301,6 +317,43 @@ class Scheduler:
       beam.swapped = True
     self.counts.swaps += 1
     return True
+
+  # Commands
+
+  def detach(self, sample: Sample) -> Body:
+    """What a sample held; it is in no list any more. All calls have been read."""
+    body = sample.body
+    self.queue.remove(sample)
+    if sample.row >= 0:
+      del self.queue.running[sample.row]
+      self.calls.changed[sample.row] = None
+    self.ended = [each for each in self.ended if each is not sample]
+    self._unstored = [each for each in self._unstored if each is not sample]
+    sample.let_go()
+    return body
+
+  def attach(self, sample: Sample, body: Body | None, *, ends: bool) -> None:
+    """A sample goes on with what another, or itself, held; without anything it comes to wait.
+
+    Args:
+      sample: In no list.
+      body: What was held; None for nothing.
+      ends: Whether the sample ends now, so that it keeps whatever it is.
+    """
+    handle = None if body is None else body.handle
+    if body is None or handle is None or not (ends or (body.row >= 0 and body.decoding)):
+      self.give_back([body] if body else [])
+      self.queue.add([] if ends else [sample])
+      return
+    sample.body = body
+    if body.row >= 0:
+      self.queue.running[body.row] = self.calls.changed[body.row] = sample
+    if not ends and handle.num_tokens >= sample.length:
+      self.manager.trim(handle, sample.length - 1)
+
+  def give_back(self, bodies: Sequence[Body]) -> None:
+    """Frees the rows and pages of bodies that nobody has any more."""
+    self.manager.deallocate_many([body.handle.request_id for body in bodies if body.handle])
 
   # Calls
 

@@ -671,7 +671,7 @@ class Manager:
 
     The cache is donated if the program says so. `log` is a `paged_jax.Log` of every ledger verb
     that it ran. Nothing waits: the log is read by the next method, or by `settle`. Room for what
-    the program may extend is for the caller to see to (`free_pages`).
+    the program may extend is for the caller to see to (`available_pages`).
 
     Returns:
       The third thing that the program returned.
@@ -841,14 +841,25 @@ class Manager:
         done += 1
       return done
 
-  def clear_prefixes(self, *, reset_counters: bool = False) -> None:
-    """Forgets every prefix, pinned ones too; sequences keep what they use."""
+  def clear_prefixes(self, *, pinned: bool = True, reset_counters: bool = False) -> int:
+    """Forgets every prefix, also those in use; sequences keep what they use.
+
+    Args:
+      pinned: Whether pinned ones go, too.
+      reset_counters: Whether `prefix_stats` begins anew.
+
+    Returns:
+      How many stored sequences are gone.
+    """
     with self._transition():
-      self._kept.drop(self._kept.prefixes.clear())
+      prefixes = self._kept.prefixes
+      before = prefixes.num_entries
+      self._kept.drop(prefixes.clear() if pinned else prefixes.clear_unpinned())
       if reset_counters:
         self._lookups = dict.fromkeys(self._lookups, 0)
         self._forgotten = self._kept.count["evicted_pages"]
       self._event("removed", None, 0, 0)
+      return before - prefixes.num_entries
 
   # Swap
 
@@ -1113,9 +1124,26 @@ class Manager:
 
   @property
   def free_pages(self) -> int:
+    """Pages without a holder, as in `stats`."""
+    with self._transition():
+      return self._state.num_free
+
+  @property
+  def available_pages(self) -> int:
     """Pages that are free, or would be for the asking."""
     with self._transition():
       return self._state.num_free + self._kept.reclaimable(set())
+
+  def close(self) -> None:
+    """Ends the thread that the manager may have; another one comes when it is needed."""
+    with self._lock:
+      self._state.close()
+
+  def __enter__(self) -> "Manager":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
 
   def stats(self) -> Stats:
     """Exact numbers, as of now."""

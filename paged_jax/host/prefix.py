@@ -125,6 +125,13 @@ class PrefixIndex:
     self._empty()
     return list(dict.fromkeys(each for each in held if not each.kept))
 
+  def clear_unpinned(self) -> list[Held]:
+    """Forgets all but what pinned sequences need; returns what was kept."""
+    released: list[Held] = []
+    while (held := self.evict_entry(lambda held: False)) is not None:
+      released += held
+    return list(dict.fromkeys(each for each in released if not each.kept))
+
   def _empty(self) -> None:
     self._roots: dict[Hashable, Node] = {}
     self._leaves: Queue[Node] = Queue(self._policy, self._tick, _frontier)

@@ -49,8 +49,7 @@ class State:
     self.ledger: twin.Ledger = _on_host(jitted.ledger.init(config))
     self._reported = self.ledger  # what the oldest of these programs began with
     self._programs: list[_Program] = []  # not settled yet, oldest first
-    # One's own thread would wait for programs that run on the CPU, too.
-    self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
+    self._thread: ThreadPoolExecutor | None = None  # from when it is first needed
 
   @property
   def num_free(self) -> int:
@@ -148,6 +147,12 @@ class State:
     for size in BYTE_SIZES if swapping else ():
       self._put(self.offload([n] * size), 0)
 
+  def close(self) -> None:
+    """Ends the twin's thread, until it is needed again."""
+    thread, self._thread = self._thread, None
+    if thread is not None:
+      thread.shutdown()
+
   def run(self, program: Callable, *args, **kwargs):
     """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
     self.cache, log, out = program(self.cache, *args, **kwargs)
@@ -196,6 +201,8 @@ class State:
       placed = jax.device_put(ledger, jax.local_devices(backend="cpu")[0])
       return _on_host(getattr(jitted.ledger, verb)(placed, *operands, **statics))
 
+    if self._thread is None:  # one's own thread would wait for programs that run on the CPU, too
+      self._thread = ThreadPoolExecutor(1, thread_name_prefix="twin")
     return self._thread.submit(run).result()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import secrets
 import time
@@ -9,14 +10,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from paged_jax.engine import Completion, RequestHandle, Sampling
 from paged_jax.server.metrics import Metrics
 from paged_jax.server.question import Question, Refusal, Served
-from paged_jax.text import Text
+from paged_jax.text import numbers
 
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
@@ -31,32 +31,38 @@ class Choice:
   """One sample of one prompt."""
 
   index: int
-  text: Text
+  handle: RequestHandle
+  nth: int  # sample of the handle's
+  reads: bool  # whether its tokens are told as text, not as numbers
   seen: float  # when its last tokens came, or else when it was asked for
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   reason: str | None = None  # why it ended
-  chars_told: int = 0
-  logprobs_told: int = 0
+  offset: int = 0  # characters told
+  told: int = 0  # tokens told
 
-  def new_text(self) -> str:
-    """The text not told yet that no further token changes."""
-    text = self.text.decode(self.tokens) if self.reason else self.text.settled(self.tokens)
-    text = text[self.chars_told :]
-    self.chars_told += len(text)
-    return text
+  @property
+  def completion(self) -> Completion | None:
+    """None while it goes on."""
+    return self.handle.completions[self.nth]
 
-  def new_logprobs(self) -> dict[str, Any] | None:
-    """OpenAI's object for the tokens not told yet; None if there are none."""
-    start, self.logprobs_told = self.logprobs_told, len(self.tokens)
-    text, ends = self.text._replace(stops=()), range(start, len(self.tokens))
-    offsets = [len(text.settled(self.tokens[:end])) for end in ends]
-    return {
-      "tokens": [text.decode(self.tokens[: end + 1])[at:] for end, at in zip(ends, offsets)],
+  def news(self, *, logprobs: bool) -> tuple[str, dict[str, Any] | None]:
+    """The text of the tokens that were not told yet, and OpenAI's object for these tokens."""
+    start, self.told = self.told, len(self.tokens)
+    if self.reads:
+      pieces = self.handle.pieces(self.nth, start)[: self.told - start]
+    else:
+      pieces = numbers(self.tokens, start)
+    begins = list(itertools.accumulate(map(len, pieces), initial=self.offset))
+    self.offset = begins.pop()
+    if not (pieces and logprobs):
+      return "".join(pieces), None
+    return "".join(pieces), {
+      "tokens": pieces,
       "token_logprobs": self.logprobs[start:],
-      "text_offset": offsets,
+      "text_offset": begins,
       "top_logprobs": None,
-    } if ends else None  # fmt: skip
+    }
 
 
 class Answer:
@@ -89,12 +95,15 @@ class Answer:
     def on_token(nth: int, tokens: list[int], logprobs: list[float]) -> None:
       loop.call_soon_threadsafe(self._arrived.put_nowait, (first + nth, tokens, logprobs))
 
-    text, now = Text(self._served.tokenizer, prompt, wanted.stop), time.perf_counter()
-    self._choices += [Choice(first + nth, text, now) for nth in range(wanted.num_samples)]
+    now = time.perf_counter()
     handle = self._served.engine.submit(
       prompt, wanted, priority=self._question.priority, on_token=on_token
     )
     self._handles.append(handle)
+    reads = self._served.tokenizer is not None
+    self._choices += [
+      Choice(first + nth, handle, nth, reads, now) for nth in range(wanted.num_samples)
+    ]
 
   @property
   def begun(self) -> bool:
@@ -144,21 +153,17 @@ class Answer:
         choice.seen = now
         choice.tokens += tokens
         choice.logprobs += logprobs
-      completion = self._completion(index)
+      completion = choice.completion
       if completion and len(choice.tokens) == len(completion.tokens):
         choice.reason = completion.reason
       yield choice
-
-  def _completion(self, index: int) -> Completion | None:
-    """Of one choice, None while it goes on."""
-    return [each for handle in self._handles for each in handle.completions][index]
 
   async def _whole(self) -> Response:
     async for _ in self._arrivals():
       pass
     if failure := self._failure():
       return response(failure.body, failure.status)
-    choices = await run_in_threadpool(lambda: list(map(self._told, self._choices)))
+    choices = list(map(self._told, self._choices))
     return response(self._body(choices) | {"usage": self._usage()})
 
   async def _stream(self, send: Send) -> None:
@@ -183,12 +188,10 @@ class Answer:
 
   def _told(self, choice: Choice) -> dict[str, Any]:
     """What there is to tell of a choice that has not been told."""
+    text, logprobs = choice.news(logprobs=self._question.logprobs)
     return {
-      "index": choice.index,
-      "text": choice.new_text(),
-      "logprobs": choice.new_logprobs() if self._question.logprobs else None,
-      "finish_reason": choice.reason,
-    }
+      "index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason,
+    }  # fmt: skip
 
   def _failure(self) -> Refusal | None:
     """What to say if a choice ended neither by a stop nor at its length."""

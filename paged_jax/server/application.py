@@ -38,7 +38,12 @@ def app(
     max_requests: Most HTTP requests in flight.
     max_choices: Most samples of one of them, prompts times n.
     max_bytes: Longest body.
+
+  Raises:
+    ValueError: There is a tokenizer, but the engine, which makes the texts, has none.
   """
+  if tokenizer is not None and engine.tokenizer is None:
+    raise ValueError(f"engine must have a tokenizer, too, for the one of {name!r} to be of use")
   endpoints = _Endpoints(
     Served(engine, name, tokenizer, max_choices), max_requests=max_requests, max_bytes=max_bytes
   )
@@ -121,8 +126,11 @@ class _Endpoints:
     return Response(text, headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
 
   async def health(self, request: Request) -> Response:
-    """Says that the server is there."""
+    """Says whether the server answers requests: 503 once its engine has failed."""
     del request
+    failure = self._served.engine.failure
+    if failure is not None:
+      return response({"status": "failed", "reason": f"the engine has failed: {failure!r}"}, 503)
     return response({"status": "ok"})
 
 

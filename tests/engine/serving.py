@@ -38,7 +38,7 @@ def finish(engine):
   for handle in engine.manager.list_handles():
     assert handle.request_id[0] == "outsider"
     engine.manager.deallocate(handle.request_id)
-  report = engine.manager.audit()
+  report = engine.audit()
   assert report.clean, report
   stats = engine.manager.stats()
   assert stats.free_pages + stats.reclaimable_pages == stats.num_pages

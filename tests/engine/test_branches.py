@@ -1,10 +1,11 @@
 """Fork, commit and rollback: each branch reads as if it had been asked for alone."""
 
-import contextlib
+import dataclasses
 import functools
+import itertools
+import time
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import PROMPTS, engine, finish, force_preemption
@@ -103,50 +104,141 @@ def test_rollback_of_what_has_ended():
   assert handle.tokens == [text]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_tree_reads_as_its_branches_alone(data):
-  e = engine(
-    num_steps=data.draw(st.sampled_from([1, 4])),
-    num_pages=data.draw(st.sampled_from([8, 12, 40])),
-    preemption=data.draw(st.sampled_from(["swap", "recompute"])),
-    options=dict(prefix_cache=data.draw(st.booleans())),
-  )
-  prompt = data.draw(st.sampled_from(PROMPTS))
-  # what each handle should read: pieces of text, each drawn with a seed from where it begins
-  handles = [e.submit(prompt, hot(0))]
-  origin = {0: ([], 0)}  # tokens it certainly begins with, and the seed of the rest
-  for turn in range(data.draw(st.integers(1, 6))):
-    for _ in range(data.draw(st.integers(0, 4))):
-      e.step()
-    which = data.draw(st.sampled_from(sorted(origin)))
-    handle, text = handles[which], list(handles[which].tokens[0])
-    what = data.draw(st.sampled_from(["fork", "rollback", "preempt", "cancel"]))
-    if what == "fork" and len(text) < MOST and len(origin) < 6:
-      for seed, branch in enumerate(handle.fork(2, hot(100 * turn + 1)), start=100 * turn + 1):
-        origin[len(handles)] = (text, seed)
-        handles.append(branch)
-    elif what == "rollback" and len(text) > 1:
-      kept = data.draw(st.integers(0, len(text) - 1))
-      handle.rollback(kept, hot(1000 + turn))
-      origin[which] = (text[:kept], 1000 + turn)
-    elif what == "preempt":
-      force_preemption(e)
-    elif what == "cancel" and which:
-      handle.cancel()
-      origin[which] = None
-  for which, handle in enumerate(handles):  # whoever rests goes on
-    if origin[which] is not None and not handle.done:
-      with contextlib.suppress(ValueError):  # it is at its end already
-        handle.rollback(len(handle.tokens[0]))
-  finish(e)
-  for which, handle in enumerate(handles):
-    if origin[which] is None:
-      continue
-    text, seed = origin[which]
+class Orders:
+  """Commands in any order, and what should come of them: pieces of text, each drawn with a seed from
+  where it begins."""
+
+  def __init__(self, data):
+    self.data, self.seeds = data, itertools.count(1000, 10)
+    self.e = engine(
+      num_steps=data.draw(st.sampled_from([1, 4])),
+      num_pages=data.draw(st.sampled_from([8, 12, 40])),
+      preemption=data.draw(st.sampled_from(["swap", "recompute"])),
+      options=dict(prefix_cache=data.draw(st.booleans())),
+    )
+    self.expected = {}  # by handle and sample: prompt, certain text, seed of the rest, "" or an end
+    self.children = {}  # branches that can be committed, by what they were forked from
+    self.submit()
+
+  def one(self, of=None):
+    return self.data.draw(st.sampled_from(list(of or self.expected)))
+
+  def text(self, which):
+    handle, nth = which
+    return handle.tokens[nth]
+
+  def submit(self):
+    prompt, seed = self.data.draw(st.sampled_from(PROMPTS[:4])), next(self.seeds)
+    count = self.data.draw(st.sampled_from([1, 1, 2]))
+    wanted = dataclasses.replace(hot(seed), num_samples=count)
+    handle = self.e.submit(prompt, wanted)
+    for nth in range(count):
+      self.expected[handle, nth] = (prompt, [], seed + nth, "")
+
+  def step(self):
+    self.e.step()
+
+  def preempt(self):
+    force_preemption(self.e)
+
+  def fork(self):
+    which, seed = self.one(), next(self.seeds)
+    (handle, nth), text = which, self.text(which)
     if len(text) == MOST:
-      continue
-    assert handle.tokens == [[*text, *alone((*prompt, *text), seed, MOST - len(text))]]
+      return
+    prompt = self.expected[which][0]
+    branches = handle.fork(2, hot(seed), sample=nth)
+    for i, branch in enumerate(branches):
+      self.expected[branch, 0] = (prompt, text, seed + i, "")
+    self.expected[which] = (prompt, text, None, "rests")
+    self.children.setdefault(which, []).extend((branch, 0) for branch in branches)
+
+  def rollback(self):
+    which, seed = self.one(), next(self.seeds)
+    (handle, nth), text = which, self.text(which)
+    kept = self.data.draw(st.integers(0, min(len(text), MOST - 1)))
+    handle.rollback(kept, hot(seed), sample=nth)
+    assert self.text(which) == text[:kept] and not handle.completions[nth]
+    self.expected[which] = (self.expected[which][0], text[:kept], seed + nth, "")
+
+  def commit(self):
+    parents = [each for each in self.children if self.children[each]]
+    if not parents:
+      return
+    parent = self.one(parents)
+    branch = self.one(self.children[parent])
+    text, seed = self.text(branch), next(self.seeds)
+    branch[0].commit()
+    assert self.text(parent) == text
+    for each in self.children.pop(parent):
+      if not each[0].done:
+        self.expected[each] = (self.expected[each][0], self.text(each), None, "cancelled")
+    with pytest.raises(ValueError, match="has been committed already"):
+      branch[0].commit()
+    handle, nth = parent
+    self.expected[parent] = (self.expected[parent][0], text, None, "length")
+    if len(text) < MOST:
+      handle.rollback(len(text), hot(seed), sample=nth)  # with a seed that we know
+      self.expected[parent] = (self.expected[parent][0], text, seed + nth, "")
+
+  def cancel(self):
+    handle, _ = self.one()
+    for nth, completion in enumerate(handle.completions):
+      which = (handle, nth)
+      if completion is None:
+        self.expected[which] = (self.expected[which][0], self.text(which), None, "cancelled")
+    handle.cancel()
+
+  def check(self):
+    """Everything has come to an end, or rests; then all of it is given back."""
+    for _ in range(400):
+      if not self.e.step():
+        break
+    else:
+      raise AssertionError("it never stops")
+    assert self.e.audit().clean, self.e.audit()
+    for (handle, nth), (prompt, text, seed, end) in self.expected.items():
+      completion = handle.completions[nth]
+      if end == "rests":
+        assert completion is None and handle.tokens[nth] == text
+        handle.cancel()
+        continue
+      assert completion is not None and completion.error is None
+      assert completion.reason == (end or "length")
+      rest = alone((*prompt, *text), seed, MOST - len(text)) if not end and len(text) < MOST else []
+      assert completion.tokens == [*text, *rest]
+    finish(self.e)
+    assert self.e.manager.num_free_rows == self.e.config.cache.num_rows
+
+
+WORDS = [Orders.submit, Orders.fork, Orders.rollback, Orders.commit, Orders.cancel, Orders.preempt]
+
+
+def any_orders(data):
+  orders = Orders(data)
+  for word in data.draw(st.lists(st.sampled_from([*WORDS, *[Orders.step] * 6]), max_size=14)):
+    word(orders)
+  orders.check()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_orders_read_as_their_pieces_alone_and_leave_nothing(data):
+  any_orders(data)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+def test_orders_for_ten_minutes():
+  until = time.monotonic() + 600
+
+  @settings(max_examples=100, deadline=None, database=None)
+  @given(st.data())
+  def run(data):
+    any_orders(data)
+
+  while time.monotonic() < until:
+    run()
 
 
 @pytest.mark.parametrize(
@@ -170,13 +262,58 @@ def test_what_makes_no_sense_is_refused(call, text):
   assert handle.tokens == [alone(PROMPTS[0], 0, MOST)]
 
 
-def test_a_request_of_several_samples_has_no_branches():
-  e = engine()
-  handle = e.submit(PROMPTS[0], Sampling(num_samples=2, max_new_tokens=3))
-  with pytest.raises(ValueError, match="one sample has branches, this one has 2"):
+def test_a_request_of_several_samples_is_forked_sample_by_sample():
+  e = engine(num_steps=1)
+  handle = e.submit(PROMPTS[0], dataclasses.replace(hot(3), num_samples=2))
+  steps(e, handle, 5)
+  text = handle.tokens[1]
+  with pytest.raises(ValueError, match="the request has 2 samples: say which with `sample`"):
     handle.fork(2)
+  with pytest.raises(ValueError, match=r"sample must be in \[0, 2\), got 2"):
+    handle.rollback(0, sample=2)
+  first, second = handle.fork(2, sample=1)  # as sample 1 does: with seeds 4 and 5
+  while e.step():
+    pass
+  assert handle.tokens == [alone(PROMPTS[0], 3, MOST), text]
+  assert first.tokens == [alone(PROMPTS[0], 4, MOST)]
+  assert second.tokens == [[*text, *alone((*PROMPTS[0], *text), 5, MOST - len(text))]]
+  second.commit()
   finish(e)
-  assert handle.tokens == [tiny.greedy(PROMPTS[0], 3)] * 2
+  assert handle.tokens[1] == second.tokens[0] and handle.done
+
+
+def test_commit_then_fork_without_a_step_begins_with_what_was_committed():
+  e = engine(num_steps=1)
+  handle = e.submit(PROMPTS[0], hot(0))
+  steps(e, handle, 3)
+  _, chosen = handle.fork(2, hot(10))
+  steps(e, chosen, 6)
+  text = chosen.tokens[0]
+  chosen.commit()
+  (branch,) = handle.fork(1, hot(20))
+  assert handle.tokens == [text] == branch.tokens
+  while e.step():
+    pass
+  assert branch.tokens == [[*text, *alone((*PROMPTS[0], *text), 20, MOST - len(text))]]
+  assert handle.tokens == [text] and not handle.done  # it rests
+  handle.cancel()
+  finish(e)
+
+
+def test_a_command_after_the_end_of_the_engine_is_refused():
+  e = engine()
+  handle = e.submit(PROMPTS[0], hot(0))
+  e.step()
+  e.close()
+  for command in (
+    lambda: handle.fork(1),
+    lambda: handle.rollback(0),
+    lambda: e.submit([1], hot(0)),
+  ):
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+      command()
+  handle.cancel()
+  assert handle.completions[0].error == "the engine was closed"
 
 
 def test_those_who_rest_give_way_and_go_on_later():

@@ -18,18 +18,42 @@ def draws(**fields):
 @pytest.mark.parametrize(
   "fields, kept",
   [
-    ({}, 0.1),
-    (dict(top_k=2), 0.3),
-    (dict(top_p=0.5), 0.3),  # 0.4 alone has less than half
-    (dict(top_p=0.4), 0.4),
-    (dict(min_p=0.5), 0.2),  # half of the likeliest
-    (dict(min_p=0.6), 0.24),
-    (dict(top_k=3, min_p=0.9), 0.36),
-    (dict(top_k=3, top_p=0.5), 0.3),  # 0.4 of 0.9, then 0.3
+    ({}, {0, 1, 2, 3}),
+    (dict(top_k=2), {1, 3}),
+    (dict(top_p=0.5), {1, 3}),  # 0.4 alone has less than half
+    (dict(top_p=0.4), {1}),
+    (dict(min_p=0.4), {1, 2, 3}),
+    (dict(min_p=0.6), {1, 3}),
+    (dict(top_k=3, min_p=0.9), {1}),
+    (dict(top_k=3, top_p=0.5), {1, 3}),  # 0.4 of 0.9, then 0.3
   ],
 )
-def test_the_smallest_probability_kept(fields, kept):
-  np.testing.assert_allclose(jnp.exp(sampling.cutoff(LOGITS, draws(**fields))), [kept], rtol=1e-5)
+def test_the_tokens_kept(fields, kept):
+  assert {*np.flatnonzero(sampling.likely(LOGITS, draws(**fields))[0]).tolist()} == kept
+
+
+def reference(logits, top_k, top_p, min_p):
+  """What the rules mean, in float64; ties by lowest id."""
+  order = np.argsort(-logits, kind="stable")[:top_k]
+  weights = np.exp(logits[order].astype(np.float64) - logits[order[0]])
+  before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+  kept = order[before < top_p]
+  return {*kept[logits[kept] >= logits[order[0]] + np.log(np.float64(min_p))].tolist()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ties_go_by_the_lowest_id(seed):
+  random = np.random.default_rng(seed)
+  logits = random.choice([-1.5, 0.0, 0.25, 2.0], size=(40, 23)).astype(np.float32)
+  rules = [
+    dict(top_k=int(random.integers(1, 24)), top_p=float(random.choice([0.03, 0.31, 0.77, 1.0])),
+         min_p=float(random.choice([0.0, 0.05, 0.5]))) for _ in logits
+  ]  # fmt: skip
+  each = sampling.draws({i: (Sampling(**rule), 0) for i, rule in enumerate(rules)}, 40, 23)
+  got = sampling.likely(jnp.array(logits), each)
+  with np.errstate(divide="ignore"):
+    for row, rule, mine in zip(logits, rules, got):
+      assert {*np.flatnonzero(mine).tolist()} == reference(row, **rule), rule
 
 
 def draw(logits, *rules, num_draws=512):
