@@ -5,6 +5,7 @@ from paged_jax import sharding as sharding
 from paged_jax.cache import adopt as adopt
 from paged_jax.cache import attend as attend
 from paged_jax.cache import audit as audit
+from paged_jax.cache import check_plan as check_plan
 from paged_jax.cache import drop as drop
 from paged_jax.cache import extend as extend
 from paged_jax.cache import fork as fork

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
 
 from paged_jax import arguments, attention
 from paged_jax import ledger as ledger_lib
@@ -81,16 +83,11 @@ def plan(
   """
   rows = arguments.integers("rows", rows, (None,))
   positions = arguments.integers("positions", positions, rows.shape)
-  tables, pool, size = cache.ledger.tables, cache.ledger.pool, cache.ledger.page_size
-  s, n = cache.ledger.num_rows, pool.num_pages
-
+  s, n, size = cache.ledger.num_rows, cache.ledger.pool.num_pages, cache.ledger.page_size
   known = jnp.where((rows >= 0) & (rows < s), rows, s)
-  lengths = tables.lengths.at[known].get(mode="fill", fill_value=0)
-  starts = tables.starts.at[known].get(mode="fill", fill_value=0)
-  page = tables_lib.page_at(tables.block_tables, known, positions // size, n)
-  private = pool_lib.refcounts(pool, page) == 1
   ordered = _ordered(known, positions, s)
-  own = private & (positions >= starts) & (positions < lengths) & ordered
+  own = (_faults(cache.ledger, known, positions, ordered) == 0) & (known < s)
+  page = tables_lib.page_at(cache.ledger.tables.block_tables, known, positions // size, n)
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
   implementation = attention.choose(implementation, cache.pages)
   block_size = attention.block_size(implementation, rows.shape[0], s)
@@ -99,7 +96,7 @@ def plan(
     rows=known,
     positions=positions,
     slots=jnp.where(own, page * size + positions % size, nowhere),
-    ok=own | (rows == s),
+    ok=own | (known == s),
     blocks=blocks,
     block_lengths=block_lengths,
     block_size=block_size,
@@ -107,17 +104,68 @@ def plan(
   )
 
 
+def check_plan(cache: Cache, plan: Plan) -> None:
+  """Raises if a token of the plan has no slot of its own, and says why of the first ten.
+
+  For finding mistakes: such tokens are not written and attend to nothing (`plan.ok`). It reads the
+  plan eagerly; inside a program it is a check of `jax.experimental.checkify`, which the program must
+  be wrapped in.
+
+  >>> import jax.numpy as jnp, paged_jax
+  >>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
+  ...                                num_rows=2, max_length=64)
+  >>> cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array([3, 0]))
+  >>> paged_jax.check_plan(cache, paged_jax.plan(cache, jnp.array([0, 0]), jnp.array([2, 3])))
+  Traceback (most recent call last):
+  ...
+  ValueError: 1 of 2 tokens have no slot: token 1 (row 0, position 3) is beyond its row's length
+
+  Raises:
+    ValueError: Eagerly, that.
+  """
+  _check_call("check_plan(cache, plan)", cache, plan)
+  ledger, size = cache.ledger, cache.ledger.page_size
+  ordered = _ordered(plan.rows, plan.positions, ledger.num_rows)
+  faults = _faults(ledger, plan.rows, plan.positions, ordered)
+  page = tables_lib.page_at(
+    ledger.tables.block_tables, plan.rows, plan.positions // size, ledger.pool.num_pages
+  )
+  moved = (plan.slots != page * size + plan.positions % size) & (plan.rows < ledger.num_rows)
+  faults = jnp.where((faults == 0) & moved, len(_FAULTS), faults)
+  (first,) = jnp.nonzero(faults, size=min(10, len(faults)), fill_value=len(faults))
+  first = first.astype(jnp.int32)
+  shown = (x.at[first].get(mode="fill", fill_value=-1) for x in (plan.rows, plan.positions, faults))
+  rows, positions, why = shown
+  if isinstance(faults, jax.core.Tracer):
+    legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(_FAULTS, start=1))
+    message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
+    checkify.check(
+      jnp.all(faults == 0), message + legend, first=first, rows=rows, positions=positions, why=why
+    )
+  elif count := int(jnp.sum(faults != 0)):
+    each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
+    reasons = [f"token {i} (row {row}, position {p}) {_FAULTS[x - 1]}" for i, row, p, x in each]
+    raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+
+
 def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Cache:
   """Writes keys and values [B,H,D] of the plan's tokens in one layer; cast to the cache's dtype.
 
   Tokens without a slot are dropped. The write is in place when the cache is donated or carried
-  by a loop; read the cache that is returned, never the one that was passed.
+  by a loop; read the cache that is returned, never the one that was passed. It has gradients, unless
+  the cache keeps 16-bit values as bits (see `CacheConfig.storage_dtype`).
+
+  A traced `layer` that is out of range writes NaN into the last one, so that it does not pass for
+  zeros.
   """
+  _check_call("write(cache, layer, k, v, plan)", cache, plan)
   _, num_layers, h, _, d = pages_lib.sizes(cache.pages)
   shape = (plan.rows.shape[0], h, d)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
-  layer = arguments.layer(layer, num_layers)
-  return dataclasses.replace(cache, pages=attention.write(cache.pages, layer, k, v, plan))
+  index = arguments.layer(layer, num_layers)
+  k, v = (_poisoned(x, layer, index, num_layers) for x in (k, v))
+  index = jnp.minimum(index, num_layers - 1)
+  return dataclasses.replace(cache, pages=attention.write(cache.pages, index, k, v, plan))
 
 
 def attend(
@@ -151,12 +199,20 @@ def attend(
   Returns:
     [B,Q,D] in q's dtype, and f32[B,Q] if `return_lse`. Padding and tokens that are not ok give 0
     and -inf. Logits and sums are float32. Live keys and values must be finite: one that is not
-    may reach other tokens of its row, never another row's.
+    may reach other tokens of its row, never another row's. A traced `layer` that is out of range
+    gives NaN.
+
+  Gradients are those of the "reference" implementation, whichever computes the values; they take
+  its time and memory, of every token's whole row.
   """
+  _check_call("attend(cache, layer, q, plan)", cache, plan)
+  num_layers = cache.pages.kv.shape[1]
+  index = arguments.layer(layer, num_layers)
   out, lse = attention.attend(
-    q, cache.pages, arguments.layer(layer, cache.pages.kv.shape[1]), cache.ledger.tables, plan,
+    q, cache.pages, index, cache.ledger.tables, plan,
     scale=scale, window=window, softcap=softcap, sinks=sinks,
   )  # fmt: skip
+  out, lse = (_poisoned(x, layer, index, num_layers) for x in (out, lse))
   return (out, lse) if return_lse else out
 
 
@@ -166,10 +222,11 @@ def gather(
   """Keys and values of `rows` i32[R] in token order: two arrays [R,C,H,D].
 
   Zero where a row has no live token, whatever its pages contain. C is `num_tokens`, or a row's
-  capacity.
+  capacity. A traced `layer` that is out of range gives NaN.
   """
   rows = arguments.integers("rows", rows, (None,))
-  layer = arguments.layer(layer, cache.pages.kv.shape[1])
+  num_layers = cache.pages.kv.shape[1]
+  index = arguments.layer(layer, num_layers)
   ledger = cache.ledger
   size = ledger.capacity
   if num_tokens is not None:
@@ -179,13 +236,14 @@ def gather(
   tables = tables_lib.page_at(
     ledger.tables.block_tables, known[:, None], columns[None, :], ledger.pool.num_pages
   )
-  k, v = pages_lib.gather(cache.pages, layer, tables)
+  k, v = pages_lib.gather(cache.pages, index, tables)
   positions = jnp.arange(size, dtype=jnp.int32)[None, :]
   starts = ledger.tables.starts.at[known].get(mode="fill", fill_value=0)[:, None]
   lengths = ledger.tables.lengths.at[known].get(mode="fill", fill_value=0)[:, None]
   live = ((positions >= starts) & (positions < lengths))[..., None, None]
   zero = jnp.zeros((), k.dtype)
-  return jnp.where(live, k[:, :size], zero), jnp.where(live, v[:, :size], zero)
+  k, v = (jnp.where(live, x[:, :size], zero) for x in (k, v))
+  return _poisoned(k, layer, index, num_layers), _poisoned(v, layer, index, num_layers)
 
 
 def fork(
@@ -400,6 +458,46 @@ def swap_in(cache: Cache, row: jax.Array, image: Image) -> tuple[Cache, Info]:
 def audit(cache: Cache) -> Audit:
   """How often the laws of refcounts, bitmap and tables are broken; all zero for a sound cache."""
   return ledger_lib.audit(cache.ledger)
+
+
+_FAULTS = (  # why a token has no slot of its own
+  "is in an empty row, which nobody has extended",
+  "is beyond its row's length",
+  "is before the first live token of its row",
+  "does not ascend in its row, or its row comes in several pieces",
+  "is on a page that others hold, too",
+  "is not where the plan says: the cache has changed since",
+)
+
+
+def _faults(ledger: Ledger, rows: jax.Array, positions: jax.Array, ordered: jax.Array) -> jax.Array:
+  """Why each token has no slot of its own, as a number of `_FAULTS` from 1 on; 0 if it has: i32[B]."""
+  tables, pool = ledger.tables, ledger.pool
+  lengths = tables.lengths.at[rows].get(mode="fill", fill_value=0)
+  starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
+  page = tables_lib.page_at(
+    tables.block_tables, rows, positions // ledger.page_size, pool.num_pages
+  )
+  found = [
+    lengths == 0, positions >= lengths, positions < starts, ~ordered,
+    pool_lib.refcounts(pool, page) != 1,
+  ]  # fmt: skip
+  faults = jnp.select(found, [jnp.int32(i) for i in range(1, 1 + len(found))], jnp.int32(0))
+  return jnp.where(rows == ledger.num_rows, 0, faults)
+
+
+def _poisoned(x: jax.Array, layer: int | jax.Array, index: jax.Array, num_layers: int) -> jax.Array:
+  """`x`, or NaN if a traced `layer` is out of range, as its `index` says."""
+  if isinstance(layer, int | np.integer):
+    return x
+  return jnp.where(index < num_layers, x, jnp.full((), jnp.nan, x.dtype))
+
+
+def _check_call(call: str, cache: Cache, plan: Plan) -> None:
+  """Raises unless `cache` and `plan` are where they should be."""
+  for name, value, kind in (("cache", cache, Cache), ("plan", plan, Plan)):
+    if not isinstance(value, kind):
+      raise ValueError(f"{name} must be a {kind.__name__} in {call}, got {type(value).__name__}")
 
 
 def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:

@@ -24,12 +24,16 @@ def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
 
 def stored(values: jax.Array, pages: Pages) -> jax.Array:
   """`values` cast to the pages' dtype, then to the bits that the page array keeps."""
-  return jax.lax.bitcast_convert_type(values.astype(pages.dtype), pages.kv.dtype)
+  return _as(values.astype(pages.dtype), pages.kv.dtype)
 
 
 def values(bits: jax.Array, pages: Pages) -> jax.Array:
   """What `bits` of the page array mean, in the pages' dtype."""
-  return jax.lax.bitcast_convert_type(bits, pages.dtype)
+  return _as(bits, pages.dtype)
+
+
+def _as(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
@@ -49,6 +53,7 @@ def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array
   return kv[..., :d], kv[..., d:]
 
 
+@jax.custom_jvp
 def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
   """Makes the pages that `copies` lists, in place, one page per turn."""
   n, t = pages.kv.shape[0], pages.kv.shape[3]
@@ -65,6 +70,37 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
     return _set_page(kv, target, page)
 
   return Pages(kv=loops.fold(copies.num_pages, step, pages.kv, chunk=1), dtype=pages.dtype)
+
+
+@renew.defjvp
+def _renew_jvp(primals, tangents):
+  """The same, of tangents: all pages at once, since a loop has no transpose."""
+  pages, block_tables, copies = primals
+  n, t = pages.kv.shape[0], pages.kv.shape[3]
+  check_differentiable(pages)
+  kv = tangents[0].kv
+  num_rows, num_copies = copies.sources.shape
+  nth = jnp.arange(num_copies, dtype=jnp.int32)[None]
+  columns = jnp.where(nth < copies.num_pages[:, None], copies.first[:, None] + nth, n)
+  rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+  targets = block_tables.at[rows, columns].get(mode="fill", fill_value=n)  # [S,C]
+  kept = jnp.where(copies.sources < n, copies.lengths[:, None] - columns * t, 0)
+  live = jnp.arange(t, dtype=jnp.int32)[None, None] < kept[..., None]  # [S,C,T]
+  new = kv.at[copies.sources].get(mode="fill", fill_value=0)  # [S,C,L,H,T,2D]
+  new = jnp.where(live[:, :, None, None, :, None], new, jnp.zeros((), kv.dtype))
+  nowhere = n + jnp.arange(targets.size, dtype=jnp.int32).reshape(targets.shape)
+  targets = jnp.where(targets < n, targets, nowhere)
+  kv = kv.at[targets].set(new, mode="drop", unique_indices=True)
+  return renew(*primals), Pages(kv=kv, dtype=pages.dtype)
+
+
+def check_differentiable(pages: Pages) -> None:
+  """Raises where the page array keeps bits, through which no gradient would come."""
+  if not jnp.issubdtype(pages.kv.dtype, jnp.floating):
+    raise NotImplementedError(
+      f"gradients do not pass through pages that keep {pages.dtype} as {pages.kv.dtype}: use a"
+      " float32 cache, or differentiate a forward pass without a cache, like `Decoder.dense`"
+    )
 
 
 def read(pages: Pages, ids: jax.Array) -> Pages:

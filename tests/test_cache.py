@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import checkify
 from story import config, empty, extend, ids, pages_of, read, write
 
 import paged_jax
@@ -161,14 +162,87 @@ def test_tokens_out_of_order_or_in_pieces_get_no_slot():
   assert plan.ok.all() and len(set(plan.slots.tolist())) == 5
 
 
-def test_a_traced_layer_out_of_range_writes_nothing_and_reads_zero():
+def test_a_traced_layer_out_of_range_is_not_taken_for_zeros():
   cache, _ = write(extend(empty(), 2, 0, 0)[0], 0, [1, 2])
   plan = jitted.plan(cache, ids(0), ids(1))
   for layer in (-1, 2):
+    k, _ = jitted.gather(cache, jnp.int32(layer), ids(0))
+    out = jitted.attend(cache, jnp.int32(layer), K + 1, plan)
+    assert jnp.isnan(k).all() and jnp.isnan(out).all()
     written = jax.jit(paged_jax.write)(cache, jnp.int32(layer), K + 9, K + 9, plan)
-    chex.assert_trees_all_equal(written, cache)
-    assert not jnp.any(jitted.gather(cache, jnp.int32(layer), ids(0))[0])
-    assert not jnp.any(jitted.attend(cache, jnp.int32(layer), K + 1, plan))
+    assert jnp.isnan(jitted.attend(written, 1, K + 1, plan)).all()  # the last layer
+    k, v = jitted.gather(written, 0, ids(0), num_tokens=2)
+    np.testing.assert_array_equal(k[0, :, 0, 0], [1, 2])  # the others are as they were
+
+
+@pytest.mark.parametrize(
+  "call, text",
+  [
+    (lambda c, p: paged_jax.attend(K, c, 0, p), "cache must be a Cache in attend.cache, layer, q,"),
+    (lambda c, p: paged_jax.write(K, 0, K, K, p), "cache must be a Cache in write.cache, layer, k"),
+    (
+      lambda c, p: paged_jax.attend(c, 0, p, K),
+      "plan must be a Plan in attend.cache, layer, q, pl",
+    ),
+    (
+      lambda c, p: paged_jax.check_plan(p, c),
+      "cache must be a Cache in check_plan.cache, plan., g",
+    ),
+  ],
+)
+def test_arguments_in_another_order_are_refused_with_the_order(call, text):
+  cache, _ = extend(empty(), 2, 0, 0)
+  with pytest.raises(ValueError, match=text):
+    call(cache, paged_jax.plan(cache, ids(0), ids(1)))
+
+
+def test_check_plan_says_why_of_the_first_ten_tokens():
+  cache, _ = extend(empty(), 6, 0, 2)
+  cache, _ = paged_jax.slide(cache, ids(1, 0, 0))
+  cache, _ = paged_jax.fork(cache, ids(2), ids(1))
+  cache, _ = paged_jax.free(cache, jnp.array([False, False, True]))
+  cache, _ = paged_jax.fork(cache, ids(1), ids(2))
+  good = paged_jax.plan(cache, ids(0, 0, 3, 3), ids(1, 5, 0, 99))  # S pads
+  paged_jax.check_plan(cache, good)
+  rows, positions = ids(0, 0, 0, 0, 1, *[0] * 7), ids(0, 3, 2, 6, 1, *range(7))
+  bad = paged_jax.plan(cache, rows, positions)
+  with pytest.raises(ValueError) as failure:
+    paged_jax.check_plan(cache, bad)
+  text = str(failure.value)
+  assert text.startswith(f"{int((~bad.ok).sum())} of 12 tokens have no slot: token 0 (row 0, pos")
+  for part in (
+    "token 0 (row 0, position 0) is before the first live token of its row",
+    "token 2 (row 0, position 2) does not ascend in its row, or its row comes in several pieces",
+    "token 3 (row 0, position 6) is beyond its row's length",
+    "token 4 (row 1, position 1) is on a page that others hold, too",
+  ):
+    assert part in text
+  assert text.count("(row ") == 10
+  empty_row, _ = paged_jax.free(cache, jnp.array([False, True, False]))
+  with pytest.raises(ValueError, match=r"token 0 \(row 1, position 0\) is in an empty row"):
+    paged_jax.check_plan(empty_row, paged_jax.plan(empty_row, ids(1), ids(0)))
+  moved, _ = paged_jax.jitted.free(jax.tree.map(jnp.copy, cache), jnp.array([True, True, True]))
+  moved, _ = paged_jax.extend(moved, ids(0, 6, 0))
+  moved, _ = paged_jax.extend(moved, ids(6, 0, 0))
+  with pytest.raises(ValueError, match="not where the plan says: the cache has changed since"):
+    paged_jax.check_plan(moved, good)
+
+
+def test_check_plan_is_a_check_of_checkify_inside_a_program():
+  cache, _ = extend(empty(), 6, 0, 2)
+
+  def program(cache, rows, positions):
+    plan = paged_jax.plan(cache, rows, positions)
+    paged_jax.check_plan(cache, plan)
+    return plan.slots
+
+  run = jax.jit(checkify.checkify(program))
+  error, _ = run(cache, ids(0, 2), ids(5, 1))
+  error.throw()
+  error, _ = run(cache, ids(0, 2), ids(5, 2))
+  text = error.get()
+  assert "tokens [1 2] (rows [ 2 -1], positions [ 2 -1]) have no slot, because of [ 2 -1]" in text
+  assert "2 is beyond its row's length" in text
 
 
 def test_a_verb_that_reads_traces_once_for_all_values():

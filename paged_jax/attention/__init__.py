@@ -131,25 +131,47 @@ def attend(
     sinks = arguments.floats("sinks", sinks, (q.shape[1],)).astype(jnp.float32)
   if softcap is not None:
     softcap = _positive("softcap", softcap, jnp.float32)
-  return _backend(plan.implementation).attend(
-    q,
-    pages,
-    arguments.layer(layer, num_layers),
-    tables,
-    plan,
+  options = dict(
     scale=_scalar("scale", d**-0.5 if scale is None else scale, jnp.float32),
     window=_positive("window", jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32),
     softcap=softcap,
     sinks=sinks,
   )
+  return _attend(q, pages, arguments.layer(layer, num_layers), tables, plan, options)
 
 
+@jax.custom_jvp
+def _attend(q, pages, layer, tables, plan, options):
+  return _backend(plan.implementation).attend(q, pages, layer, tables, plan, **options)
+
+
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+  """Derivatives are those of the reference, whatever computes the values."""
+
+  def meaning(q, pages, layer, tables, plan, options):
+    return _backend("reference").attend(q, pages, layer, tables, plan, **options)
+
+  _, tangent = jax.jvp(meaning, primals, tangents)
+  return _attend(*primals), tangent
+
+
+@jax.custom_jvp
 def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
   """Writes the plan's keys and values [B,H,D]: by XLA's scatter, or where it copies the pool by ours."""
   backend = _backend(plan.implementation)
   if hasattr(backend, "write"):
     return backend.write(pages, layer, k, v, plan)
   return pages_lib.write(pages, layer, k, v, plan.slots)
+
+
+@write.defjvp
+def _write_jvp(primals, tangents):
+  """Tangents are written as values are."""
+  pages, layer, *_, plan = primals
+  pages_lib.check_differentiable(pages)
+  moved, _, k, v, _ = tangents
+  return write(*primals), pages_lib.write(moved, layer, k, v, plan.slots)
 
 
 def _positive(name: str, value, dtype) -> jax.Array:

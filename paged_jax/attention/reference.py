@@ -40,6 +40,7 @@ def attend(
   seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
 
   queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, d)
+  k = jnp.where(seen[:, :, None, None], k, 0)  # in gradients, too, 0 * NaN is NaN
   logits = jnp.einsum("bhrd,bxhd->bhrx", queries, k, precision="highest") * scale
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
