@@ -4,12 +4,12 @@ from pathlib import Path
 
 from paged_jax.models.decoder import Decoder as Decoder
 from paged_jax.models.decoder import DecoderConfig as DecoderConfig
-from paged_jax.models.decoder import Rope as Rope
 from paged_jax.models.loading import cache_config as cache_config
 from paged_jax.models.loading import eos_tokens as eos_tokens
 from paged_jax.models.loading import load as load
 from paged_jax.models.loading import save as save
 from paged_jax.models.loading import tokenizer as tokenizer
+from paged_jax.models.ropes import Rope as Rope
 
 
 def embedded() -> Path:

@@ -7,7 +7,6 @@ Axis letters besides the cache's: M sequences of C tokens, E hidden size, V voca
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -16,32 +15,11 @@ import numpy as np
 from flax import nnx
 
 from paged_jax import cache as cache_lib
+from paged_jax.models.ropes import Rope
 from paged_jax.types import Cache, Plan
 
 NO_WINDOW = np.iinfo(np.int32).max
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """Rotary embedding of a layer. `linear` slows all pairs, `llama3` only those that turn slowly."""
-
-  scaling: str = "default"  # default, linear or llama3
-  base: float = 10_000.0
-  factor: float = 1.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_length: int = 8192
-
-  def frequencies(self, head_dim: int) -> np.ndarray:
-    """f32[D/2] radians per token of each rotated pair."""
-    plain = self.base ** (-np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    if self.scaling != "llama3":
-      return (plain / self.factor).astype(np.float32)
-    turns = self.original_length * plain / (2 * math.pi)  # over the original context
-    smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-    smooth = np.clip(smooth, 0, 1)
-    return ((1 - smooth) * plain / self.factor + smooth * plain).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +33,7 @@ class DecoderConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  max_length: int  # positions that the model was trained for
+  max_length: int  # longest text: what the model was trained for, or its ropes hold in a cache
   windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None = all
   ropes: tuple[Rope, ...]  # per layer
   activation: str = "silu"  # silu or gelu_tanh
@@ -123,13 +101,15 @@ class Attention(nnx.Module):
     self.k_norm = Norm(dim, config) if config.qk_norm else None
     self.head_dim = dim
 
-  def qkv(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(
+    self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [B,Q,D] and keys [B,H,D], and values [B,H,D]."""
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (project(x).reshape(len(x), -1, self.head_dim) for project in projections)
     if self.q_norm and self.k_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    return rotate(q, angles), rotate(k, angles), v
+    return rotate(q, angles, factor), rotate(k, angles, factor), v
 
 
 class MLP(nnx.Module):
@@ -159,9 +139,11 @@ class Layer(nnx.Module):
     )
     self.mlp = MLP(config, rngs=rngs)
 
-  def qkv(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of the residual stream `x` [B,E]."""
-    return self.self_attn.qkv(self.input_layernorm(x), angles)
+  def qkv(
+    self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of the residual stream `x` [B,E]; `rotate` says the rest."""
+    return self.self_attn.qkv(self.input_layernorm(x), angles, factor)
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
@@ -223,7 +205,8 @@ class Decoder(nnx.Module):
     """Runs whole sequences without a cache, for training.
 
     Args:
-      tokens: i32[M,C] tokens, from position 0 on.
+      tokens: i32[M,C] tokens, from position 0 on. Ropes that depend on the length of a text
+        (`dynamic`, `longrope`) turn as they do in one of C tokens.
 
     Returns:
       f32[M,C,V] logits.
@@ -234,7 +217,7 @@ class Decoder(nnx.Module):
       return attention(q, k, v, window, self.config), state
 
     def run(tokens):
-      x, _ = self._run(tokens, jnp.arange(len(tokens)), attend, None)
+      x, _ = self._run(tokens, jnp.arange(len(tokens)), attend, None, length=len(tokens))
       return self.logits(x)
 
     return jax.vmap(run)(tokens)
@@ -246,27 +229,31 @@ class Decoder(nnx.Module):
     cap = self.config.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-  def _run(self, tokens, positions, attend, state):
+  def _run(self, tokens, positions, attend, state, length=0):
     """Embeds, scans the layers with `attend(state, layer, window, q, k, v)`, normalises."""
     config = self.config
     graph, layers = nnx.split(self.layers)
     windows = None  # a static "sees all", unless some layer has one
     if any(config.windows):
       windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
-    frequencies = jnp.array([rope.frequencies(config.head_dim) for rope in config.ropes])
+    frequencies = np.stack([rope.frequencies(config.head_dim, length) for rope in config.ropes])
+    factors = None  # a static 1, unless some layer has another one
+    if any(rope.attention_factor != 1 for rope in config.ropes):
+      factors = jnp.array([rope.attention_factor for rope in config.ropes], jnp.float32)
 
     def body(carry, xs):
       x, state = carry
-      index, layer, window, frequencies = xs
+      index, layer, window, frequencies, factor = xs
       layer = nnx.merge(graph, layer)
       angles = jnp.outer(positions.astype(jnp.float32), frequencies)
-      heads, state = attend(state, index, window, *layer.qkv(x, angles))
+      heads, state = attend(state, index, window, *layer.qkv(x, angles, factor))
       return (layer.finish(x, heads), state), None
 
     x = self.embed_tokens.weight.at[tokens].get(mode="fill")  # no such token: NaN
     x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded as the weights are (Gemma)
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, state), _ = jax.lax.scan(body, (x, state), (indices, layers, windows, frequencies))
+    xs = (indices, layers, windows, jnp.asarray(frequencies), factors)
+    (x, state), _ = jax.lax.scan(body, (x, state), xs)
     return self.norm(x), state
 
 
@@ -275,9 +262,14 @@ def abstract(config: DecoderConfig) -> Decoder:
   return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32."""
+def rotate(x: jax.Array, angles: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32.
+
+  The result is `factor` (f32[], None = 1) times as long.
+  """
   cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  if factor is not None:
+    cos, sin = cos * factor, sin * factor
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -1,24 +1,36 @@
-"""What `config.json` says about a model, to and from a `DecoderConfig`."""
+"""What `config.json` says about a model, to and from a `DecoderConfig`.
+
+The judge is `transformers`: what a field means, and what holds where it is missing or null.
+"""
 
 from typing import Any
 
-from paged_jax.models.decoder import DecoderConfig, Rope
+from paged_jax.models import fields, ropes
+from paged_jax.models.decoder import DecoderConfig
+from paged_jax.models.ropes import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPES = {  # fields of each scaling: their names in `config.json` and ours
-  "default": {"rope_theta": "base"},
-  "linear": {"rope_theta": "base", "factor": "factor"},
-  "llama3": {
-    "rope_theta": "base",
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
-  },
+LAYER_KINDS = {SLIDING: SLIDING, FULL: FULL, "attention": FULL}  # the last is an older name
+ACTIVATIONS = {
+  "silu": "silu",
+  "swish": "silu",
+  "gelu_pytorch_tanh": "gelu_tanh",
 }
-GEMMA = {  # released configurations leave these out
-  "vocab_size": 262_208,
+COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+LARGE = COMMON | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+QWEN = LARGE | {
+  "vocab_size": 151_936,
+  "intermediate_size": 22_016,
+  "num_key_value_heads": 32,
+  "max_position_embeddings": 32_768,
+  "use_sliding_window": False,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+GEMMA = COMMON | {
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
   "num_attention_heads": 8,
   "num_key_value_heads": 4,
   "head_dim": 256,
@@ -27,61 +39,87 @@ GEMMA = {  # released configurations leave these out
   "sliding_window": 4096,
   "tie_word_embeddings": True,
 }
-FAMILIES = {  # what each one's configurations may leave out
-  "llama": {},
-  "mistral": {"sliding_window": 4096},
-  "qwen2": {"sliding_window": 4096},
-  "qwen3": {"sliding_window": 4096, "head_dim": 128},
-  "gemma2": GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-  "gemma3_text": GEMMA | {"rope_theta": 1_000_000.0},
+FAMILIES = {  # what holds where a configuration leaves a field out
+  "llama": LARGE
+  | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+  "mistral": LARGE
+  | {"vocab_size": 32_000, "intermediate_size": 14_336, "max_position_embeddings": 131_072}
+  | {"num_key_value_heads": 8, "sliding_window": 4096},
+  "qwen2": QWEN,
+  "qwen3": QWEN | {"head_dim": 128},
+  "gemma2": GEMMA
+  | {"vocab_size": 256_000, "max_position_embeddings": 8192}
+  | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+  "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
 }
+NULL_HEADS = ("llama", "mistral", "qwen2", "qwen3")  # null KV heads: as many as query heads
+NULL_HEAD_DIM = (
+  "llama",
+  "mistral",
+)  # null head_dim: hidden size over heads, as where it is missing
+WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")  # heads must divide the hidden size in any case
+UNSUPPORTED = {  # fields that would change the model; other families do not have them
+  "llama": ("attention_bias", "mlp_bias"),
+  "mistral": (),
+  "qwen2": (),
+  "qwen3": ("attention_bias",),
+  "gemma2": ("attention_bias", "use_bidirectional_attention"),
+  "gemma3_text": ("attention_bias", "use_bidirectional_attention"),
+}
+MAX_LAYERS = 10_000
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
   """The decoder that a `config.json` describes, in its older and newer forms.
 
+  Where a field is missing or null, it is as `transformers` has it. Of a multimodal Gemma 3 it is
+  the text part, tied as the whole says and without a cap on its logits, which that class ignores.
+  With a `dynamic` or `longrope` scaling `max_length` is the length up to which it is not scaled.
+
   Raises:
-    ValueError: The model is not one of ours; the message names the field.
+    ValueError: The model is not one of ours, or a field is wrong; the message names the field.
   """
   family = raw.get("model_type")
-  if quantised := raw.get("quantization_config"):
-    raise ValueError(f"quantised checkpoints are not supported: {quantised.get('quant_method')!r}")
-  if family == "gemma3":  # multimodal: its text part
-    return read(raw.get("text_config", {}) | {"model_type": "gemma3_text"})
-  if family not in FAMILIES:
+  if quantised := fields.mapping(raw, "quantization_config"):
+    method = quantised.get("quant_method")
+    raise ValueError(f"quantization_config: quantised checkpoints are not supported: {method!r}")
+  if family == "gemma3":
+    return read(_text_part(raw))
+  if not isinstance(family, str) or family not in FAMILIES:
     raise ValueError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-  for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+  for name in UNSUPPORTED[family]:
     if raw.get(name):
-      raise ValueError(f"{name} is not supported for model_type {family!r}")
-  raw = FAMILIES[family] | raw
+      raise ValueError(f"{name} is not supported for model_type {family!r}, got {raw[name]!r}")
+  raw = _completed(raw, family)
   gemma = family.startswith("gemma")
-  hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-  activation = raw.get("hidden_activation" if gemma else "hidden_act") or "silu"
-  if activation not in ACTIVATIONS:
-    raise ValueError(f"activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+  num_heads, num_kv_heads, head_dim = _heads(raw, family)
   kinds = _layer_kinds(raw, family)
+  by_kind = {kind: _read_rope(raw, family, kind, head_dim) for kind in dict.fromkeys(kinds)}
+  limits = [rope.max_length for rope in by_kind.values() if rope.max_length]
+  window = raw["sliding_window"] if SLIDING in kinds else None
   return DecoderConfig(
-    vocab_size=_size(raw, "vocab_size"),
-    hidden_size=hidden_size,
-    intermediate_size=_size(raw, "intermediate_size"),
+    vocab_size=fields.whole(raw, "vocab_size"),
+    hidden_size=fields.whole(raw, "hidden_size"),
+    intermediate_size=fields.whole(raw, "intermediate_size"),
     num_layers=len(kinds),
     num_heads=num_heads,
-    num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-    head_dim=raw.get("head_dim") or hidden_size // num_heads,
-    max_length=raw.get("max_position_embeddings") or 2048,
-    windows=tuple(raw["sliding_window"] if kind == SLIDING else None for kind in kinds),
-    ropes=tuple(_read_rope(raw, family, kind) for kind in kinds),
-    activation=ACTIVATIONS[activation],
-    norm_eps=raw.get("rms_norm_eps", 1e-6),
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    max_length=min(fields.whole(raw, "max_position_embeddings"), *limits, fields.LARGEST),
+    windows=tuple(window if kind == SLIDING else None for kind in kinds),
+    ropes=tuple(by_kind[kind] for kind in kinds),
+    activation=_activation(raw, "hidden_activation" if gemma else "hidden_act"),
+    norm_eps=fields.number(raw, "rms_norm_eps"),
     norm_offset=gemma,
     post_norms=gemma,
     qk_norm=family in ("qwen3", "gemma3_text"),
     qkv_bias=family == "qwen2",
-    tied=raw.get("tie_word_embeddings", False),
-    embed_scale=hidden_size**0.5 if gemma else 1.0,
-    attention_scale=raw["query_pre_attn_scalar"] ** -0.5 if gemma else None,
-    attention_softcap=raw.get("attn_logit_softcapping"),
-    logit_softcap=raw.get("final_logit_softcapping"),
+    tied=fields.flag(raw, "tie_word_embeddings"),
+    embed_scale=fields.whole(raw, "hidden_size") ** 0.5 if gemma else 1.0,
+    attention_scale=fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None,
+    # Gemma 3 has the field, and its attention does not look at it
+    attention_softcap=_cap(raw, "attn_logit_softcapping") if family == "gemma2" else None,
+    logit_softcap=_cap(raw, "final_logit_softcapping") if gemma else None,
   )
 
 
@@ -91,7 +129,6 @@ def write(config: DecoderConfig) -> dict[str, Any]:
   Raises:
     ValueError: The model is no Llama.
   """
-  rope = config.ropes[0]
   raw = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -105,8 +142,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     "hidden_act": "silu",
     "max_position_embeddings": config.max_length,
     "rms_norm_eps": config.norm_eps,
-    "rope_parameters": {"rope_type": rope.scaling}
-    | {theirs: getattr(rope, ours) for theirs, ours in ROPES[rope.scaling].items()},
+    "rope_parameters": ropes.write(config.ropes[0]),
     "tie_word_embeddings": config.tied,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -116,45 +152,132 @@ def write(config: DecoderConfig) -> dict[str, Any]:
   return raw
 
 
-def _size(raw: dict[str, Any], name: str) -> int:
-  """A size that the configuration must state."""
-  value = raw.get(name)
-  if not isinstance(value, int) or value < 1:
-    raise ValueError(f"{name} must be a positive integer, got {value!r}")
-  return value
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+  """The configuration of the language model in a multimodal Gemma 3."""
+  tied = raw.get("tie_word_embeddings", True)
+  return fields.mapping(raw, "text_config") | {
+    "model_type": "gemma3_text",
+    "tie_word_embeddings": False if tied is None else tied,
+    "final_logit_softcapping": None,
+  }
+
+
+def _completed(raw: dict[str, Any], family: str) -> dict[str, Any]:
+  """With what holds where a field is missing."""
+  completed = FAMILIES[family] | raw
+  num_heads = fields.whole(completed, "num_attention_heads")
+  num_kv_heads = FAMILIES[family].get("num_key_value_heads", 1)
+  if "num_key_value_heads" not in raw and num_heads % num_kv_heads:  # no such model can run
+    completed["num_key_value_heads"] = num_heads
+  return completed
+
+
+def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
+  """Query heads, KV heads and head dim."""
+  hidden_size = fields.whole(raw, "hidden_size")
+  num_heads = num_kv_heads = fields.whole(raw, "num_attention_heads")
+  if raw.get("num_key_value_heads") is not None or family not in NULL_HEADS:
+    num_kv_heads = fields.whole(raw, "num_key_value_heads")
+  if num_heads % num_kv_heads:
+    raise ValueError(f"num_key_value_heads must divide {num_heads=}, got {num_kv_heads=}")
+  if family in WHOLE_HEADS and hidden_size % num_heads:
+    raise ValueError(f"num_attention_heads must divide {hidden_size=}, got {num_heads}")
+  if "head_dim" not in raw or (raw["head_dim"] is None and family in NULL_HEAD_DIM):
+    raw = raw | {"head_dim": hidden_size // num_heads}
+  head_dim = fields.whole(raw, "head_dim")
+  if head_dim % 2:
+    raise fields.wrong("head_dim", "even", head_dim)
+  return num_heads, num_kv_heads, head_dim
+
+
+def _activation(raw: dict[str, Any], name: str) -> str:
+  """Our name of an activation."""
+  activation = fields.text(raw, name)
+  if activation not in ACTIVATIONS:
+    known = ", ".join(ACTIVATIONS)
+    raise ValueError(f"{name}: activation {activation!r} is not supported, only {known}")
+  return ACTIVATIONS[activation]
+
+
+def _cap(raw: dict[str, Any], name: str) -> float | None:
+  return None if raw.get(name) is None else fields.number(raw, name)
 
 
 def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
   """Sliding or full attention of each layer: as listed, or else by the family's rule."""
-  layers = range(_size(raw, "num_hidden_layers"))
-  windowed = raw.get("sliding_window") and raw.get("use_sliding_window", "qwen" not in family)
-  if family == "llama" or not windowed:
-    return [FULL for _ in layers]
-  if family == "mistral":
-    return [SLIDING for _ in layers]
-  if kinds := raw.get("layer_types"):
-    if len(kinds) != len(layers) or not set(kinds) <= {SLIDING, FULL}:
-      raise ValueError(f"layer_types must say {SLIDING!r} or {FULL!r} of each layer, got {kinds}")
-    return kinds
-  if "qwen" in family:
-    return [SLIDING if i >= raw.get("max_window_layers", 28) else FULL for i in layers]
-  pattern = 2 if family == "gemma2" else raw.get("sliding_window_pattern", 6)
-  return [SLIDING if (i + 1) % pattern else FULL for i in layers]
+  layers = range(fields.whole(raw, "num_hidden_layers", high=MAX_LAYERS))
+  match family:
+    case "llama":
+      return [FULL for _ in layers]
+    case "mistral":  # these two do not look at layer_types
+      return [_sliding(raw) if raw["sliding_window"] is not None else FULL for _ in layers]
+    case "qwen2" | "qwen3":
+      if not fields.flag(raw, "use_sliding_window"):
+        raw = raw | {"sliding_window": None}
+      first = fields.whole(raw, "max_window_layers", low=-fields.LARGEST)
+      first = len(layers) if raw["sliding_window"] is None else first
+      kinds = [SLIDING if i >= first else FULL for i in layers]
+    case "gemma2":
+      kinds = [FULL if i % 2 else SLIDING for i in layers]
+    case _:
+      pattern = fields.whole({"sliding_window_pattern": 6} | raw, "sliding_window_pattern")
+      kinds = [SLIDING if (i + 1) % pattern else FULL for i in layers]
+  kinds = kinds if raw.get("layer_types") is None else _listed_kinds(raw, len(layers))
+  if SLIDING in kinds or family.startswith("gemma"):
+    _sliding(raw)
+  return kinds
 
 
-def _read_rope(raw: dict[str, Any], family: str, kind: str) -> Rope:
+def _listed_kinds(raw: dict[str, Any], num_layers: int) -> list[str]:
+  """The kinds of layers that `layer_types` lists."""
+  kinds = raw["layer_types"]
+  known = isinstance(kinds, list) and all(isinstance(k, str) and k in LAYER_KINDS for k in kinds)
+  if not known or len(kinds) != num_layers:
+    wanted = f"{SLIDING!r} or {FULL!r} of each of the {num_layers} layers"
+    raise ValueError(f"layer_types must say {wanted}, got {kinds!r}")
+  return [LAYER_KINDS[kind] for kind in kinds]
+
+
+def _sliding(raw: dict[str, Any]) -> str:
+  """The kind of a layer with a window, which must be stated."""
+  fields.whole(raw, "sliding_window")
+  return SLIDING
+
+
+def _read_rope(raw: dict[str, Any], family: str, kind: str, head_dim: int) -> Rope:
   """The rotary embedding of the layers of a kind; Gemma 3 has another one for sliding layers."""
-  local = family == "gemma3_text" and kind == SLIDING
-  stated = raw.get("rope_parameters") or {}
-  stated = stated.get(kind, stated) or ({} if local else raw.get("rope_scaling") or {})
-  scaling = stated.get("rope_type") or stated.get("type") or "default"
-  if scaling not in ROPES:
-    raise ValueError(f"rope scaling {scaling!r} is not supported, only {', '.join(ROPES)}")
-  stated = {
-    "rope_theta": raw.get("rope_local_base_freq" if local else "rope_theta", 10_000.0),
-    "original_max_position_embeddings": raw.get("max_position_embeddings"),
-  } | stated
-  for name in ROPES[scaling]:
-    if stated.get(name) is None:
-      raise ValueError(f"rope scaling {scaling!r} needs {name}")
-  return Rope(scaling, **{ours: stated[theirs] for theirs, ours in ROPES[scaling].items()})
+  stated = _stated_per_kind(raw, kind) if family == "gemma3_text" else _stated_once(raw)
+  return ropes.read(stated, fields.whole(raw, "max_position_embeddings"), head_dim)
+
+
+def _stated_once(raw: dict[str, Any]) -> dict[str, Any]:
+  """What is said about the rope of all layers; `rope_scaling`, the older name, wins."""
+  new, old = fields.mapping(raw, "rope_parameters"), fields.mapping(raw, "rope_scaling")
+  stated = {"rope_theta": 10_000.0} | _top_level(raw, "rope_theta", "partial_rotary_factor")
+  stated |= old or new
+  nested = [name for name in (FULL, SLIDING) if name in stated]
+  if nested and raw["model_type"] in ("qwen2", "qwen3", "gemma2"):  # Llama and Mistral ignore it
+    raise fields.wrong("rope_parameters", "flat, not per kind of layer", stated)
+  return stated | _top_level(raw, "original_max_position_embeddings")
+
+
+def _stated_per_kind(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+  """What is said about the rope of one kind of layers: nested, or in older fields.
+
+  As in `transformers`, flat `rope_parameters` say nothing (but for yarn's `truncate`), and an
+  older `rope_scaling` counts only under the name `rope_type`, not `type`.
+  """
+  nested = fields.mapping(raw, "rope_parameters")
+  stated = fields.mapping(nested, kind) or {"rope_type": "default"}
+  if kind == FULL:
+    stated |= fields.mapping(raw, "rope_scaling")
+    theta = {"rope_theta": raw.get("rope_theta", 1_000_000.0)}
+  else:
+    theta = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
+  stated = theta | _top_level(raw, "partial_rotary_factor") | stated
+  return stated | {"truncate": nested.get("truncate", True)}
+
+
+def _top_level(raw: dict[str, Any], *names: str) -> dict[str, Any]:
+  """The fields of these names, where there are some."""
+  return {name: raw[name] for name in names if name in raw}

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: `config.json` and `*.safetensors`, to and from a `Decoder`."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -8,37 +9,56 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tokenizers
 from flax import nnx
 
 from paged_jax.config import CacheConfig
-from paged_jax.models import families
+from paged_jax.models import added_tokens, families, fields, tensors
 from paged_jax.models.decoder import Decoder, DecoderConfig, abstract
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = {  # of weights, by the names that `torch` has for them
+  "float32": "float32",
+  "float": "float32",
+  "bfloat16": "bfloat16",
+  "float16": "float16",
+  "half": "float16",
+}
 
 
 def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
   """The decoder saved in the folder `path`, read tensor by tensor.
 
+  What the files leave out, and which of them wins, is decided as in `transformers`.
+
   Args:
     path: A folder with `config.json` and either `model.safetensors` or shards and their index.
-    dtype: Of the weights; None = as `config.json` says.
+    dtype: Of the weights: float32, bfloat16 or float16; None = as `config.json` says, or else as
+      they are stored.
 
   Raises:
     FileNotFoundError: A file is missing; the message names it.
-    ValueError: A file is damaged or the model is not one of ours; the message says how.
+    ValueError: A file is damaged, the model is not one of ours, or a weight is too large for the
+      dtype; the message says which and how.
   """
   path = Path(path)
-  raw = _read_json(path / "config.json")
-  config = families.read(raw)
-  dtype = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
+  file = path / "config.json"
+  raw = _read_config(path)
+  try:
+    config = families.read(raw)
+    wanted = _stated_dtype(raw) if dtype is None else _dtype("dtype", dtype)
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from None
+  found = tensors.find(path)
+  wanted = wanted or _dtype("dtype of the weights", tensors.dtype(path, found))
+  config, found = _untied(config, found)
   graph, state = nnx.split(abstract(config))
   leaves = dict(nnx.to_flat_state(state))
-  arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in leaves.items()}
-  _fill(_parts(arrays, config.num_layers), path, config)
+  shapes = {name: np.broadcast_to(np.int8(0), leaf.shape) for name, leaf in leaves.items()}
+  shapes = {name: part.shape for name, part in _parts(shapes, config.num_layers).items()}
+  tensors.check(found, shapes, path)
+  arrays = {name: np.empty(leaf.shape, wanted) for name, leaf in leaves.items()}
+  tensors.fill(_parts(arrays, config.num_layers), found)
   for name, leaf in leaves.items():  # one at a time: never a second copy of all weights
     leaves[name] = leaf.replace(jnp.asarray(arrays.pop(name)))
   return nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
@@ -58,30 +78,72 @@ def save(decoder: Decoder, path: str | os.PathLike) -> None:
 
 
 def tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer | None:
-  """The tokenizer of the folder `path`, or None where there is none."""
+  """The tokenizer of the folder `path`, or None where there is none.
+
+  It neither truncates nor pads, whatever `tokenizer.json` says, and knows the tokens that only
+  `tokenizer_config.json`, `added_tokens.json` or `special_tokens_map.json` name.
+
+  Raises:
+    ValueError: A file is damaged, or a token cannot have the id that it states; the message names
+      the file.
+  """
   file = Path(path) / "tokenizer.json"
   if not file.exists():
     return None
   try:
-    return tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the library raises nothing narrower
     raise ValueError(f"{file} is not a tokenizer: {error}") from None
+  added_tokens.add(tokenizer, Path(path))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
 
 
 def eos_tokens(path: str | os.PathLike) -> tuple[int, ...]:
-  """Ids that end a text, from `generation_config.json` or else `config.json`."""
-  for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
-    ids = _read_json(file).get("eos_token_id") if file.exists() else None
-    if ids is not None:
-      return (ids,) if isinstance(ids, int) else tuple(ids)
-  return ()
+  """Ids that end a text, from `generation_config.json`, or where it is missing from `config.json`.
+
+  As in `transformers`, a `generation_config.json` without them means that none does, and in
+  `config.json` those of a `text_config` count where the whole states none.
+
+  Raises:
+    FileNotFoundError: There is neither file.
+    ValueError: A file is damaged, or the ids are none; the message names file and field.
+  """
+  file = Path(path) / "generation_config.json"
+  if file.exists():
+    ids = fields.read(file).get("eos_token_id")
+  else:
+    file, raw = Path(path) / "config.json", _read_config(Path(path))
+    ids = raw.get("eos_token_id")
+    if ids is None:
+      try:
+        ids = fields.mapping(raw, "text_config").get("eos_token_id")
+      except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+  listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  if not all(type(i) is int and 0 <= i <= fields.LARGEST for i in listed):
+    raise ValueError(f"{file}: {fields.wrong('eos_token_id', 'a token or a list of tokens', ids)}")
+  return tuple(listed)
 
 
 def cache_config(
   config: DecoderConfig, *, num_pages: int, num_rows: int, page_size: int = 16,
   max_length: int | None = None, dtype: Any = jnp.bfloat16,
 ) -> CacheConfig:  # fmt: skip
-  """A cache for this model; its rows hold `max_length` tokens, by default all it was made for."""
+  """A cache for this model; its rows hold `max_length` tokens, by default all it was made for.
+
+  Raises:
+    ValueError: `max_length` is beyond where a `dynamic` or `longrope` scaling begins, which turns
+      queries and keys by the length of the whole text: keys in a cache would be turned wrongly.
+  """
+  if max_length and max_length > config.max_length:
+    for rope in config.ropes:
+      if rope.max_length and max_length > rope.max_length:
+        raise ValueError(
+          f"max_length must be at most {rope.max_length} with rope scaling {rope.scaling!r},"
+          f" got {max_length}"
+        )
   return CacheConfig(
     num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
     page_size=page_size, num_pages=num_pages, num_rows=num_rows,
@@ -89,15 +151,42 @@ def cache_config(
   )  # fmt: skip
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-  """The object in a JSON file."""
+def _read_config(path: Path) -> dict[str, Any]:
+  """The `config.json` of a folder."""
+  if not (path / "config.json").exists():
+    raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json")
+  return fields.read(path / "config.json")
+
+
+def _stated_dtype(raw: dict[str, Any]) -> np.dtype | None:
+  """The dtype that `config.json` states, under its newer or its older name; None where it is open."""
+  name = "torch_dtype" if raw.get("dtype") is None else "dtype"
+  stated = raw.get(name)
+  return None if stated in (None, "auto") else _dtype(name, stated)
+
+
+def _dtype(name: str, stated: Any) -> np.dtype:
+  """A dtype that weights may have."""
   try:
-    raw = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file} is not valid JSON: {error}") from None
-  if not isinstance(raw, dict):
-    raise ValueError(f"{file} must hold a JSON object, got {type(raw).__name__}")
-  return raw
+    known = stated.removeprefix("torch.") if isinstance(stated, str) else jnp.dtype(stated).name
+  except TypeError:
+    known = None
+  if known not in DTYPES:
+    raise fields.wrong(name, "float32, bfloat16 or float16", stated)
+  return jnp.dtype(DTYPES[known])
+
+
+def _untied(
+  config: DecoderConfig, found: dict[str, tensors.Stored]
+) -> tuple[DecoderConfig, dict[str, tensors.Stored]]:
+  """The configuration and tensors of a model that says it is tied: if they differ, it is not."""
+  head, embedding = tensors.HEAD, tensors.EMBEDDING
+  if not config.tied or head not in found:
+    return config, found
+  if not tensors.tied(found):
+    return dataclasses.replace(config, tied=False), found
+  found = {embedding: found[head]} | found  # where only the head is stored, it is both
+  return config, {name: tensor for name, tensor in found.items() if name != head}
 
 
 def _parts(arrays: Mapping[Any, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
@@ -113,65 +202,3 @@ def _parts(arrays: Mapping[Any, np.ndarray], num_layers: int) -> dict[str, np.nd
       case module:
         parts[f"model.{module}.{name}"] = array
   return parts
-
-
-def _fill(parts: dict[str, np.ndarray], path: Path, config: DecoderConfig) -> None:
-  """Reads every tensor in the folder `path` into its part, one at a time."""
-  missing = set(parts)
-  for file in _tensor_files(path):
-    try:
-      with safetensors.safe_open(file, framework="np") as tensors:
-        for stored in tensors.keys():  # noqa: SIM118 (not a mapping)
-          name = _text_name(stored)
-          if name in missing:
-            parts[name][...] = _read_tensor(tensors, stored, parts[name].shape)
-            missing.remove(name)
-          elif not _ignored(name, config):
-            raise ValueError(f"{file} has an unexpected tensor {stored!r}")
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-  if missing:
-    raise ValueError(f"{path} lacks {len(missing)} tensors, the first is {min(missing)!r}")
-
-
-def _read_tensor(tensors: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """A tensor of an open safetensors file, if it is what we expect."""
-  header = tensors.get_slice(name)
-  if header.get_dtype() not in DTYPES:
-    raise ValueError(f"dtype of {name!r} must be {' or '.join(DTYPES)}, got {header.get_dtype()}")
-  if tuple(header.get_shape()) != shape:
-    raise ValueError(f"shape of {name!r} must be {shape}, got {tuple(header.get_shape())}")
-  return tensors.get_tensor(name)
-
-
-def _tensor_files(path: Path) -> list[Path]:
-  """The shards that an index lists, or else the one file of tensors."""
-  index = path / "model.safetensors.index.json"
-  files = [path / "model.safetensors"]
-  if index.exists():
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-      raise ValueError(f"{index} has no weight_map")
-    files = [path / name for name in sorted(set(shards.values()))]
-  for file in files:
-    if not file.exists():
-      raise FileNotFoundError(f"{file} does not exist")
-  return files
-
-
-def _text_name(name: str) -> str:
-  """A tensor's name in a text-only checkpoint; multimodal ones nest the language model."""
-  for prefix in ("language_model.model.", "model.language_model."):
-    if name.startswith(prefix):
-      return "model." + name.removeprefix(prefix)
-  return name.removeprefix("language_model.")
-
-
-def _ignored(name: str, config: DecoderConfig) -> bool:
-  """Whether a tensor is none of the decoder's: a buffer, a tied copy, the vision part."""
-  vision = ("vision_tower.", "multi_modal_projector.")
-  return (
-    name.endswith("rotary_emb.inv_freq")
-    or name.removeprefix("model.").startswith(vision)
-    or (config.tied and name == "lm_head.weight")
-  )

@@ -33,7 +33,7 @@ def test_llama_without_optional_fields_has_their_defaults():
 def test_gemma3_alternates_five_local_layers_and_one_global():
   raw = SMALL | {"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 512}
   raw |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
-  raw |= {"rope_scaling": {"type": "linear", "factor": 8.0}}
+  raw |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
   config = families.read(raw)
   assert config.windows == ((512,) * 5 + (None,)) * 2
   assert config.ropes == ((Rope(base=1e4),) * 5 + (Rope("linear", 1e6, 8.0),)) * 2
@@ -77,7 +77,7 @@ def test_mistral_with_a_null_window_sees_everything():
   [
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama"),
     ({"model_type": None}, "model_type None"),
-    ({"rope_scaling": {"type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+    ({"rope_scaling": {"type": "mrope"}}, "rope scaling 'mrope' is not supported, only default"),
     ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' needs factor"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised .* 'gptq'"),
     ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
@@ -86,7 +86,7 @@ def test_mistral_with_a_null_window_sees_everything():
     ({"attention_bias": True}, "attention_bias is not supported"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types must say"),
-    ({"model_type": "gemma3"}, "hidden_size must be a positive integer"),
+    ({"model_type": "gemma3", "text_config": []}, "text_config must be an object"),
   ],
 )
 def test_unsupported_configuration_is_refused_by_name(changes, message):
