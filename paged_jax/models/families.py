@@ -52,7 +52,7 @@ FAMILIES = {  # what holds where a configuration leaves a field out
   | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
   "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
 }
-NULL_HEADS = ("llama", "mistral", "qwen2", "qwen3")  # null KV heads: as many as query heads
+NULL_HEADS = ("llama", "qwen2", "qwen3")  # null KV heads: as many as query heads
 NULL_HEAD_DIM = (
   "llama",
   "mistral",

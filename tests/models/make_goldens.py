@@ -1,9 +1,12 @@
 """Makes `goldens/FAMILY/`: tiny random checkpoints and what transformers computes from them.
 
+`goldens/odd.npz` has logits alone: the weights of these models come from a seed.
+
 python tests/models/make_goldens.py
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
+import odd_models
 import tiny_models
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -59,5 +63,14 @@ def main() -> None:
     np.savez_compressed(folder / "golden.npz", tokens=np.int32(tokens), logits=values)
 
 
+def odd() -> None:
+  """Writes the logits of odd models."""
+  with tempfile.TemporaryDirectory() as folder:
+    values = {name: odd_models.judged(name, Path(folder) / name) for name in odd_models.CONFIGS}
+  values = {name: logits[odd_models.PLACES] for name, logits in values.items()}
+  np.savez_compressed(GOLDENS / "odd.npz", allow_pickle=False, **values)
+
+
 if __name__ == "__main__":
   main()
+  odd()
