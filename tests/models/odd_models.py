@@ -15,7 +15,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 LLAMA = GROUPED | {"model_type": "llama"}
 GEMMA = GROUPED | {"head_dim": 16}
 GEMMA3 = GEMMA | {"model_type": "gemma3_text", "sliding_window": 7, "sliding_window_pattern": 2}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0}
 LONG |= {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 5.0, 8.0]}
 SHORT = LONG | {"original_max_position_embeddings": 16}  # our text is a long one
@@ -74,7 +74,7 @@ CONFIGS = {
   "yarn_no_length": LLAMA
   | {"rope_scaling": {"type": "yarn", "factor": 8.0}, "max_position_embeddings": 64},
   "yarn_no_factor": LLAMA
-  | {"rope_scaling": YARN | {"factor": None}, "max_position_embeddings": 128},
+  | {"rope_scaling": YARN | {"factor": None}, "max_position_embeddings": 4096},
   "yarn_deepseek": llama(**YARN, mscale=1.0, mscale_all_dim=0.707, beta_fast=4, beta_slow=0.5),
   "yarn_mscale": llama(**YARN, mscale=0.707, mscale_all_dim=0, beta_fast=0),
   "yarn_attention": llama(**YARN, attention_factor=2, mscale=1.0, mscale_all_dim=0.7),
