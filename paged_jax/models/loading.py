@@ -42,15 +42,14 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
       dtype; the message says which and how.
   """
   path = Path(path)
-  file = path / "config.json"
+  wanted = None if dtype is None else _dtype("dtype", dtype)
   raw = _read_config(path)
   try:
-    config = families.read(raw)
-    wanted = _stated_dtype(raw) if dtype is None else _dtype("dtype", dtype)
+    config, stated = families.read(raw), _stated_dtype(raw)
   except ValueError as error:
-    raise ValueError(f"{file}: {error}") from None
+    raise ValueError(f"{path / 'config.json'}: {error}") from None
   found = tensors.find(path)
-  wanted = wanted or _dtype("dtype of the weights", tensors.dtype(path, found))
+  wanted = wanted or stated or _dtype("dtype of the weights", tensors.dtype(path, found))
   config, found = _untied(config, found)
   graph, state = nnx.split(abstract(config))
   leaves = dict(nnx.to_flat_state(state))
