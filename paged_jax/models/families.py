@@ -179,9 +179,10 @@ def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
   if raw.get("num_key_value_heads") is not None or family not in NULL_HEADS:
     num_kv_heads = fields.whole(raw, "num_key_value_heads")
   if num_heads % num_kv_heads:
-    raise ValueError(f"num_key_value_heads must divide {num_heads=}, got {num_kv_heads=}")
+    wanted = f"a divisor of num_attention_heads={num_heads}"
+    raise fields.wrong("num_key_value_heads", wanted, num_kv_heads)
   if family in WHOLE_HEADS and hidden_size % num_heads:
-    raise ValueError(f"num_attention_heads must divide {hidden_size=}, got {num_heads}")
+    raise fields.wrong("num_attention_heads", f"a divisor of {hidden_size=}", num_heads)
   if "head_dim" not in raw or (raw["head_dim"] is None and family in NULL_HEAD_DIM):
     raw = raw | {"head_dim": hidden_size // num_heads}
   head_dim = fields.whole(raw, "head_dim")
@@ -233,7 +234,7 @@ def _listed_kinds(raw: dict[str, Any], num_layers: int) -> list[str]:
   kinds = raw["layer_types"]
   known = isinstance(kinds, list) and all(isinstance(k, str) and k in LAYER_KINDS for k in kinds)
   if not known or len(kinds) != num_layers:
-    wanted = f"{SLIDING!r} or {FULL!r} of each of the {num_layers} layers"
+    wanted = f"{SLIDING!r} or {FULL!r} of each of num_hidden_layers={num_layers}"
     raise ValueError(f"layer_types must say {wanted}, got {kinds!r}")
   return [LAYER_KINDS[kind] for kind in kinds]
 

@@ -68,11 +68,11 @@ def text(raw: Mapping[str, Any], name: str) -> str:
   return value
 
 
-def numbers(raw: Mapping[str, Any], name: str, count: int) -> tuple[float, ...]:
-  """A list of `count` positive numbers."""
+def numbers(raw: Mapping[str, Any], name: str, count: int, unit: str) -> tuple[float, ...]:
+  """A list of `count` positive numbers, one per `unit`."""
   value = raw.get(name)
   if not isinstance(value, list) or len(value) != count:
-    raise wrong(name, f"a list of {count} numbers", value)
+    raise wrong(name, f"a list of {count} numbers, one per {unit}", value)
   return tuple(number({name: entry}, name) for entry in value)
 
 

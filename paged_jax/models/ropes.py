@@ -133,11 +133,13 @@ def _read_dynamic(stated: dict[str, Any], max_length: int, head_dim: int) -> dic
 
 def _read_llama3(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
   del max_length, head_dim
-  low = fields.number(stated, "low_freq_factor")
+  low, high = (fields.number(stated, f"{name}_freq_factor") for name in ("low", "high"))
+  if low >= high:
+    raise fields.wrong("high_freq_factor", f"above low_freq_factor={low:g}", high)
   return {
     "factor": fields.number(stated, "factor"),
     "low_freq_factor": low,
-    "high_freq_factor": fields.number(stated, "high_freq_factor", above=low),
+    "high_freq_factor": high,
     "original_length": fields.whole(stated, "original_max_position_embeddings"),
   }
 
@@ -169,8 +171,8 @@ def _read_longrope(stated: dict[str, Any], max_length: int, head_dim: int) -> di
   factor = _optional(stated, "factor") or max_length / original
   inferred = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(original))
   return {
-    "short_factors": fields.numbers(stated, "short_factor", head_dim // 2),
-    "long_factors": fields.numbers(stated, "long_factor", head_dim // 2),
+    "short_factors": fields.numbers(stated, "short_factor", head_dim // 2, "pair of head_dim"),
+    "long_factors": fields.numbers(stated, "long_factor", head_dim // 2, "pair of head_dim"),
     "original_length": original,
     "attention_factor": _optional(stated, "attention_factor") or inferred,
   }

@@ -84,7 +84,7 @@ def test_mistral_with_a_null_window_sees_everything():
     ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
     ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
     ({"attention_bias": True}, "attention_bias is not supported"),
-    ({"num_key_value_heads": 3}, "num_kv_heads"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_attention_heads=4"),
     ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types must say"),
     ({"model_type": "gemma3", "text_config": []}, "text_config must be an object"),
   ],

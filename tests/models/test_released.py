@@ -116,7 +116,7 @@ def test_multimodal_gemma3_is_tied_as_the_whole_says_and_has_no_cap():
       {"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
       "rope_parameters must be flat",
     ),
-    ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size=4096, got 3"),
+    ({"num_attention_heads": 3}, "num_attention_heads must be a divisor of hidden_size=4096, got 3"),
     ({"hidden_size": True}, "hidden_size must be a positive integer, got True"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, got 1000000000"),
     ({"max_position_embeddings": None}, "max_position_embeddings must be a positive integer"),
@@ -131,7 +131,7 @@ def test_multimodal_gemma3_is_tied_as_the_whole_says_and_has_no_cap():
     ({"rope_scaling": {"type": "longrope", "long_factor": [1]}}, "'longrope' needs short_factor"),
     (
       {"rope_scaling": {"type": "longrope", "long_factor": [1], "short_factor": [1]}},
-      r"short_factor must be a list of 64 numbers, got \[1\]",
+      r"short_factor must be a list of 64 numbers, one per pair of head_dim, got \[1\]",
     ),
     (
       {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
@@ -172,7 +172,7 @@ def test_dtype_that_weights_cannot_have_is_named(stated, tmp_path):
   message = r"config\.json: torch_dtype must be float32, bfloat16 or float16, got "
   with pytest.raises(ValueError, match=message):
     models.load(tmp_path)
-  with pytest.raises(ValueError, match="^dtype must be float32, bfloat16 or float16, got"):
+  with pytest.raises(ValueError, match=r"^dtype must be float32, bfloat16 or float16, got"):
     models.load(checkpoint(tmp_path), stated)
 
 
