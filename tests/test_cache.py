@@ -171,7 +171,7 @@ def test_a_traced_layer_out_of_range_is_not_taken_for_zeros():
     assert jnp.isnan(k).all() and jnp.isnan(out).all()
     written = jax.jit(paged_jax.write)(cache, jnp.int32(layer), K + 9, K + 9, plan)
     assert jnp.isnan(jitted.attend(written, 1, K + 1, plan)).all()  # the last layer
-    k, v = jitted.gather(written, 0, ids(0), num_tokens=2)
+    k, _ = jitted.gather(written, 0, ids(0), num_tokens=2)
     np.testing.assert_array_equal(k[0, :, 0, 0], [1, 2])  # the others are as they were
 
 

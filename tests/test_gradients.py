@@ -142,7 +142,7 @@ def test_what_is_kept_as_bits_is_refused_and_never_zero():
     full = paged_jax.write(cache, 0, padded(k), padded(V), plan)
     return jnp.sum(paged_jax.attend(full, 0, padded(Q), plan))
 
-  with pytest.raises(NotImplementedError, match="bfloat16 as uint16.* `Decoder.dense`"):
+  with pytest.raises(NotImplementedError, match=r"bfloat16 as uint16.* `Decoder.dense`"):
     jax.grad(paged)(K)
   slope = jax.grad(lambda q: jnp.sum(paged_jax.attend(cache, 0, padded(q), plan) ** 2))(Q)
   assert slope.shape == Q.shape  # that of queries passes through no bits

@@ -438,7 +438,7 @@ class Engine:
     handle = self.submit(prompt, sampling, priority=priority, on_token=on_token)
     self.start()
     try:
-      known = [0] * len(handle.tokens)  # tokens of each sample
+      known = [0] * len(handle.completions)  # tokens of each sample
       while not (handle.done and known == list(map(len, handle.tokens))):
         nth, tokens, logprobs = await arrived.get()
         pieces = handle.pieces(nth, known[nth])
