@@ -11,17 +11,17 @@ def integers(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
     strange = value[value != value.astype(np.int32)]
     if strange.size:
       raise ValueError(f"{name} must fit in int32, got {strange[0]}")
-  return _array(name, value, shape, jnp.integer, "integer").astype(jnp.int32)
+  return _array(name, value, shape, jnp.integer, "an integer").astype(jnp.int32)
 
 
 def booleans(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
   """`value` as a bool array of `shape`."""
-  return _array(name, value, shape, jnp.bool_, "bool")
+  return _array(name, value, shape, jnp.bool_, "a bool")
 
 
 def floats(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
   """`value` as a floating-point array of `shape`."""
-  return _array(name, value, shape, jnp.floating, "floating-point")
+  return _array(name, value, shape, jnp.floating, "a floating-point")
 
 
 def layer(value, num_layers: int) -> jax.Array:
@@ -45,7 +45,7 @@ def _array(name, value, shape, kind, kind_name) -> jax.Array:
   if not hasattr(value, "dtype") or not hasattr(value, "shape"):
     raise ValueError(f"{name} must be an array, got {type(value).__name__} {value!r}")
   if not jnp.issubdtype(value.dtype, kind):
-    raise ValueError(f"{name} must have a {kind_name} dtype, got {value.dtype}")
+    raise ValueError(f"{name} must have {kind_name} dtype, got {value.dtype}")
   same = len(value.shape) == len(shape)
   if not (same and all(n == want or (want is None and n) for want, n in zip(shape, value.shape))):
     wanted = ", ".join("any" if want is None else str(want) for want in shape)

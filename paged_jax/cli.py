@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
+from paged_jax import interrupts
+
 _EXTRAS = {  # that bring a package
   **dict.fromkeys(("typer", "rich", "flax", "safetensors", "tokenizers"), "demo"),
   **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
@@ -13,7 +15,8 @@ _EXTRAS = {  # that bring a package
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command line; exits with 2 after bad input."""
+  """Runs the command line; exits with 2 after bad input, and with 130 at an interrupt."""
+  interrupts.end_at_once()
   _avoid_miscompilation()
   try:
     _run(argv)
@@ -34,7 +37,7 @@ def _run(argv: Sequence[str] | None) -> NoReturn:
   except (ValueError, OSError) as error:
     _fail(str(error))
   except (KeyboardInterrupt, commands.Abort):
-    sys.exit(130)
+    sys.exit(interrupts.CODE)
 
 
 def _fail(message: str) -> NoReturn:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import enum
-import functools
 import gc
 import json
 import socket
@@ -17,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import rich.console
 import rich.progress
+import rich.text
 import tokenizers
 import typer
 
 import paged_jax
-from paged_jax import attention, demo, models, progress
+from paged_jax import attention, demo, interrupts, models, progress
+from paged_jax import prompts as prompt_lib
 from paged_jax.config import CacheConfig
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
@@ -32,8 +33,10 @@ from paged_jax.progress import Update
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 Abort = typer.Abort
 
+_MAX_NEW_TOKENS = 128  # unless another number is asked for, or fewer have room
 _MAX_ROWS = 32  # samples at once, unless one prompt asks for more
 _PROMPT_SIZES = (32, 128, 512)  # the smallest that takes all prompts, or the largest
+_MAX_LINES = 12  # of progress, where there is no terminal
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="A paged KV cache for JAX.")
 app.command("demo")(demo.run)
@@ -85,7 +88,13 @@ def generate(
   model: Annotated[
     Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
   ] = None,
-  max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to a prompt.")] = 128,
+  special_tokens: Annotated[
+    bool, typer.Option(help="The tokenizer puts its own around a text, such as BOS.")
+  ] = True,
+  max_new_tokens: Annotated[
+    int | None,
+    typer.Option(help="Most tokens to add to a prompt; default: 128, or what has room."),
+  ] = None,
   num_samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
   temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
   top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
@@ -104,19 +113,24 @@ def generate(
   """
   folder = _folder(model)
   tokenizer = models.tokenizer(folder)
-  ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer)
+  ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer, special_tokens)
   if stop and (tokenizer is None or not all(stop)):
     raise ValueError("--stop needs a text, and a model with a tokenizer")
   wanted = Sampling(
-    max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=temperature, top_k=top_k,
-    top_p=top_p, seed=seed, stop=tuple(stop or ()),
+    max_new_tokens=_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+    num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    stop=tuple(stop or ()),
   )  # fmt: skip
   if output_ids:
     output_ids.touch()
 
-  with rich.console.Console(stderr=True).status("loading and compiling"):
+  with _status("loading and compiling"):
     decoder = models.load(folder, dtype)
-    requests = [_fit(x, i, wanted, decoder.config.max_length) for i, x in enumerate(ids, start=1)]
+    longest = _longest(decoder.config.max_length, page_size, num_pages)
+    counts = _new_tokens(ids, max_new_tokens, *longest)
+    requests = [
+      (x, dataclasses.replace(wanted, max_new_tokens=n)) for x, n in zip(ids, counts, strict=True)
+    ]
     engine = _engine(decoder, requests, page_size, num_pages, models.eos_tokens(folder), tokenizer)
     updates = progress.follow(engine, requests)
     last = next(updates)
@@ -160,15 +174,16 @@ def serve(
   from paged_jax import server  # not earlier: it needs an extra of its own
 
   folder = _folder(model)
+  name = name or folder.resolve().name
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   with socket.create_server((host, port), family=family) as listener:
-    tokenizer, console = models.tokenizer(folder), rich.console.Console(stderr=True)
-    with console.status("loading"):
+    tokenizer = models.tokenizer(folder)
+    with _status(f"loading {name}"):
       decoder = models.load(folder, dtype)
-    longest = decoder.config.max_length
+    max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
     config = models.cache_config(
       decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
-      max_length=min(max_length or longest, longest), dtype=decoder.embed_tokens.weight.dtype,
+      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype,
     )  # fmt: skip
     if num_pages is None:
       config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)
@@ -182,15 +197,15 @@ def serve(
         ),
         tokenizer=tokenizer,
       )  # fmt: skip
-    _warm_up(engine, console)
+    _warm_up(engine)
     gc.collect()
     gc.freeze()  # what is here stays: no later collection stops the tokens for long
-    name = name or folder.resolve().name
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
     shown = f"[{host}]" if ":" in host else host
     print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
     try:
-      server.run(application, listener)
+      with interrupts.raised():  # after requests in flight have been answered
+        server.run(application, listener)
     finally:
       engine.close()
 
@@ -223,6 +238,8 @@ def _folder(model: Path | None) -> Path:
   folder = models.embedded() if model is None else model
   if not folder.is_dir():
     raise ValueError(f"there is no model folder {folder}")
+  if not (folder / "config.json").is_file():
+    raise ValueError(f"{folder} is no checkpoint: it has no config.json")
   return folder
 
 
@@ -239,10 +256,14 @@ def _prompts(
   texts_file: Path | None,
   ids_file: Path | None,
   tokenizer: tokenizers.Tokenizer | None,
+  special_tokens: bool,
 ) -> list[tuple[int, ...]]:
   """Tokens of each prompt, from wherever it is given."""
   if ids_file is None:
-    ids = _encode(_read_texts(texts, texts_file), tokenizer)
+    given = _read_texts(texts, texts_file)
+    if tokenizer is None:
+      raise ValueError("the model has no tokenizer.json; give tokens with --prompt-ids")
+    ids = [prompt_lib.encode(tokenizer, text, special_tokens=special_tokens) for text in given]
   elif texts or texts_file:
     raise ValueError("give prompts as text or as tokens, not both")
   else:
@@ -259,20 +280,13 @@ def _read_texts(prompts: list[str] | None, file: Path | None) -> list[str]:
   if not prompts and file is None and sys.stdin.isatty():
     raise ValueError("no prompt: give one as an argument, in a file or on standard input")
   try:
-    read = sys.stdin.read if file is None else functools.partial(file.read_text, "utf-8")
-    texts = prompts or read().splitlines()
+    read = sys.stdin.buffer.read if file is None else file.read_bytes
+    texts = prompts or prompt_lib.lines(read())
   except UnicodeDecodeError:
     raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
   if not texts:
     raise ValueError(f"{file or 'standard input'} has no prompt")
   return texts
-
-
-def _encode(texts: list[str], tokenizer: tokenizers.Tokenizer | None) -> list[tuple[int, ...]]:
-  """Tokens of each text, with those that the tokenizer itself puts around it."""
-  if tokenizer is None:
-    raise ValueError("the model has no tokenizer.json; give tokens with --prompt-ids")
-  return [tuple(tokenizer.encode(text).ids) if text else () for text in texts]
 
 
 def _read_ids(file: Path) -> list[tuple[int, ...]]:
@@ -290,18 +304,59 @@ def _read_ids(file: Path) -> list[tuple[int, ...]]:
   return [tuple(prompt) for prompt in ids]
 
 
-def _fit(
-  prompt: tuple[int, ...], number: int, wanted: Sampling, max_length: int
-) -> tuple[tuple[int, ...], Sampling]:
-  """The prompt, to be continued with no more new tokens than the model has positions for."""
-  room = max_length - len(prompt)
-  if room < 1:
+def _longest(max_length: int, page_size: int, num_pages: int | None) -> tuple[int, str]:
+  """Most tokens of a prompt with its new ones, and what allows no more."""
+  model = max_length, "the model"
+  if num_pages is None:
+    return model
+  # The last token is drawn, but never written into a page.
+  return min(model, (num_pages * page_size + 1, f"--num-pages {num_pages}"))
+
+
+def _new_tokens(
+  prompts: list[tuple[int, ...]], asked: int | None, longest: int, limit: str
+) -> list[int]:
+  """How many tokens to add to each prompt, at most.
+
+  As many as asked for. By default 128, or else what has room, which is said.
+
+  Raises:
+    ValueError: A prompt has no room, or not for as many as asked for.
+  """
+  rooms = [longest - len(prompt) for prompt in prompts]
+  least = min(rooms)
+  number = rooms.index(least) + 1
+  size = len(prompts[number - 1])
+  if least < 1:
     raise ValueError(
-      f"prompt {number} has {len(prompt)} tokens, but the model takes {max_length},"
-      " new ones included"
+      f"prompt {number} has {size} tokens, but {limit} takes {longest}, new ones included"
     )
-  most = min(wanted.max_new_tokens, room)
-  return prompt, dataclasses.replace(wanted, max_new_tokens=most)
+  left = f"after prompt {number} of {size} tokens, {limit} has room for {least}"
+  if asked is None:
+    if least < _MAX_NEW_TOKENS:
+      _say(f"fewer than {_MAX_NEW_TOKENS} new tokens: {left}")
+    return [min(_MAX_NEW_TOKENS, room) for room in rooms]
+  if asked > least:
+    raise ValueError(f"--max-new-tokens is {asked}, but {left}")
+  return [asked] * len(prompts)
+
+
+def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:
+  """Most tokens of a text to serve: as asked for, or by default what model and pages hold.
+
+  Raises:
+    ValueError: They do not hold what was asked for.
+  """
+  if asked is not None and asked > longest:
+    raise ValueError(f"--max-length is {asked}, but the model takes {longest}")
+  wanted = longest if asked is None else asked
+  held = wanted if num_pages is None else num_pages * page_size
+  if held >= wanted:
+    return wanted
+  if asked is not None:
+    raise ValueError(f"--max-length is {asked}, but --num-pages {num_pages} holds {held} tokens")
+  _say(f"texts of {held} tokens at most: --num-pages {num_pages} holds fewer than {longest}")
+  return held
 
 
 def _engine(
@@ -337,11 +392,34 @@ def _engine(
     )
 
 
-def _warm_up(engine: Engine, console: rich.console.Console) -> None:
-  """Compiles the engine's programs behind a progress bar."""
-  with rich.progress.Progress(console=console, transient=True) as bar:
+def _say(line: str) -> None:
+  """Writes a line that is no part of the result."""
+  print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+  """Says what is under way: on a terminal until it is done, elsewhere in a line of its own."""
+  if sys.stderr.isatty():
+    with rich.console.Console(stderr=True).status(rich.text.Text(text)):
+      yield
+  else:
+    _say(text)
+    yield
+
+
+def _warm_up(engine: Engine) -> None:
+  """Compiles the engine's programs behind a progress bar, or with a line for each or some."""
+  if not sys.stderr.isatty():
+    return engine.warm_up(_say_compiling)
+  with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
     task = bar.add_task("compiling")
     engine.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _say_compiling(done: int, total: int) -> None:
+  if done < total and done % -(-total // _MAX_LINES) == 0:
+    _say(f"compiling {done + 1}/{total}")
 
 
 @contextlib.contextmanager

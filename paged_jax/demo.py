@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.panel import Panel
 
 from paged_jax import models, progress, viz
+from paged_jax import prompts as prompt_lib
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 from paged_jax.progress import Update
@@ -33,7 +34,7 @@ def run() -> None:
   tokenizer = models.tokenizer(folder)
   if tokenizer is None:
     raise ValueError(f"{folder} has no tokenizer.json")
-  prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+  prompts = [prompt_lib.encode(tokenizer, prompt) for prompt in PROMPTS]
   with console.status("loading and compiling"):
     updates = start(models.load(folder), tokenizer, prompts)
     last = next(updates)

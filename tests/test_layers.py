@@ -12,7 +12,7 @@ import paged_jax
 
 ROOT = pathlib.Path(paged_jax.__file__).parent
 LAYERS = {
-  "types": 0, "config": 0, "arguments": 0, "loops": 0, "text": 0,
+  "types": 0, "config": 0, "arguments": 0, "loops": 0, "text": 0, "prompts": 0, "interrupts": 0,
   "pool": 1, "tables": 1, "pages": 1, "pages_tpu": 1, "attention": 1,
   "ledger": 2, "twin": 2,
   "cache": 3,

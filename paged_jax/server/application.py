@@ -141,7 +141,9 @@ async def _refused(request: Request, error: Refusal) -> Response:
 
 async def _misdirected(request: Request, error: HTTPException) -> Response:
   refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}")
-  return response(refusal.body, error.status_code)
+  answer = response(refusal.body, error.status_code)
+  answer.headers.update(error.headers or {})  # Allow, if another method would do
+  return answer
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from paged_jax import prompts as prompt_lib
 from paged_jax.engine import Engine, Sampling, sampling
 
 _MAX_STOPS, _MAX_STOP_CHARS, _MAX_BIAS, _DEFAULT_MAX_TOKENS = 16, 256, 100, 16
@@ -49,7 +50,9 @@ class Served:
     return min(cache.max_length, cache.num_pages * cache.page_size)
 
   def check_name(self, name: Any) -> None:
-    """Refuses any other model."""
+    """Refuses any other model, and none."""
+    if not name:
+      raise Refusal("you must provide a model parameter", "model")
     if name != self.name:
       message = f"there is no model {_brief(name)}, only {self.name!r}"
       raise Refusal(message, "model", status=404, code="model_not_found")
@@ -139,6 +142,7 @@ _FIELDS = {
     f"at most {sampling.MAX_STOP_TOKENS} tokens",
     lambda value: _are_tokens(value) and len(value) <= sampling.MAX_STOP_TOKENS,
   ),
+  "add_special_tokens": _FLAG,  # those that the tokenizer puts around a text, such as BOS
   "priority": _whole(-_INT_MAX, _INT_MAX),
   "logprobs": _whole(0, 1),  # of the tokens drawn; those of others are not known
   "stream": _FLAG,
@@ -164,7 +168,7 @@ def read(body: bytes, served: Served) -> Question:
   """
   fields = _fields(body)
   served.check_name(fields.get("model"))
-  prompts = _prompts(fields.get("prompt", ""), served)
+  prompts = _prompts(fields.get("prompt", ""), served, fields.get("add_special_tokens", True))
   num_samples, stream = fields.get("n", 1), fields.get("stream", False)
   if len(prompts) * num_samples > served.max_choices:
     message = f"n is {num_samples} for {len(prompts)} prompts, but {served.max_choices} choices"
@@ -199,12 +203,12 @@ def _fields(body: bytes) -> dict[str, Any]:
   return fields
 
 
-def _prompts(value: str | list, served: Served) -> list[tuple[int, ...]]:
-  """Tokens of each prompt, with those that the tokenizer itself puts around a text."""
+def _prompts(value: str | list, served: Served, special: bool) -> list[tuple[int, ...]]:
+  """Tokens of each prompt; for a text, with the tokenizer's own around it if `special`."""
   several = isinstance(value, list) and value and not isinstance(value[0], int)
   prompts = []
   for prompt in value if several else [value]:
-    tokens = _encode(prompt, served) if isinstance(prompt, str) else tuple(prompt)
+    tokens = _encode(prompt, served, special) if isinstance(prompt, str) else tuple(prompt)
     if not tokens:
       raise Refusal(f"prompt is empty, got {_brief(value)}", "prompt")
     if len(tokens) >= served.max_length:
@@ -214,14 +218,13 @@ def _prompts(value: str | list, served: Served) -> list[tuple[int, ...]]:
   return prompts
 
 
-def _encode(text: str, served: Served) -> tuple[int, ...]:
-  if not text:
-    return ()  # rather than what the tokenizer puts around it
-  if served.tokenizer is None:
+def _encode(text: str, served: Served, special: bool) -> tuple[int, ...]:
+  if text and served.tokenizer is None:
     raise Refusal(f"prompt must be tokens for this model, got {_brief(text)}", "prompt")
-  if re.search("[\ud800-\udfff]", text):
-    raise Refusal(f"prompt must be valid Unicode, got {_brief(text)}", "prompt")
-  return tuple(served.tokenizer.encode(text).ids)
+  try:
+    return prompt_lib.encode(served.tokenizer, text, special_tokens=special)
+  except ValueError as error:
+    raise Refusal(str(error), "prompt") from None
 
 
 def _known(name: str, tokens: tuple[int, ...], served: Served) -> tuple[int, ...]:
