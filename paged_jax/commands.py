@@ -331,7 +331,7 @@ def _new_tokens(
     raise ValueError(
       f"prompt {number} has {size} tokens, but {limit} takes {longest}, new ones included"
     )
-  left = f"after prompt {number} of {size} tokens, {limit} has room for {least}"
+  left = f"after prompt {number} of length {size}, {limit} has room for {least}"
   if asked is None:
     if least < _MAX_NEW_TOKENS:
       _say(f"fewer than {_MAX_NEW_TOKENS} new tokens: {left}")

@@ -44,7 +44,11 @@ def run() -> None:
       show(picture(update, ", ".join(happened)), happened)
       last = update
   console.print(PROMPTS[0] + "".join(last.texts[0]), markup=False, highlight=False)
-  console.print(f"\n{len(last.texts)} texts: {last.summary}", highlight=False)
+  summary = last.summary
+  if console.is_terminal:  # the time is mostly that of the pauses between pictures
+    summary = f"{summary.num_tokens} tokens; {summary.sharing}"
+  console.print(f"
+{len(last.texts)} texts: {summary}", highlight=False)
   console.print(f"{last.cache.num_free} of {NUM_PAGES} pages are free again", highlight=False)
 
 

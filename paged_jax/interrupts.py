@@ -12,17 +12,18 @@ import threading
 from collections.abc import Iterator
 
 CODE = 130  # what shells give a process that SIGINT ended: 128 + 2
+_DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
 _SHOW_CURSOR = b"\x1b[?25h\n"  # spinners and bars hide it
 
 
 def end_at_once() -> None:
   """From here on an interrupt ends the process with exit code 130, without cleaning up.
 
-  It changes nothing in another thread than the main one, or if the process ignores interrupts or
-  handles them by itself.
+  Nothing changes outside the main thread, or in a process that ignores interrupts or has a handler
+  of its own.
   """
   main = threading.current_thread() is threading.main_thread()
-  if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+  if not main or signal.getsignal(signal.SIGINT) not in _DEFAULTS:
     return
   reader, writer = socket.socketpair()
   writer.setblocking(False)

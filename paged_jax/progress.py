@@ -22,12 +22,17 @@ class Summary(NamedTuple):
     """Tokens drawn in all rows per second."""
     return self.num_tokens / max(self.seconds, 1e-9)
 
-  def __str__(self) -> str:
+  @property
+  def sharing(self) -> str:
+    """What sharing pages saved."""
     return (
-      f"{self.num_tokens} tokens in {self.seconds:.2f} s ({self.tokens_per_second:.0f} tokens/s);"
-      f" {self.pages} pages used at most, {self.unshared_pages} without sharing;"
+      f"{self.pages} pages used at most, {self.unshared_pages} without sharing;"
       f" {self.copies} copied on write"
     )
+
+  def __str__(self) -> str:
+    speed = f"{self.seconds:.2f} s ({self.tokens_per_second:.0f} tokens/s)"
+    return f"{self.num_tokens} tokens in {speed}; {self.sharing}"
 
 
 class Update(NamedTuple):

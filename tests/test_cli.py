@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
 
-from paged_jax import cli, models
+from paged_jax import cli, commands, interrupts, models, progress
 from paged_jax.commands import Writer
 from paged_jax.progress import Summary, Update
 
@@ -43,13 +44,19 @@ def paged_jax(monkeypatch, capsys):
   """Runs a command line; returns its exit code, standard output and standard error."""
 
   def run(*argv, stdin=""):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     with pytest.raises(SystemExit) as stopped:
       cli.main([str(arg) for arg in argv])
     return stopped.value.code, *capsys.readouterr()
 
   monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+  monkeypatch.setattr(interrupts, "end_at_once", lambda: None)  # this process goes on
   return run
+
+
+def without_progress(err):
+  """Standard error after the line that says what was under way, if it got so far."""
+  return err.removeprefix("loading and compiling\n").removeprefix("loading model0\n")
 
 
 def command(*argv):
@@ -69,7 +76,9 @@ def test_generate_streams_text_and_sums_up(paged_jax, folder):
   code, out, err = paged_jax("generate", "To be", "--model", folder, *SIZES)
   assert code == 0
   assert out.endswith("\n") and len(out) > 1
-  assert err.startswith("20 tokens in ") and " 2 pages used at most, 2 without sharing" in err
+  (first, last) = err.splitlines()
+  assert first == "loading and compiling"
+  assert last.startswith("20 tokens in ") and " 2 pages used at most, 2 without sharing" in last
 
 
 def test_stop_text_ends_a_sample_and_is_not_shown(paged_jax, folder, tmp_path):
@@ -98,6 +107,85 @@ def test_prompts_come_from_arguments_a_file_or_standard_input(paged_jax, folder,
   assert outputs == [outputs[0]] * 3
 
 
+def test_a_line_ends_with_a_newline_and_with_nothing_else(paged_jax, folder, tmp_path):
+  texts = ["one", "a page\x0cbreak", "a\u2028line", "a\u0085line", "a\rreturn", "last"]
+  lines = tmp_path / "prompts.txt"
+  lines.write_bytes("\ufeffone\r\n{}\n{}\n{}\n{}\r\n{}".format(*texts[1:]).encode())
+  options = ("--model", folder, *SIZES)
+  expected = paged_jax("generate", *texts, *options)[:2]
+  assert expected[0] == 0
+  assert paged_jax("generate", "--prompts", lines, *options)[:2] == expected
+  assert paged_jax("generate", *options, stdin=lines.read_bytes().decode())[:2] == expected
+
+
+def test_few_pages_leave_room_for_few_tokens(paged_jax, folder):
+  options = ("--model", folder, "--num-pages", 2)
+  code, _, err = paged_jax("generate", "abc", *options)
+  _, room, summary = err.splitlines()
+  assert code == 0
+  assert room.endswith(": after prompt 1 of length 3, --num-pages 2 has room for 30")
+  assert summary.startswith("30 tokens in")
+  code, _, err = paged_jax("generate", "abc", *options, "--max-new-tokens", 30)
+  assert code == 0
+  assert without_progress(err).startswith("30 tokens in")
+
+
+def test_a_server_on_few_pages_says_how_long_texts_may_be(capsys):
+  assert commands._max_length(None, 64, 16, None) == 64
+  assert commands._max_length(None, 64, 16, 4) == 64
+  assert commands._max_length(32, 64, 16, 2) == 32
+  assert capsys.readouterr().err == ""
+  assert commands._max_length(None, 64, 16, 3) == 48
+  line = "texts of 48 tokens at most: --num-pages 3 holds fewer than 64\n"
+  assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(("total", "shown"), [(5, [1, 2, 3, 4, 5]), (30, [*range(1, 31, 3)])])
+def test_progress_is_a_dozen_lines_at_most(capsys, total, shown):
+  for done in range(total + 1):
+    commands._say_compiling(done, total)
+  assert capsys.readouterr().err == "".join(f"compiling {n}/{total}\n" for n in shown)
+
+
+def test_the_tokenizers_own_tokens_can_be_left_out(paged_jax, folder, tmp_path):
+  for name in ("config.json", "model.safetensors"):
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+  tokenizer = byte_tokenizer()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="Z $A", special_tokens=[("Z", tokenizer.token_to_id("Z"))]
+  )
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+  def drawn(*argv):
+    ids = tmp_path / "ids.json"
+    assert paged_jax("generate", *argv, *SIZES, "--output-ids", ids)[0] == 0
+    return json.loads(ids.read_text())
+
+  bare, own = drawn("To be", "--model", folder), drawn("ZTo be", "--model", folder)
+  assert drawn("To be", "--model", tmp_path) == own != bare
+  assert drawn("To be", "--model", tmp_path, "--no-special-tokens") == bare
+  twice = drawn("ZZTo be", "--model", folder)
+  assert drawn("ZTo be", "--model", tmp_path) == twice != own
+
+
+def test_nothing_is_compiled_while_the_clock_runs(paged_jax, folder, compiled, monkeypatch):
+  follow, during = progress.follow, []
+
+  def watched(*args):
+    updates = follow(*args)
+    yield next(updates)
+    before = len(compiled)
+    yield from updates
+    during.append(len(compiled) - before)
+
+  monkeypatch.setattr(progress, "follow", watched)
+  jax.clear_caches()
+  options = ("--model", folder, "--num-pages", 12, "--max-new-tokens", 30, "--num-samples", 3)
+  code, *_ = paged_jax("generate", "To be", "or not to be " * 2, *options, "--temperature", 1)
+  assert (code, during) == (0, [0])
+  assert compiled
+
+
 def test_equal_seeds_give_equal_texts(paged_jax, folder):
   options = ("--model", folder, *SIZES, "--temperature", 1, "--top-k", 50, "--top-p", 0.95)
   both = paged_jax("generate", "hi", *options, "--seed", 3, "--num-samples", 2)
@@ -123,7 +211,11 @@ def test_ids_go_in_and_out_without_a_tokenizer(paged_jax, folder, tmp_path):
 def test_a_long_prompt_gets_the_room_that_is_left_in_the_dtype_asked_for(paged_jax, folder):
   code, _, err = paged_jax("generate", "a" * 60, "--model", folder, "--dtype", "bfloat16")
   assert code == 0
-  assert err.startswith("4 tokens in")
+  _, room, summary = err.splitlines()
+  assert room == (
+    "fewer than 128 new tokens: after prompt 1 of length 60, the model has room for 4"
+  )
+  assert summary.startswith("4 tokens in")
 
 
 def test_doctor_shows_what_would_be_chosen(paged_jax):
@@ -175,8 +267,20 @@ BAD = [
     ["generate", "--prompt-ids", "negative.json"],
     "request 2: prompt has token -1, but the vocabulary has",
   ),
+  (["generate", "a", "--model", "."], ". is no checkpoint: it has no config.json"),
   (["generate", "a", "--output-ids", "no/file.json"], "[Errno 2] No such file or directory"),
-  (["generate", "a", "--num-pages", "2"], "request 1: the request needs 4 pages, but there are 2"),
+  (
+    ["generate", "a", "abc", "--max-new-tokens", "62"],
+    "--max-new-tokens is 62, but after prompt 2 of length 3, the model has room for 61",
+  ),
+  (
+    ["generate", "a", "--num-pages", "2", "--max-new-tokens", "33"],
+    "--max-new-tokens is 33, but after prompt 1 of length 1, --num-pages 2 has room for 32",
+  ),
+  (
+    ["generate", "x" * 33, "--num-pages", "2"],
+    "prompt 1 has 33 tokens, but --num-pages 2 takes 33, new ones included",
+  ),
   (["generate", "a", "--num-pages", "0"], "Invalid value for '--num-pages'"),
   (["generate", "a", "--page-size", "0"], "Invalid value for '--page-size'"),
   (["generate", "a", "--temperature", "-1"], "temperature is out of range: -1.0"),
@@ -190,6 +294,12 @@ BAD = [
   (["generate", "a", "--dtype", "int4"], "Invalid value for '--dtype'"),
   (["generate", "a", "--colour"], "No such option"),
   (["serve", "--model", "nowhere"], "there is no model folder nowhere"),
+  (["serve", "--model", "."], ". is no checkpoint: it has no config.json"),
+  (["serve", "--port", "0", "--max-length", "65"], "--max-length is 65, but the model takes 64"),
+  (
+    ["serve", "--port", "0", "--max-length", "33", "--num-pages", "2"],
+    "--max-length is 33, but --num-pages 2 holds 32 tokens",
+  ),
   (["serve", "--port", "65536"], "Invalid value for '--port'"),
   (["serve", "--port", "1", "--host", "192.0.2.1"], "[Errno 99] Cannot assign requested address"),
   (["dance"], "No such command 'dance'"),
@@ -209,12 +319,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
   }  # fmt: skip
   for name, content in files.items():
     (tmp_path / f"{name}.json").write_text(content)
-  if argv[:1] == ["generate"] and "--model" not in argv:
+  if argv[:1] in (["generate"], ["serve"]) and "--model" not in argv:
     argv = [*argv, "--model", folder]
   code, out, err = paged_jax(*argv)
   assert (code, out) == (2, "")
-  assert err.startswith(f"error: {message}")
-  assert err.count("\n") == 1 and err.endswith("\n")
+  assert without_progress(err).startswith(f"error: {message}")
+  assert without_progress(err).count("\n") == 1 and err.endswith("\n")
 
 
 def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp_path):
@@ -223,6 +333,7 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp
   tensors = tmp_path / "model.safetensors"
   tensors.write_bytes(tensors.read_bytes()[:2000])
   code, _, err = paged_jax("generate", "a", "--model", tmp_path)
+  err = without_progress(err)
   assert code == 2 and err.count("\n") == 1
   assert err.startswith(f"error: {tensors} is not a readable safetensors file")
 
@@ -279,7 +390,8 @@ def test_a_process_gives_the_tokens_of_transformers(tmp_path):
   assert result.returncode == 0
   assert json.loads((tmp_path / "out.json").read_text()) == [expected]
   assert result.stdout == " ".join(map(str, expected)) + "\n"
-  assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"{len(expected)} tokens in")
+  summary = without_progress(result.stderr)
+  assert summary.count("\n") == 1 and summary.startswith(f"{len(expected)} tokens in")
 
 
 def test_a_process_fails_with_code_2_and_no_traceback(folder):

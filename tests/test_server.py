@@ -307,7 +307,8 @@ def test_a_request_that_the_engine_ends_is_an_error(client, served):
 
 BAD = [
   (dict(model="other"), 404, "model", "there is no model 'other', only 'shakespeare'"),
-  (dict(model=None), 404, "model", "there is no model None"),
+  (dict(model=None), 400, "model", "you must provide a model parameter"),
+  (dict(model=""), 400, "model", "you must provide a model parameter"),
   (dict(model="\ud800"), 404, "model", "there is no model '\\ud800'"),
   (dict(prompt=None), 400, "prompt", "prompt is empty"),
   (dict(prompt=""), 400, "prompt", "prompt is empty, got ''"),
@@ -359,6 +360,7 @@ BAD = [
   (dict(stream_options={}), 400, "stream_options", "must be absent unless stream is true"),
   (dict(stream=True, stream_options=dict(x=1)), 400, "stream_options", "got {'x': 1}"),
   (dict(stream=True, stream_options=[]), 400, "stream_options", "got []"),
+  (dict(add_special_tokens=1), 400, "add_special_tokens", "must be true or false, got 1"),
   (dict(user=1), 400, "user", "user must be a text, got 1"),
   (dict(best_of=2), 400, "best_of", "best_of must be absent or 1, for it is not supported, got 2"),
   (dict(echo=True), 400, "echo", "echo must be absent or false"),
@@ -398,6 +400,25 @@ def test_bad_requests_are_answered_in_the_format(http, method, path, content, st
   reply = http.request(method, path, content=content)
   assert reply.status_code == status
   assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+  ("method", "path", "status", "allowed"),
+  [
+    ("GET", "/v1/completions", 405, {"POST"}),
+    ("HEAD", "/v1/completions", 405, {"POST"}),
+    ("OPTIONS", "/v1/completions", 405, {"POST"}),
+    ("POST", "/v1/models", 405, {"GET", "HEAD"}),
+    ("DELETE", f"/v1/models/{NAME}", 405, {"GET", "HEAD"}),
+    ("OPTIONS", "/metrics", 405, {"GET", "HEAD"}),
+    ("HEAD", "/health", 200, set()),
+    ("GET", "/nowhere", 404, set()),
+  ],
+)
+def test_methods_that_are_refused_come_with_those_that_are_not(http, method, path, status, allowed):
+  reply = http.request(method, path)
+  assert reply.status_code == status
+  assert {*filter(None, reply.headers.get("allow", "").split(", "))} == allowed
 
 
 def test_the_client_knows_the_errors(client):
@@ -443,6 +464,25 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens(served):
     assert choice["text"] == " ".join(map(str, alone[0].tokens))
 
 
+def test_the_tokenizers_own_tokens_can_be_left_out(served):
+  tokenizer = tokenizers.Tokenizer.from_str(TOKENIZER.to_str())
+  begin = tokenizer.id_to_token(5)
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single=[begin, "$A"], special_tokens=[(begin, 5)]
+  )
+  application = server.app(served[0], NAME, tokenizer=tokenizer)
+  with listening(application) as url, httpx.Client(base_url=url, timeout=60) as http:
+
+    def ask(prompt, **fields):
+      reply = http.post("/v1/completions", json=GREEDY | dict(prompt=prompt) | fields)
+      return reply.json()["choices"][0]["text"], reply.json()["usage"]["prompt_tokens"]
+
+    own, bare = ask([5, *PROMPTS[0]]), ask(PROMPTS[0])
+    assert ask(TEXTS[0]) == ask(TEXTS[0], add_special_tokens=True) == own != bare
+    assert ask(TEXTS[0], add_special_tokens=False) == bare
+    assert ask([5, *PROMPTS[0]], add_special_tokens=False) == own  # tokens stay as they are
+
+
 # A real process
 
 
@@ -479,7 +519,8 @@ def test_the_command_serves_until_interrupted(folder):
         process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="the request was cancelled"):
           collect(stream)
-      assert process.wait(60) in (0, 130)
-      assert process.stderr.read().strip() == ""
+      assert process.wait(60) == 130
+      compiling = [f"compiling {n}/3" for n in (1, 2, 3)]  # steps, full hits, prompts
+      assert process.stderr.read().splitlines() == ["loading bytes", *compiling]
     finally:
       process.kill()
