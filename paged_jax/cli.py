@@ -37,7 +37,7 @@ def _run(argv: Sequence[str] | None) -> NoReturn:
   except (ValueError, OSError) as error:
     _fail(str(error))
   except (KeyboardInterrupt, commands.Abort):
-    sys.exit(interrupts.CODE)
+    interrupts.end()
 
 
 def _fail(message: str) -> NoReturn:

@@ -204,10 +204,10 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
     try:
-      with interrupts.raised():  # after requests in flight have been answered
-        server.run(application, listener)
+      server.run(application, listener)
     finally:
       engine.close()
+  interrupts.end()
 
 
 @dataclasses.dataclass

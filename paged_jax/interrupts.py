@@ -4,12 +4,12 @@ Python's own KeyboardInterrupt waits for compiled code to return, may be lost in
 and then takes the interpreter apart while XLA's threads still compile, which can crash.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 CODE = 130  # what shells give a process that SIGINT ended: 128 + 2
 _DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
@@ -27,33 +27,31 @@ def end_at_once() -> None:
     return
   reader, writer = socket.socketpair()
   writer.setblocking(False)
-  # The signal's number is written at once, by whatever thread it interrupts, with or without the
-  # interpreter's lock; the handler itself has nothing left to do.
-  signal.signal(signal.SIGINT, lambda number, frame: None)
+  # The handler runs between two bytecodes of the main thread. While that one is in compiled code,
+  # the signal's number gets through: it is written without the interpreter's lock.
+  signal.signal(signal.SIGINT, _handle)
   signal.set_wakeup_fd(writer.detach())
   threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
 
 
-@contextlib.contextmanager
-def raised() -> Iterator[None]:
-  """Inside, an interrupt is a KeyboardInterrupt in the main thread, as Python has it."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  descriptor = signal.set_wakeup_fd(-1)
-  handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, handler)
-    signal.set_wakeup_fd(descriptor)
+def end() -> NoReturn:
+  """Ends the process as an interrupt does.
 
-
-def _watch(reader: socket.socket) -> None:
-  while signal.SIGINT not in reader.recv(64):
-    pass
-  # Not flushed: another thread may hold a stream's lock, and what matters is written through.
+  Streams are not flushed: another thread may hold a lock of theirs. Text is flushed when written.
+  """
   terminal = next(filter(os.isatty, (2, 1)), None)
   if terminal is not None:
     os.write(terminal, _SHOW_CURSOR)
   os._exit(CODE)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+  del number, frame
+  end()
+
+
+def _watch(reader: socket.socket) -> None:
+  """Ends the process after an interrupt, unless somebody else handles it now, as a server does."""
+  while signal.SIGINT not in reader.recv(64) or signal.getsignal(signal.SIGINT) is not _handle:
+    pass
+  end()

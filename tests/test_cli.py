@@ -51,6 +51,7 @@ def paged_jax(monkeypatch, capsys):
 
   monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
   monkeypatch.setattr(interrupts, "end_at_once", lambda: None)  # this process goes on
+  monkeypatch.setattr(interrupts, "end", lambda: sys.exit(interrupts.CODE))
   return run
 
 

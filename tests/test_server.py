@@ -501,8 +501,9 @@ def folder(tmp_path):
   return tmp_path / "bytes"
 
 
-@pytest.mark.once
-def test_the_command_serves_until_interrupted(folder):
+@contextlib.contextmanager
+def serving(folder):
+  """The command, when it has said where it is, and its address."""
   command = [sys.executable, "-m", "paged_jax.cli", "serve", "--model", folder, "--port", "0"]
   command += ["--prompt-size", "16", "--num-rows", "4", "--num-host-pages", "0"]
   with subprocess.Popen(
@@ -511,16 +512,29 @@ def test_the_command_serves_until_interrupted(folder):
     try:
       line = process.stdout.readline()
       assert line.startswith("bytes is at http://127.0.0.1:"), (line, process.stderr.read())
-      with openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0) as client:
-        wanted = dict(model="bytes", prompt="abc")
-        assert client.completions.create(**wanted).usage.completion_tokens == 16
-        stream = client.completions.create(**wanted, max_tokens=4000, n=16, stream=True)
-        next(iter(stream))
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(openai.APIError, match="the request was cancelled"):
-          collect(stream)
+      yield process, line.split()[-1]
       assert process.wait(60) == 130
       compiling = [f"compiling {n}/3" for n in (1, 2, 3)]  # steps, full hits, prompts
       assert process.stderr.read().splitlines() == ["loading bytes", *compiling]
     finally:
       process.kill()
+
+
+@pytest.mark.once
+def test_the_command_serves_until_interrupted(folder):
+  with (
+    serving(folder) as (process, url),
+    openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+  ):
+    wanted = dict(model="bytes", prompt="abc")
+    assert client.completions.create(**wanted).usage.completion_tokens == 16
+    stream = client.completions.create(**wanted, max_tokens=4000, n=16, stream=True)
+    next(iter(stream))
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(openai.APIError, match="the request was cancelled"):
+      collect(stream)
+
+
+def test_the_command_can_be_interrupted_before_its_first_request(folder):
+  with serving(folder) as (process, _):
+    process.send_signal(signal.SIGINT)

@@ -1,7 +1,9 @@
 """The ASGI application: its endpoints, limits and errors."""
 
+import signal
 import socket
 import time
+from types import FrameType
 
 import prometheus_client
 import tokenizers
@@ -63,7 +65,10 @@ def app(
 
 
 def run(application: Starlette, listener: socket.socket) -> None:
-  """Serves an application until a signal comes; requests in flight are cancelled then."""
+  """Serves an application until a signal comes; requests in flight are cancelled then.
+
+  It returns after an interrupt; another signal is raised again.
+  """
   config = uvicorn.Config(
     application, log_level="warning", access_log=False, lifespan="off", ws="none",
     timeout_graceful_shutdown=10,
@@ -77,6 +82,13 @@ class _Uvicorn(uvicorn.Server):
   def __init__(self, config: uvicorn.Config, in_flight: set[Answer]):
     super().__init__(config)
     self._in_flight = in_flight
+
+  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    """What uvicorn calls at a signal; it would raise an interrupt again, too."""
+    if sig == signal.SIGINT:
+      self.should_exit, self.force_exit = True, self.should_exit
+    else:
+      super().handle_exit(sig, frame)
 
   async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
     """What uvicorn calls after a signal."""
