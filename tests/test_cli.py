@@ -97,27 +97,17 @@ def test_stop_text_ends_a_sample_and_is_not_shown(paged_jax, folder, tmp_path):
 @pytest.mark.once
 def test_prompts_come_from_arguments_a_file_or_standard_input(paged_jax, folder, tmp_path):
   lines = tmp_path / "prompts.txt"
-  lines.write_text("one\ntwo\n", encoding="utf-8")
+  content = "\ufeffone\r\na\x0cpage\u2028break\n"
+  lines.write_bytes(content.encode())
   options = ("--model", folder, *SIZES)
   outputs = [
-    paged_jax("generate", "one", "two", *options)[:2],
+    paged_jax("generate", "one", "a\x0cpage\u2028break", *options)[:2],
     paged_jax("generate", "--prompts", lines, *options)[:2],
-    paged_jax("generate", *options, stdin="one\ntwo\n")[:2],
+    paged_jax("generate", *options, stdin=content)[:2],
   ]
   assert outputs[0][0] == 0
   assert "[prompt 1]\n" in outputs[0][1] and "[prompt 2]\n" in outputs[0][1]
   assert outputs == [outputs[0]] * 3
-
-
-def test_a_line_ends_with_a_newline_and_with_nothing_else(paged_jax, folder, tmp_path):
-  texts = ["one", "a page\x0cbreak", "a\u2028line", "a\u0085line", "a\rreturn", "last"]
-  lines = tmp_path / "prompts.txt"
-  lines.write_bytes("\ufeffone\r\n{}\n{}\n{}\n{}\r\n{}".format(*texts[1:]).encode())
-  options = ("--model", folder, *SIZES)
-  expected = paged_jax("generate", *texts, *options)[:2]
-  assert expected[0] == 0
-  assert paged_jax("generate", "--prompts", lines, *options)[:2] == expected
-  assert paged_jax("generate", *options, stdin=lines.read_bytes().decode())[:2] == expected
 
 
 def test_few_pages_leave_room_for_few_tokens(paged_jax, folder):

@@ -66,6 +66,7 @@ def test_importing_ends_at_once(name, delay):
   assert b"Traceback" not in err
 
 
+@pytest.mark.once
 def test_text_that_was_written_stays():
   process = start("generate")
   written = process.stdout.read(40)
