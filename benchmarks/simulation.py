@@ -173,7 +173,7 @@ class Simulation:
     """Whether so many pages, and what all take in the next steps, are to be had for the asking."""
     each = [x.units for x in self.running]
     num_pages += 1 + sum(self.pages(x + units(AHEAD)) - self.pages(x) for x in each)
-    return self.manager.settle() >= num_pages or self.manager.free_pages >= num_pages
+    return self.manager.settle() >= num_pages or self.manager.available_pages >= num_pages
 
   def advance(self) -> None:
     """One step with pieces of prompts, or all decode steps to the next event."""

@@ -47,8 +47,7 @@ def run() -> None:
   summary = last.summary
   if console.is_terminal:  # the time is mostly that of the pauses between pictures
     summary = f"{summary.num_tokens} tokens; {summary.sharing}"
-  console.print(f"
-{len(last.texts)} texts: {summary}", highlight=False)
+  console.print(f"\n{len(last.texts)} texts: {summary}", highlight=False)
   console.print(f"{last.cache.num_free} of {NUM_PAGES} pages are free again", highlight=False)
 
 

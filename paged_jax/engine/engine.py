@@ -467,8 +467,10 @@ class Engine:
       return None
     try:
       going = self.step()
-    except Exception:
+    except Exception as error:
       _log.exception("a round failed; all requests end")
+      if self._failure is None:
+        self._fail(error)
       return None
     if going:
       return 0

@@ -1047,7 +1047,7 @@ def test_pool_of_which_four_pages_fit_and_a_second_request_is_refused_with_one_f
 def test_evictable_prefix_pages_count_as_available():
   m = manager()
   store(m, [*range(24)])
-  assert m.stats().free_pages == 2 and m.stats().reclaimable_pages == 6 and m.free_pages == 8
+  assert m.stats().free_pages == 2 and m.stats().reclaimable_pages == 6 and m.available_pages == 8
   assert m.can_allocate(Request("b", 24))
   handle = m.allocate(Request("b", 24))
   assert len(handle.pages) == 6 and m.stats().evicted_pages == 4

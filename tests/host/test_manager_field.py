@@ -186,7 +186,7 @@ def test_idle_pages_of_a_hit_count_as_consumed():
   store(m, [1] * 8)
   m.allocate(Request("b", 12))
   request = Request("c", tokens=[1] * 8 + [3] * 16)  # 4 new pages, 3 free, and 2 that it hits
-  assert m.free_pages == 5 and not m.can_allocate(request)
+  assert m.available_pages == 5 and not m.can_allocate(request)
   with refused(m, errors.OutOfPages, "6 pages are needed, but 5 are free"):
     m.allocate(request)
   assert m.find_prefix([1] * 8).length == 8
@@ -203,7 +203,7 @@ def test_a_request_that_fits_without_its_hit_is_not_refused_for_it(prompt):
   store(m, [7] * 24)
   m.allocate(Request("b", 8))  # the prefix has all other pages, and nobody uses it
   request = Request("c", tokens=prompt)
-  assert m.free_pages == 6 and m.can_allocate(request)
+  assert m.available_pages == 6 and m.can_allocate(request)
   handle = begin(m, prompt, "c")
   check_bytes(m, handle, prompt)
 
@@ -454,7 +454,7 @@ def test_no_decision_waits_for_the_device():
   m.cow_copy(child), m.trim(child, 6), m.slide(handle, 4), m.swap_out(child)
   with pytest.raises(errors.OutOfPages):
     m.allocate_many([Request("c", 24), Request("d", 24)])
-  m.swap_in(child), m.gc(8), m.stats(), m.free_pages, m.can_allocate(Request("c", 24))
+  m.swap_in(child), m.gc(8), m.stats(), m.available_pages, m.can_allocate(Request("c", 24))
   m.evict_prefixes(1), m.clear_prefixes()
   m.deallocate_many(["a", "b"])
   assert m.stats().free_pages == 8
