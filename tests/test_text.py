@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 
 import pytest
 import tokenizers
@@ -69,6 +70,7 @@ def word_piece():
 
 BYTE_LEVEL, BYTE_FALLBACK, WORD_PIECE = byte_level(), byte_fallback(), word_piece()
 KINDS = {"byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK, "word_piece": WORD_PIECE}
+KIND = st.sampled_from(sorted(KINDS))
 LETTERS = "tobeac é你မ🌶\ufe0f\n.,'"
 TEXTS = st.text(st.sampled_from(LETTERS) | st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -107,7 +109,7 @@ def replaced(tokens):
   return text.removeprefix(" ")
 
 
-@given(st.sampled_from(sorted(KINDS)), TEXTS, st.data())
+@given(KIND, TEXTS, st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_streamed_text_is_the_whole_text_whatever_the_pieces(kind, text, data):
   words = KINDS[kind]
@@ -124,7 +126,7 @@ def test_streamed_text_is_the_whole_text_whatever_the_pieces(kind, text, data):
     assert reader.text == text[encoding.offsets[at][0] if at else 0 :]
 
 
-@given(st.sampled_from(sorted(KINDS)), st.data())
+@given(KIND, st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_tokens_read_as_all_at_once(kind, data):
   words = KINDS[kind]
@@ -138,7 +140,7 @@ def test_any_tokens_read_as_all_at_once(kind, data):
     assert reader.text == words.decode(known)
 
 
-@given(st.sampled_from(sorted(KINDS)), TEXTS, st.data())
+@given(KIND, TEXTS, st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_text_ends_before_the_stop_that_is_complete_first(kind, text, data):
   words = KINDS[kind]
@@ -178,6 +180,21 @@ def _without_specials(seen, count):
     part, count = piece[:count], count - len(piece[:count])
     text += "" if piece == SPECIAL else part
   return text
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+def test_texts_for_ten_minutes():
+  properties = {
+    test_streamed_text_is_the_whole_text_whatever_the_pieces: (KIND, TEXTS, st.data()),
+    test_any_tokens_read_as_all_at_once: (KIND, st.data()),
+    test_a_text_ends_before_the_stop_that_is_complete_first: (KIND, TEXTS, st.data()),
+  }
+  until = time.monotonic() + 600
+  while time.monotonic() < until:
+    for test, given_ in properties.items():
+      again = given(*given_)(test.hypothesis.inner_test)
+      settings(max_examples=500, deadline=None, database=None)(again)()
 
 
 # By hand.

@@ -6,7 +6,9 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import pytest
 import tiny
@@ -171,6 +173,28 @@ def test_a_model_with_leaves_that_are_no_arrays_is_served():
 
   e = engine(model=Module(tiny.MODEL, same, 1.0))
   assert e.generate([PROMPTS[0]], wanted(8))[0][0].tokens == tiny.greedy(PROMPTS[0], 8)
+  finish(e)
+
+
+class Equinox(eqx.Module):
+  """A real one, with a function, a number and a size among its leaves."""
+
+  inner: tiny.Tiny
+  squash: Callable
+  scale: float
+  heads: int
+
+  def __call__(self, tokens, cache, plan):
+    hidden, cache = self.inner(tokens, cache, plan)
+    return self.squash(hidden).reshape(len(hidden) * (self.heads - 3), -1), cache
+
+  def logits(self, hidden):
+    return self.inner.logits(hidden) * self.scale
+
+
+def test_a_module_of_equinox_is_served():
+  e = engine(model=Equinox(tiny.MODEL, lambda x: x, 1.0, 4))
+  assert e.generate([PROMPTS[2]], wanted(8))[0][0].tokens == tiny.greedy(PROMPTS[2], 8)
   finish(e)
 
 
