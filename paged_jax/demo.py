@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import rich.text
@@ -52,7 +52,7 @@ def run() -> None:
 
 
 def start(
-  decoder: models.Decoder, tokenizer: tokenizers.Tokenizer, prompts: list[list[int]]
+  decoder: models.Decoder, tokenizer: tokenizers.Tokenizer, prompts: Sequence[Sequence[int]]
 ) -> Iterator[Update]:
   """Generates several samples of each prompt, which end with a speech at the latest."""
   config = models.cache_config(

@@ -9,7 +9,7 @@ whose bytes have not all come, and what may be the beginning of a stop, are held
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
@@ -41,9 +41,10 @@ class Vocabulary:
     self.decode = tokenizer.decode
     added = getattr(tokenizer, "get_added_tokens_decoder", dict)()
     self.specials = {i: token.content for i, token in added.items() if token.special}
-    find = getattr(tokenizer, "token_to_id", lambda token: None)
+    find: Callable[[str], int | None] = getattr(tokenizer, "token_to_id", lambda token: None)
     ids = {find(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-    falls_back = None not in ids and self.decode([find("<0x41>")]) == "A"
+    letter = find("<0x41>")
+    falls_back = None not in ids and letter is not None and self.decode([letter]) == "A"
     self.bytes = ids if falls_back else {}  # byte-fallback tokens
 
 

@@ -109,9 +109,7 @@ def replaced(tokens):
   return text.removeprefix(" ")
 
 
-@given(KIND, TEXTS, st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_streamed_text_is_the_whole_text_whatever_the_pieces(kind, text, data):
+def streams(kind, text, data):
   words = KINDS[kind]
   encoding = words.encode(text, add_special_tokens=False)
   at = data.draw(st.integers(0, len(encoding.ids)))
@@ -126,9 +124,7 @@ def test_streamed_text_is_the_whole_text_whatever_the_pieces(kind, text, data):
     assert reader.text == text[encoding.offsets[at][0] if at else 0 :]
 
 
-@given(KIND, st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_any_tokens_read_as_all_at_once(kind, data):
+def broken(kind, data):
   words = KINDS[kind]
   ids = st.integers(0, words.get_vocab_size() + 1)  # broken bytes, special ones, unknown ones
   tokens = data.draw(st.lists(ids, max_size=60))
@@ -140,9 +136,7 @@ def test_any_tokens_read_as_all_at_once(kind, data):
     assert reader.text == words.decode(known)
 
 
-@given(KIND, TEXTS, st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_a_text_ends_before_the_stop_that_is_complete_first(kind, text, data):
+def stopped(kind, text, data):
   words = KINDS[kind]
   ids = words.encode(text, add_special_tokens=False).ids
   for at in data.draw(st.lists(st.integers(0, len(ids)), max_size=2)):
@@ -182,19 +176,33 @@ def _without_specials(seen, count):
   return text
 
 
+PROPERTIES = {streams: (KIND, TEXTS, st.data()), broken: (KIND, st.data()),
+              stopped: (KIND, TEXTS, st.data())}  # fmt: skip
+
+
+def check(holds, **fields):
+  settings(deadline=None, database=None, **fields)(given(*PROPERTIES[holds])(holds))()
+
+
+def test_streamed_text_is_the_whole_text_whatever_the_pieces():
+  check(streams, max_examples=100, derandomize=True)
+
+
+def test_any_tokens_read_as_all_at_once():
+  check(broken, max_examples=100, derandomize=True)
+
+
+def test_a_text_ends_before_the_stop_that_is_complete_first():
+  check(stopped, max_examples=100, derandomize=True)
+
+
 @pytest.mark.sweep
 @pytest.mark.timeout(1200)
 def test_texts_for_ten_minutes():
-  properties = {
-    test_streamed_text_is_the_whole_text_whatever_the_pieces: (KIND, TEXTS, st.data()),
-    test_any_tokens_read_as_all_at_once: (KIND, st.data()),
-    test_a_text_ends_before_the_stop_that_is_complete_first: (KIND, TEXTS, st.data()),
-  }
   until = time.monotonic() + 600
   while time.monotonic() < until:
-    for test, given_ in properties.items():
-      again = given(*given_)(test.hypothesis.inner_test)
-      settings(max_examples=500, deadline=None, database=None)(again)()
+    for holds in PROPERTIES:
+      check(holds, max_examples=500)
 
 
 # By hand.
