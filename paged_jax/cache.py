@@ -86,9 +86,8 @@ def plan(
   positions = arguments.integers("positions", positions, rows.shape)
   s, n, size = cache.ledger.num_rows, cache.ledger.pool.num_pages, cache.ledger.page_size
   known = jnp.where((rows >= 0) & (rows < s), rows, s)
-  ordered = _ordered(known, positions, s)
-  own = (_faults(cache.ledger, known, positions, ordered) == 0) & (known < s)
-  page = tables_lib.page_at(cache.ledger.tables.block_tables, known, positions // size, n)
+  ordered, faults, slots = _placed(cache.ledger, known, positions)
+  own = (faults == 0) & (known < s)
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
   implementation = attention.choose(implementation, cache.pages)
   block_size = attention.block_size(implementation, rows.shape[0], s)
@@ -96,7 +95,7 @@ def plan(
   return Plan(
     rows=known,
     positions=positions,
-    slots=jnp.where(own, page * size + positions % size, nowhere),
+    slots=jnp.where(own, slots, nowhere),
     ok=own | (known == s),
     blocks=blocks,
     block_lengths=block_lengths,
@@ -125,13 +124,8 @@ def check_plan(cache: Cache, plan: Plan) -> None:
     ValueError: Eagerly, that.
   """
   _check_call("check_plan(cache, plan)", cache, plan)
-  ledger, size = cache.ledger, cache.ledger.page_size
-  ordered = _ordered(plan.rows, plan.positions, ledger.num_rows)
-  faults = _faults(ledger, plan.rows, plan.positions, ordered)
-  page = tables_lib.page_at(
-    ledger.tables.block_tables, plan.rows, plan.positions // size, ledger.pool.num_pages
-  )
-  moved = (plan.slots != page * size + plan.positions % size) & (plan.rows < ledger.num_rows)
+  _, faults, slots = _placed(cache.ledger, plan.rows, plan.positions)
+  moved = (plan.slots != slots) & (plan.rows < cache.ledger.num_rows)
   faults = jnp.where((faults == 0) & moved, len(_FAULTS), faults)
   (first,) = jnp.nonzero(faults, size=min(10, len(faults)), fill_value=len(faults))
   first = first.astype(jnp.int32)
@@ -471,20 +465,23 @@ _FAULTS = (  # why a token has no slot of its own
 )
 
 
-def _faults(ledger: Ledger, rows: jax.Array, positions: jax.Array, ordered: jax.Array) -> jax.Array:
-  """Why each token has no slot of its own, as a number of `_FAULTS` from 1 on; 0 if it has: i32[B]."""
-  tables, pool = ledger.tables, ledger.pool
+def _placed(
+  ledger: Ledger, rows: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Where tokens go: whether each is in order, bool[B]; why it has no slot of its own, as a number of
+  `_FAULTS` from 1 on, 0 if it has, i32[B]; and its slot, i32[B]."""
+  tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
   lengths = tables.lengths.at[rows].get(mode="fill", fill_value=0)
   starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
-  page = tables_lib.page_at(
-    tables.block_tables, rows, positions // ledger.page_size, pool.num_pages
-  )
+  page = tables_lib.page_at(tables.block_tables, rows, positions // size, pool.num_pages)
+  ordered = _ordered(rows, positions, ledger.num_rows)
   found = [
     lengths == 0, positions >= lengths, positions < starts, ~ordered,
     pool_lib.refcounts(pool, page) != 1,
   ]  # fmt: skip
   faults = jnp.select(found, [jnp.int32(i) for i in range(1, 1 + len(found))], jnp.int32(0))
-  return jnp.where(rows == ledger.num_rows, 0, faults)
+  faults = jnp.where(rows == ledger.num_rows, 0, faults)
+  return ordered, faults, page * size + positions % size
 
 
 def _poisoned(x: jax.Array, layer: int | jax.Array, index: jax.Array, num_layers: int) -> jax.Array:

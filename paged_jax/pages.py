@@ -81,7 +81,8 @@ def _renew_jvp(primals, tangents):
   kv = tangents[0].kv
   num_rows, num_copies = copies.sources.shape
   nth = jnp.arange(num_copies, dtype=jnp.int32)[None]
-  columns = jnp.where(nth < copies.num_pages[:, None], copies.first[:, None] + nth, n)
+  nowhere = block_tables.shape[1]
+  columns = jnp.where(nth < copies.num_pages[:, None], copies.first[:, None] + nth, nowhere)
   rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
   targets = block_tables.at[rows, columns].get(mode="fill", fill_value=n)  # [S,C]
   kept = jnp.where(copies.sources < n, copies.lengths[:, None] - columns * t, 0)

@@ -60,12 +60,13 @@ class Reader:
 
   def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int] = (), stops: Sequence[str] = ()):
     self.pieces: list[str] = []  # what each token added to the text
+    self.stops = stops  # may be set, for the tokens that come
     self.done = False  # a stop is complete, or `finish` was called
-    self._vocabulary, self._stops = vocabulary, stops
+    self._vocabulary = vocabulary
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # of byte-fallback tokens
     self._held, self._shown = "", ""  # may begin a stop: all of it, and "x" for what a text shows
     self._window: list[int] = []  # the last tokens that `decode` is asked about
-    self._told = 0  # characters of the window's text that are in pieces, or held
+    self._emitted = 0  # characters of the window's text that are in pieces, or held
     self._begin(prompt)
 
   def _begin(self, prompt: Sequence[int]) -> None:
@@ -75,9 +76,10 @@ class Reader:
     self._window = [token for token in recent if token not in vocabulary.bytes][-CONTEXT:]
     text = vocabulary.decode(self._window)
     self._unfinished = text.endswith(_BROKEN)  # the prompt ends inside a character, or so it seems
-    self._told = len(text) - self._unfinished
+    self._emitted, self._begun = len(text) - self._unfinished, False
     for token in recent:
       self._read(token) if token in vocabulary.bytes else self._utf8.reset()
+    self._begun = bool(self._utf8.getstate()[0])  # it ends inside the bytes of a character
 
   @property
   def text(self) -> str:
@@ -98,45 +100,57 @@ class Reader:
 
   def finish(self) -> None:
     """No token comes any more: what was held back belongs to the text, broken characters too."""
-    if not self.pieces or self.done:
+    if self.done:
       return
-    rest = self._utf8.decode(b"", final=True)
+    rest = self._characters()
     if not self._unfinished:
-      rest += self._vocabulary.decode(self._window)[self._told :]
-    self._stops = ()
-    self.pieces[-1] += self._released(rest, shown=True)
+      rest += self._vocabulary.decode(self._window)[self._emitted :]
+    self.stops = ()
+    rest = self._released(rest, shown=True)
+    if self.pieces:
+      self.pieces[-1] += rest
     self.done = True
 
   def _read(self, token: int) -> str:
-    """What a token adds, but for the beginning of a character."""
+    """What a token adds, except a character that is not complete."""
+    decode = self._vocabulary.decode
     if byte := self._vocabulary.bytes.get(token):
       if not self._window:  # a text does not begin with the next token
-        self._window, self._told = [token], len(self._vocabulary.decode([token]))
-      return self._utf8.decode(byte)
-    before = self._utf8.decode(b"", final=True)
+        self._window, self._emitted = [token], len(decode([token]))
+      return self._characters(byte)
+    before = self._characters()
     self._window.append(token)
-    text = self._vocabulary.decode(self._window)
+    text = decode(self._window)
     settled = len(text) - text.endswith(_BROKEN)
-    if self._unfinished and settled > self._told:
-      self._told += text[self._told] == _BROKEN  # no new token made a character of it
+    if self._unfinished and settled > self._emitted:
+      self._emitted += text[self._emitted] == _BROKEN  # no new token made a character of it
       self._unfinished = False
-    new = text[self._told : settled]
-    self._told = max(self._told, settled)
-    if len(self._window) > 2 * CONTEXT:
-      self._window = self._window[-CONTEXT:]
-      self._told += len(self._vocabulary.decode(self._window)) - len(text)
+    new = text[self._emitted : settled]
+    self._emitted = max(self._emitted, settled)
+    if not (new or decode([token])):
+      self._window.pop()  # it reads as nothing, anywhere
+    elif len(self._window) > 2 * CONTEXT:
+      self._window, pending = self._window[-CONTEXT:], len(text) - self._emitted
+      self._emitted = len(decode(self._window)) - pending
     return before + new
+
+  def _characters(self, byte: bytes = b"") -> str:
+    """Those that a byte completes; without one, those that no byte completes any more."""
+    text = self._utf8.decode(byte, final=not byte)
+    if self._begun and text:
+      text, self._begun = text.removeprefix(_BROKEN), False  # the prompt's, not ours
+    return text
 
   def _released(self, piece: str, *, shown: bool) -> str:
     """What can be told once `piece` has come; up to the first stop."""
-    if not (self._stops or self._held):
+    if not (self.stops or self._held):
       return piece if shown else ""
     held, mask = self._held + piece, self._shown + ("x" if shown else "-") * len(piece)
-    found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+    found = [(at + len(stop), at) for stop in self.stops if (at := held.find(stop)) >= 0]
     if found:
       self.done, end = True, min(found)[1]
     else:
-      end = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
+      end = len(held) - max((_overlap(held, stop) for stop in self.stops), default=0)
     self._held, self._shown = held[end:], mask[end:]
     return "".join(x for x, sign in zip(held[:end], mask) if sign == "x")
 

@@ -1,5 +1,7 @@
 """Gradients through write, attend and gather are those of dense attention, or refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,23 @@ def test_gradients_of_a_whole_decode_loop_with_copies_on_write():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   forward = jax.jvp(generated, (weights,), (jnp.ones_like(weights),))[1]
   np.testing.assert_allclose(forward, jnp.sum(want), rtol=1e-4)
+
+
+def test_pages_that_a_window_has_passed_leave_gradients_alone():
+  config = dataclasses.replace(CONFIG, num_pages=4, num_layers=1, max_length=64)  # P > N
+
+  def read(k, *, grows):
+    cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array([9, 0, 0]))
+    cache, _ = paged_jax.slide(cache, jnp.array([9, 0, 0]))
+    cache, _ = paged_jax.extend(cache, jnp.array([9, 0, 0]))
+    plan = paged_jax.plan(cache, jnp.zeros(9, jnp.int32), jnp.arange(9, 18, dtype=jnp.int32))
+    cache = paged_jax.write(cache, 0, k, k, plan)
+    cache, _ = paged_jax.extend(cache, jnp.array([grows, 0, 0]))
+    return jnp.sum(paged_jax.gather(cache, 0, jnp.array([0]), num_tokens=18)[0] ** 2)
+
+  k = jax.random.normal(jax.random.key(2), (9, HEADS, DIM))
+  for grows in (0, 2):
+    np.testing.assert_allclose(jax.grad(read)(k, grows=grows), 2 * k, rtol=1e-6)
 
 
 def test_gradients_agree_with_differences():

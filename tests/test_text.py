@@ -238,6 +238,10 @@ def test_a_prompt_that_ends_inside_a_character_goes_on():
   assert Text(BYTE_LEVEL, (first,), ("💡",)).end([*rest, 1]) == len(rest)
   assert Text(BYTE_LEVEL, (first,)).decode(tokens_of("a")) == "a"  # nothing comes of it
   assert Text(BYTE_LEVEL, tuple(tokens_of("\ufffd"))).decode(tokens_of("a")) == "a"
+  to = BYTE_FALLBACK.token_to_id("to")
+  for rest, text in (([to], "to"), ([0xFF, to], "\ufffdto"), ([*"é".encode(), to], "éto")):
+    assert Text(BYTE_FALLBACK, (0xE4,)).decode(rest) == text
+  assert Text(BYTE_FALLBACK, (0xE4,), ("to",)).decode([to]) == ""
 
 
 def test_a_stop_may_come_first():
@@ -301,6 +305,14 @@ def test_a_decoder_that_never_sees_a_whole_character_is_not_waited_for():
   text = Text(BYTE_LEVEL, ())
   assert text.settled([broken] * 50) == "\ufffd" * 49
   assert text.decode([broken] * 50 + [lead]) == "\ufffd" * 50 + "\n"
+
+
+def test_tokens_that_read_as_nothing_change_nothing():
+  broken = next(i for i in range(300) if BYTE_LEVEL.decode([i]) == "\ufffd")
+  beyond = BYTE_LEVEL.get_vocab_size() + 7
+  for count in (1, 15, 16, 17, 40):
+    tokens = [broken, *[beyond] * count, *tokens_of(" be")]
+    assert Text(BYTE_LEVEL, tuple(tokens_of("to"))).decode(tokens) == "\ufffd be"
 
 
 def test_tokens_without_a_tokenizer_read_as_numbers():

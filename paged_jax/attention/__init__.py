@@ -158,7 +158,10 @@ def _attend_jvp(primals, tangents):
 
 @jax.custom_jvp
 def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
-  """Writes the plan's keys and values [B,H,D]: by XLA's scatter, or where it copies the pool by ours."""
+  """Writes the plan's keys and values [B,H,D].
+
+  By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
+  """
   backend = _backend(plan.implementation)
   if hasattr(backend, "write"):
     return backend.write(pages, layer, k, v, plan)

@@ -22,9 +22,18 @@ from paged_jax.engine.scheduler import Scheduler
 def change(sample: Sample) -> Change:
   """What a sample is to be; so far what it is."""
   if sample.change is None:
-    tokens, logprobs = list(sample.tokens), list(sample.logprobs)
-    sample.change = Change(tokens, logprobs, sample.sampling, sample.resting, source=sample)
+    sample.change = Change(
+      list(sample.tokens), list(sample.logprobs), sample.sampling, sample.resting, source=sample,
+      reader=sample.reader,
+    )  # fmt: skip
   return sample.change
+
+
+def ending(sample: Sample) -> str | None:
+  """Why a sample has ended, or is to; None if it goes on."""
+  if sample.change is not None:
+    return sample.change.reason
+  return None if sample.completion is None else sample.completion.reason
 
 
 def alone(sample: Sample) -> Sampling:
@@ -55,7 +64,7 @@ def fork(sample: Sample, samplings: Sequence[Sampling], numbers: Iterator[int]) 
 def roll_back(sample: Sample, num_tokens: int, sampling: Sampling) -> None:
   """A sample goes on from its first `num_tokens` new tokens, even if it had ended or rested."""
   now = change(sample)
-  now.resting, now.reason, now.sampling = False, None, sampling
+  now.resting, now.reason, now.sampling, now.reader = False, None, sampling, None
   del now.tokens[num_tokens:], now.logprobs[num_tokens:]
 
 
@@ -63,8 +72,9 @@ def commit(branch: Entry, parent: Sample) -> list[Sample]:
   """The parent goes on as the branch, on its pages; returns the samples that change."""
   (source,) = branch.samples
   now, chosen = change(parent), source.change or source
-  stopped = source.result is not None and source.result.reason == "stop"
+  stopped = ending(source) == "stop"
   now.tokens, now.logprobs = list(chosen.tokens), list(chosen.logprobs)
+  now.reader = chosen.reader if stopped else None
   now.source = source.change.source if source.change else source
   full = len(now.tokens) >= now.sampling.max_new_tokens
   now.resting, now.reason = False, "stop" if stopped else "length" if full else None
@@ -77,32 +87,21 @@ def commit(branch: Entry, parent: Sample) -> list[Sample]:
 
 def cancel(samples: Sequence[Sample]) -> list[Sample]:
   """Those of `samples` that have not ended do so; returns them."""
-  going = [sample for sample in samples if not sample.result]
+  going = [sample for sample in samples if ending(sample) is None]
   for sample in going:
     change(sample).reason = "cancelled"
   return going
 
 
-def apply(scheduler: Scheduler, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
-  """Makes of `samples` what commands said; returns those that end, and why.
+def apply(scheduler: Scheduler, changed: Sequence[tuple[Sample, Change]]) -> None:
+  """Gives samples what they hold now that they have become what commands said.
 
   # before   parent ─ row 3     branch ─ row 5     sibling ─ row 6     commit of the branch
   # after    parent ─ row 5     branch ends        sibling ─ row 6, ends      row 3 is given back
   """
-  sources = [each.change.source for each in samples if each.change and each.change.source]
-  bodies = {each: scheduler.detach(each) for each in dict.fromkeys([*samples, *sources])}
-  ended = []
-  for sample in samples:
-    now, sample.change = sample.change, None
-    if now is None:
-      continue
+  holders = [holder for sample, now in changed for holder in (sample, now.source) if holder]
+  bodies = {holder: scheduler.detach(holder) for holder in dict.fromkeys(holders)}
+  for sample, now in changed:
     body = bodies.pop(now.source, None) if now.source else None
-    sample.completion, sample.reader = None, None
-    sample.tokens, sample.logprobs = now.tokens, now.logprobs
-    sample.sampling, sample.resting = now.sampling, now.resting
-    sample.told = min(sample.told, len(sample.tokens))
     scheduler.attach(sample, body, ends=now.reason is not None)
-    if now.reason is not None:
-      ended.append((sample, now.reason))
   scheduler.give_back(list(bodies.values()))
-  return ended

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from paged_jax.engine import branches
+from paged_jax.engine import audit, branches
+from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Drawn, Piece
+from paged_jax.engine.handle import RequestHandle
 from paged_jax.engine.options import Counts, EngineConfig
-from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample, SequenceId
+from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
 from paged_jax.host import Manager, Request
 from paged_jax.host.options import whole
-from paged_jax.host.stats import AuditReport
 from paged_jax.text import CONTEXT, Reader, Tokenizer, Vocabulary, numbers
 
 _log = logging.getLogger(__name__)
@@ -38,126 +39,6 @@ class Token(NamedTuple):
   token: int
   logprob: float
   text: str  # what it added to the sample's text, see `RequestHandle.pieces`
-
-
-class EngineAudit(NamedTuple):
-  """Zero everywhere, and a clean manager, for a sound engine."""
-
-  manager: AuditReport
-  sequences: int  # of the engine in the manager that no sample has
-  pages: int  # that they hold
-  rows: int  # whose sample the engine, the sample and the manager do not agree about
-  samples: int  # that have not ended, and are in no list: nothing will ever come of them
-
-  @property
-  def clean(self) -> bool:
-    """Whether everything agrees."""
-    return self.manager.clean and not any(self[1:])
-
-
-class RequestHandle:
-  """A submitted request. All of this may be called from any thread.
-
-  Commands count in the order in which they are given, and each sees what those before it have made
-  of the request; the next round carries them out.
-  """
-
-  def __init__(self, engine: "Engine", entry: Entry):
-    self._engine, self._entry = engine, entry
-
-  @property
-  def done(self) -> bool:
-    """Whether all its samples have ended."""
-    return self._entry.done
-
-  @property
-  def tokens(self) -> list[list[int]]:
-    """The new tokens of each sample so far; of a beam search, the texts it keeps at the moment."""
-    return [list((sample.change or sample).tokens) for sample in self._entry.samples]
-
-  @property
-  def completions(self) -> list[Completion | None]:
-    """Of each sample, None while it goes on; of a beam search the best one first."""
-    return [sample.result for sample in self._entry.samples]
-
-  def pieces(self, sample: int = 0, start: int = 0) -> list[str]:
-    """What each token from number `start` on added to a sample's text; together they are the text.
-
-    What may still change is held back: a piece is "" if its token ends inside a character, or what
-    may be a stop, and a later one has what it lacks. A stop is in no piece. Without a tokenizer they
-    are numbers. Beams have none before they end.
-    """
-    return self._engine._pieces(self._entry.samples[sample], start)
-
-  @property
-  def num_cached(self) -> int:
-    """Tokens of its prompt that were not computed, because the prefix cache had them."""
-    return self._entry.num_cached
-
-  @property
-  def rows(self) -> dict[int, int]:
-    """Which sample is in which row, for those that run."""
-    samples = list(self._entry.samples)
-    return {sample.row: sample.nth for sample in samples if sample.row >= 0}
-
-  def cancel(self) -> None:
-    """Ends it before the next call; what it has drawn stays readable."""
-    self._engine._cancel(self._entry)
-
-  def fork(
-    self,
-    count: int,
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    *,
-    sample: int | None = None,
-  ) -> "list[RequestHandle]":
-    """Branches that start with all that a sample's `tokens` are now, on the same pages.
-
-    The sample itself rests, and keeps its pages for further forks, until a branch is committed or
-    it is rolled back. A branch may be forked, too.
-
-    Args:
-      count: How many.
-      sampling: How each goes on, by default as the sample does; `max_new_tokens` counts from the
-        prompt. If one for all, branch i draws with its seed + i.
-      sample: Which one of the request's; may be left out if it has one.
-
-    Raises:
-      ValueError: It is a beam, or a branch could never run.
-      RuntimeError: The engine has failed, or is closed.
-    """
-    return self._engine._fork(self._entry, count, sampling, sample)
-
-  def rollback(
-    self, num_tokens: int, sampling: Sampling | None = None, *, sample: int | None = None
-  ) -> None:
-    """Forgets all but the first `num_tokens` new tokens, and goes on from there.
-
-    A sample that rests, or has ended, goes on, too.
-
-    Args:
-      num_tokens: How many to keep; all of them to go on as it is.
-      sampling: How to go on, by default as before: equal seeds draw the same tokens again. Sample i
-        of a request draws with its seed + i.
-      sample: Which one of the request's; may be left out if it has one.
-
-    Raises:
-      ValueError: It is a beam, or has fewer tokens, or could never run.
-      RuntimeError: The engine has failed, or is closed.
-    """
-    self._engine._roll_back(self._entry, num_tokens, sampling, sample)
-
-  def commit(self) -> None:
-    """The sample that this branch was forked from goes on with the branch's text and pages.
-
-    This branch and the others of that sample end as cancelled, unless they are done; branches of
-    theirs go on by themselves.
-
-    Raises:
-      ValueError: It is no branch, or one of its sample's branches has been committed since.
-      RuntimeError: The engine has failed, or is closed.
-    """
-    self._engine._commit(self._entry)
 
 
 class Engine:
@@ -196,7 +77,7 @@ class Engine:
     self._thread: threading.Thread | None = None
     self._wake = threading.Event()  # the thread may have something to do
     self._closed = False
-    self._failure: Exception | None = None  # of a round
+    self._failure: BaseException | None = None  # of a round
 
   def __enter__(self) -> "Engine":
     return self
@@ -205,9 +86,14 @@ class Engine:
     self.close()
 
   @property
-  def failure(self) -> Exception | None:
+  def failure(self) -> BaseException | None:
     """What a round has failed with: all requests have ended, and no other is taken."""
     return self._failure
+
+  @property
+  def closed(self) -> bool:
+    """Whether it has been closed."""
+    return self._closed
 
   @property
   def num_copies(self) -> int:
@@ -367,6 +253,8 @@ class Engine:
       known = len((sample.change or sample).tokens)
       if not 0 <= whole("num_tokens", num_tokens) <= known:
         raise ValueError(f"num_tokens must be in [0, {known}], got {num_tokens}")
+      if sampling is not None and sampling.seed + sample.nth >= 2**32:
+        raise ValueError(f"seed is out of range for sample {sample.nth}: {sampling.seed}")
       self._check_branch(entry, num_tokens, sampling or branches.alone(sample))
       branches.roll_back(sample, num_tokens, sampling or (sample.change or sample).sampling)
       self._change([sample])
@@ -383,12 +271,17 @@ class Engine:
   def _carry_out(self) -> None:
     """Makes of all changed samples what commands said; all reports have been read."""
     with self._lock:
-      changed = list(self._changed.values())
+      self._take_arrivals()  # the changed ones among them must be in the queue
+      changed = [(sample, sample.change) for sample in self._changed.values() if sample.change]
       self._changed.clear()
-      ended = branches.apply(self._scheduler, changed)
-      for sample, reason in ended:
-        self._end(sample, reason)
-      self._untold |= {sample.number: sample for sample in changed}
+      for sample, now in changed:
+        sample.become(now)
+        self._live[sample.number] = self._untold[sample.number] = sample
+    branches.apply(self._scheduler, changed)
+    with self._lock:
+      for sample, now in changed:
+        if now.reason is not None:
+          self._end(sample, now.reason)
 
   def generate(
     self,
@@ -412,7 +305,8 @@ class Engine:
         handle.cancel()
       raise
     while self.step():
-      pass
+      if all(handle.done for handle in handles) and self._live:
+        break  # others go on
     refusal = self._scheduler.refusal
     if refusal is not None and not all(handle.done for handle in handles):
       raise refusal
@@ -467,16 +361,17 @@ class Engine:
       return None
     try:
       going = self.step()
-    except Exception as error:
+    except BaseException as error:
       _log.exception("a round failed; all requests end")
       if self._failure is None:
         self._fail(error)
       return None
     if going:
       return 0
-    return 0.05 if self._queue.waiting else 1  # somebody else may give back what it needs
+    waits = any(not sample.resting for sample in self._queue.waiting)
+    return 0.05 if waits else 1  # somebody else may give back what it needs
 
-  def _fail(self, error: Exception) -> None:
+  def _fail(self, error: BaseException) -> None:
     """Every request ends, and no other is taken."""
     self._failure = error
     self._end_all(repr(error))
@@ -484,56 +379,51 @@ class Engine:
   def _end_all(self, error: str) -> None:
     """Every request ends with an error."""
     with self._lock:
-      live = list(self._live.values())
       self._arrivals, self._changed = [], {}
-      for sample in live:
-        sample.change = None
-        if sample.completion is None:
-          self._end(sample, "error", error)
-      self._live.clear()
-    self._untold |= {sample.number: sample for sample in live}
+      self._end_with(error, list(self._live.values()))
     self._tell_all()
 
+  def _end_with(self, error: str, samples: Iterable[Sample]) -> None:
+    """Those of `samples` that have not ended, and those that a command has made go on, do so."""
+    with self._lock:
+      for sample in samples:
+        if sample.change is not None:
+          sample.become(sample.change)
+        if sample.completion is None:
+          self._end(sample, "error", error)
+          self._untold[sample.number] = sample
+
   def close(self) -> None:
-    """Stops the own thread, if there is one, after the round it is in; what has not ended ends with
-    an error, and no request is taken any more."""
+    """Stops the own thread, if there is one, after the round that is under way. What has not ended
+    ends with an error, and no request is taken any more."""
     with self._lock:
       thread, self._thread, self._closed = self._thread, None, True
       self._wake.set()
-    if thread is not None and thread is not threading.current_thread():
-      thread.join()
     with self._turn:
+      if self._in_round:
+        return  # by `on_token`: the round does the rest
+      self._shut()
+    if thread is not None:
+      thread.join()
+
+  def _shut(self) -> None:
+    """Ends what has not ended, and gives back what is held."""
+    try:
       if self._failure is None:
         self._drain()
-      self._end_all("the engine was closed")
-      if self._failure is None:
-        self._scheduler.tidy()
-      self.manager.close()
+    except Exception as error:  # the device is gone, maybe
+      self._failure = error
+    self._end_all("the engine was closed")
+    if self._failure is None:
+      self._scheduler.tidy()
+    self.manager.close()
 
   def audit(self) -> EngineAudit:
     """Reconciles requests, samples, rows and the manager. Reads the device, between rounds."""
     with self._turn, self._lock:
-      running, manager = self._queue.running, self.manager
-      holders = {*running.values(), *self._queue.waiting, *self._scheduler.ended}
-      holders |= {beam for sample in holders for beam in sample.beams}
       coming = {sample for entry in self._arrivals for sample in entry.samples}
       coming |= {*self._changed.values()}
-      held = {id(sample.handle) for sample in holders}
-      ours = [x for x in manager.list_handles() if isinstance(x.request_id, SequenceId)]
-      lost = [handle for handle in ours if id(handle) not in held]
-      return EngineAudit(
-        manager=manager.audit(),
-        sequences=len(lost),
-        pages=sum(handle.stats().num_pages for handle in lost),
-        rows=sum(
-          sample.row != row or sample.handle is None or sample.handle.row != row
-          for row, sample in running.items()
-        )
-        + sum(sample.row >= 0 and running.get(sample.row) is not sample for sample in holders),
-        samples=sum(
-          sample not in holders and sample not in coming for sample in self._live.values()
-        ),
-      )
+      return audit.reconcile(self._scheduler, self._live.values(), coming)
 
   # One round
 
@@ -592,14 +482,17 @@ class Engine:
       self._check_open()
       if self._in_round:
         raise RuntimeError("step must not be called from within a round, as on_token is")
-      self._in_round = True
+      self._in_round, self._calls.awaiting = True, False
       try:
         return self._round()
-      except Exception as error:  # nobody knows what the device holds
-        self._fail(error)
+      except BaseException as error:
+        if not (isinstance(error, KeyboardInterrupt) and self._calls.awaiting):
+          self._fail(error)  # nobody knows what the device holds
         raise
       finally:
         self._in_round = False
+        if self._closed:
+          self._shut()
 
   def _round(self) -> bool:
     scheduler = self._scheduler
@@ -609,7 +502,7 @@ class Engine:
     if read:
       self._drain()
     if changed:
-      self._tell_all()
+      self._tell_all()  # what was drawn before the commands
       self._carry_out()
     if read or scheduler.may_admit():
       scheduler.tidy()
@@ -622,8 +515,7 @@ class Engine:
       self._drain()
       scheduler.tidy()
       if stuck := scheduler.make_room(self.config.num_steps):
-        self._end(stuck[0], "error", str(stuck[1]))
-        self._untold[stuck[0].number] = stuck[0]
+        self._end_with(str(stuck[1]), stuck[0].beams)
       pieces = scheduler.pieces()
     dispatched = bool(pieces) or any(sample.draws for sample in self._queue.running.values())
     if dispatched:
@@ -659,16 +551,19 @@ class Engine:
   def _collect(self) -> None:
     """Reads the oldest report."""
     self._calls.await_report()
-    with self._lock:  # no command comes between what is drawn and what is taken
-      for drawn in self._calls.collect():
+    collected = self._calls.collect()
+    with self._lock:
+      for drawn in collected:
         known = len(drawn.sample.tokens)
         self._take(drawn)
         self.counts.drawn_tokens += len(drawn.sample.tokens) - known
         self._untold[drawn.sample.number] = drawn.sample
 
   def _take(self, drawn: Drawn) -> None:
-    """A sample has what a call drew for it."""
+    """A sample has what a call drew for it, unless a command has come meanwhile."""
     sample = drawn.sample
+    if sample.change is not None:
+      return
     if sample.searching:
       sample.tokens, sample.logprobs = drawn.tokens, drawn.logprobs
       if drawn.ended:
@@ -691,19 +586,27 @@ class Engine:
     return count is not None
 
   def _reader(self, sample: Sample) -> Reader | None:
-    """What reads the text of a sample, up to its tokens so far; None without a tokenizer."""
-    if sample.reader is None and self._vocabulary is not None:
-      prompt, stops = sample.entry.prompt[-2 * CONTEXT :], sample.sampling.stop
-      sample.reader = Reader(self._vocabulary, prompt, stops)
-      sample.reader.add(sample.tokens)
-    return sample.reader
+    """What reads the text of a sample as it is, or is to be; None without a tokenizer.
+
+    Stops count in what is drawn from now on: those who begin with a text chose to go on from it.
+    """
+    now = sample.change or sample
+    if now.reader is None and self._vocabulary is not None:
+      reader = Reader(self._vocabulary, sample.entry.prompt[-2 * CONTEXT :])
+      reader.add(now.tokens)
+      reader.stops = now.sampling.stop
+      now.reader = reader
+    return now.reader
 
   def _pieces(self, sample: Sample, start: int) -> list[str]:
-    if sample.reader is not None:
-      return sample.reader.pieces[start:]
-    if self._vocabulary is not None or (sample.searching and not sample.completion):
-      return []
-    return numbers(sample.tokens, start)
+    with self._lock:
+      now = sample.change or sample
+      if self._vocabulary is None:
+        return [] if sample.searching and not sample.completion else numbers(now.tokens, start)
+      if now.reader is None and (sample.searching or self._failure):
+        return []  # beams have no text yet; and reading may have been the failure
+      reader = self._reader(sample)
+      return [] if reader is None else reader.pieces[start:]
 
   def _stops(self, sample: Sample) -> bool:
     """Whether the last token is one that ends the sample."""
@@ -721,16 +624,16 @@ class Engine:
 
   def _end(self, sample: Sample, reason: str, error: str | None = None) -> None:
     """A sample has its completion; what it holds is given back soon."""
-    reader, text = self._reader(sample), None
-    if reader is not None:
-      if reason in ("stop", "length"):  # otherwise the text ends where whoever listens has heard it
-        reader.finish()
-      text = reader.text
+    # After an error nothing is read: reading may have been the error.
+    reader = self._reader(sample) if error is None else sample.reader
+    if reader is not None and reason in ("stop", "length"):
+      reader.finish()  # otherwise the text stays as the listener has it
+    text = None if reader is None else reader.text
     sample.completion = Completion(list(sample.tokens), list(sample.logprobs), reason, text, error)
-    del self._live[sample.number]
+    self._live.pop(sample.number, None)
     self._scheduler.end(sample)
     if sample.searching and sample.entry.done:
-      sample.entry.samples.sort(key=_rank)
+      sample.entry.samples = sorted(sample.entry.samples, key=_rank)
       for nth, beam in enumerate(sample.entry.samples):
         beam.nth = nth
 
@@ -751,8 +654,7 @@ class Engine:
       on_token(sample.nth, sample.tokens[known:], sample.logprobs[known:])
     except Exception as error:  # it is the caller's code: only its own request ends
       _log.exception("on_token of request %s raised", sample.number)
-      if not sample.completion:
-        self._end(sample, "error", repr(error))
+      self._end_with(repr(error), sample.entry.samples)
 
 
 _NOT_NUMBERS = "the model's logits are not numbers"

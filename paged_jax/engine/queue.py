@@ -53,6 +53,7 @@ class Change:
   sampling: Sampling
   resting: bool
   source: "Sample | None"  # on whose pages it goes on
+  reader: Reader | None = None  # of the text of `tokens`
   reason: str | None = None  # why it ends, None if it does not
 
 
@@ -144,6 +145,14 @@ class Sample:
   @body.setter
   def body(self, body: Body) -> None:
     self.handle, self.row, self.swapped, self.decoding, self.prefilled = body
+
+  def become(self, change: Change) -> None:
+    """It is what it was to be, except for what it holds."""
+    self.completion, self.reader = None, change.reader
+    self.tokens, self.logprobs = change.tokens, change.logprobs
+    self.sampling, self.resting = change.sampling, change.resting
+    self.told = min(self.told, len(self.tokens))
+    self.change = None
 
   def let_go(self) -> None:
     """It holds nothing any more."""

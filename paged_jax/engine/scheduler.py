@@ -338,7 +338,7 @@ class Scheduler:
     Args:
       sample: In no list.
       body: What was held; None for nothing.
-      ends: Whether the sample ends now, so that it keeps whatever it is.
+      ends: Whether the sample ends now, so that it keeps its pages in any state.
     """
     handle = None if body is None else body.handle
     if body is None or handle is None or not (ends or (body.row >= 0 and body.decoding)):

@@ -138,11 +138,13 @@ class _Endpoints:
     return Response(text, headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
 
   async def health(self, request: Request) -> Response:
-    """Says whether the server answers requests: 503 once its engine has failed."""
+    """Says whether the server answers requests: 503 once its engine has failed, or is closed."""
     del request
-    failure = self._served.engine.failure
-    if failure is not None:
-      return response({"status": "failed", "reason": f"the engine has failed: {failure!r}"}, 503)
+    engine = self._served.engine
+    if engine.failure is not None:
+      return response({"status": "failed", "reason": f"the engine failed: {engine.failure!r}"}, 503)
+    if engine.closed:
+      return response({"status": "closed", "reason": "the engine is closed"}, 503)
     return response({"status": "ok"})
 
 

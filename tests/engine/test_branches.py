@@ -8,11 +8,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import PROMPTS, engine, finish, force_preemption
+from serving import PROMPTS, Words, engine, finish, force_preemption
 
 from paged_jax.engine import Sampling
 
 MOST = 16
+WORDS = Words()
 
 
 def hot(seed, max_new_tokens=MOST):
@@ -135,6 +136,26 @@ class Orders:
     for nth in range(count):
       self.expected[handle, nth] = (prompt, [], seed + nth, "")
 
+  def listen(self):
+    """A request whose listener asks for others, and cancels them at once or rolls them back."""
+    prompt, seed, cancels = PROMPTS[0], next(self.seeds), self.data.draw(st.booleans())
+    asked = []
+
+    def on_token(nth, tokens, logprobs):
+      if asked:
+        return
+      other = self.e.submit(PROMPTS[1], hot(seed + 1))
+      asked.append(other)
+      if cancels:
+        other.cancel()
+      else:
+        other.rollback(0, hot(seed + 2))
+      end, begun = ("cancelled", None) if cancels else ("", seed + 2)
+      self.expected[other, 0] = (PROMPTS[1], [], begun, end)
+
+    handle = self.e.submit(prompt, hot(seed), on_token=on_token)
+    self.expected[handle, 0] = (prompt, [], seed, "")
+
   def step(self):
     self.e.step()
 
@@ -185,7 +206,7 @@ class Orders:
     handle, _ = self.one()
     for nth, completion in enumerate(handle.completions):
       which = (handle, nth)
-      if completion is None:
+      if completion is None and self.expected[which][3] != "length":  # then it is too late
         self.expected[which] = (self.expected[which][0], self.text(which), None, "cancelled")
     handle.cancel()
 
@@ -211,13 +232,16 @@ class Orders:
     assert self.e.manager.num_free_rows == self.e.config.cache.num_rows
 
 
-WORDS = [Orders.submit, Orders.fork, Orders.rollback, Orders.commit, Orders.cancel, Orders.preempt]
+COMMANDS = [
+  Orders.submit, Orders.fork, Orders.rollback, Orders.commit, Orders.cancel, Orders.preempt,
+  Orders.listen,
+]  # fmt: skip
 
 
 def any_orders(data):
   orders = Orders(data)
-  for word in data.draw(st.lists(st.sampled_from([*WORDS, *[Orders.step] * 6]), max_size=14)):
-    word(orders)
+  for command in data.draw(st.lists(st.sampled_from([*COMMANDS, *[Orders.step] * 6]), max_size=14)):
+    command(orders)
   orders.check()
 
 
@@ -297,6 +321,75 @@ def test_commit_then_fork_without_a_step_begins_with_what_was_committed():
   assert branch.tokens == [[*text, *alone((*PROMPTS[0], *text), 20, MOST - len(text))]]
   assert handle.tokens == [text] and not handle.done  # it rests
   handle.cancel()
+  finish(e)
+
+
+def test_pieces_follow_commands():
+  e = engine(num_steps=1)
+  handle = e.submit(PROMPTS[0], hot(0))
+  steps(e, handle, 5)
+  text = handle.tokens[0]
+  (branch,) = handle.fork(1, hot(7))
+  assert "".join(handle.pieces()) == "".join(branch.pieces()) == WORDS.decode(text)
+  steps(e, branch, 9)
+  assert "".join(handle.pieces()) == WORDS.decode(text)
+  chosen = branch.tokens[0]
+  branch.commit()
+  assert "".join(handle.pieces()) == WORDS.decode(chosen)
+  handle.rollback(3)
+  assert "".join(handle.pieces()) == WORDS.decode(chosen[:3])
+  finish(e)
+  assert "".join(handle.pieces()) == handle.completions[0].text == WORDS.decode(handle.tokens[0])
+
+
+def test_stops_count_from_where_a_branch_begins():
+  e = engine(num_steps=1)
+  handle = e.submit(PROMPTS[0], hot(0))
+  steps(e, handle, 6)
+  text = handle.tokens[0]
+  stop = WORDS.decode(text[2:3])
+  wanted = dataclasses.replace(hot(7), stop=(stop,))
+  (branch,) = handle.fork(1, wanted)
+  handle.cancel()
+  finish(e)
+  rest = alone((*PROMPTS[0], *text), 7, MOST - len(text))
+  if text[2] in rest:
+    rest = rest[: rest.index(text[2]) + 1]
+  assert branch.tokens == [[*text, *rest]] and branch.completions[0].text.startswith(
+    WORDS.decode(text)
+  )
+
+
+def test_a_branch_that_stopped_stops_what_it_is_committed_to():
+  for step_between in (False, True):
+    e = engine(num_steps=1)
+    handle = e.submit(PROMPTS[0], hot(0))
+    steps(e, handle, 3)
+    (child,) = handle.fork(1, hot(1))
+    steps(e, child, 5)
+    text = child.tokens[0]
+    rest = alone((*PROMPTS[0], *text), 2, MOST - len(text))
+    (grandchild,) = child.fork(1, dataclasses.replace(hot(2), stop=(WORDS.decode(rest[1:3]),)))
+    while not grandchild.done:
+      e.step()
+    grandchild.commit()
+    if step_between:
+      e.step()
+    child.commit()
+    handle.cancel()  # it has ended by then
+    finish(e)
+    (done,) = handle.completions
+    assert (done.reason, done.tokens, done.text) == (
+      "stop", [*text, *rest[:3]], WORDS.decode([*text, *rest[:1]])
+    )  # fmt: skip
+
+
+def test_a_seed_that_another_sample_of_the_request_cannot_have_is_refused():
+  e = engine()
+  handle = e.submit(PROMPTS[0], dataclasses.replace(hot(0), num_samples=2))
+  with pytest.raises(ValueError, match="seed is out of range for sample 1: 4294967295"):
+    handle.rollback(0, hot(2**32 - 1), sample=1)
+  handle.rollback(0, hot(2**32 - 2), sample=1)
   finish(e)
 
 

@@ -87,6 +87,140 @@ def test_step_from_within_a_round_is_refused_and_ends_only_the_caller():
   assert good.tokens == [tiny.greedy(PROMPTS[1], 8)]
 
 
+def test_commands_of_a_listener_count_in_the_next_round():
+  e, others = engine(num_steps=1), []
+
+  def listen(nth, tokens, logprobs):
+    if len(others) < 6:
+      other = e.submit(PROMPTS[1], wanted(6))
+      others.append(other)
+      if len(others) % 2:
+        other.cancel()
+      else:
+        other.rollback(0)
+
+  handle = e.submit(PROMPTS[0], wanted(12), on_token=listen)
+  finish(e)
+  assert handle.tokens == [tiny.greedy(PROMPTS[0], 12)]
+  assert [other.completions[0].reason for other in others] == ["cancelled", "length"] * 3
+  assert all(other.tokens == [tiny.greedy(PROMPTS[1], 6)] for other in others[1::2])
+
+
+def test_a_listener_that_cancels_and_raises_ends_its_own_request_alone():
+  e = engine()
+
+  def listen(*news):
+    bad.cancel()
+    raise ZeroDivisionError("mine")
+
+  bad = e.submit(PROMPTS[0], Sampling(9, num_samples=2, temperature=1.0), on_token=listen)
+  good = e.submit(PROMPTS[1], wanted(9))
+  finish(e)
+  assert [x.reason for x in bad.completions] == ["error"] * 2 and e.failure is None
+  assert good.tokens == [tiny.greedy(PROMPTS[1], 9)]
+
+
+def test_a_listener_may_close_the_engine_beside_the_own_thread():
+  for _ in range(3):
+    e = engine(num_steps=1)
+    e.start()
+    others = [e.submit(PROMPTS[0], wanted(20), on_token=lambda *news, e=e: e.close())]
+    others.append(e.submit(PROMPTS[1], wanted(20)))
+    thread = threading.Thread(target=lambda e=e: e.step())
+    thread.start()
+    thread.join(60)
+    deadline = time.monotonic() + 60
+    while not all(other.done for other in others) and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert {other.completions[0].error for other in others} == {"the engine was closed"}
+    e.close()
+    finish(e)
+
+
+class Failing:
+  """A tokenizer that fails for good at some call."""
+
+  def __init__(self, error):
+    self.error, self.calls = error, 0
+
+  def decode(self, ids):
+    self.calls += 1
+    if self.calls > 4:
+      raise self.error
+    return "a" * len(ids)
+
+
+class Panic(BaseException):
+  """As extensions raise that are not written in Python."""
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), Panic("no more")])
+def test_a_tokenizer_that_fails_ends_every_stream(error):
+  e = Engine(tiny.MODEL, engine().config, tokenizer=Failing(error))
+
+  async def listen():
+    async for _ in e.stream(PROMPTS[0], wanted(20)):
+      pass
+
+  async def everybody():
+    tasks = asyncio.gather(*[listen() for _ in range(3)], return_exceptions=True)
+    return await asyncio.wait_for(tasks, 60)
+
+  for failure in asyncio.run(everybody()):
+    assert isinstance(failure, RuntimeError) and "no more" in str(failure)
+  assert e.failure is error
+  e.close()
+
+
+def test_close_ends_everybody_although_the_device_is_gone():
+  e = engine()
+  handle = e.submit(PROMPTS[0], wanted(20))
+  e.step()
+
+  def gone():
+    raise RuntimeError("the device is gone")
+
+  e._calls.await_report = gone
+  e.close()
+  assert handle.completions[0].error == "the engine was closed" and e.failure is not None
+
+
+def test_an_interrupt_while_the_device_computes_does_no_harm(monkeypatch):
+  e = engine(num_steps=1)
+  handle = e.submit(PROMPTS[0], wanted(12))
+  e.step()
+  wait = e._calls.await_report
+
+  def interrupted():
+    e._calls.awaiting = True
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(e._calls, "await_report", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    e.step()
+  monkeypatch.setattr(e._calls, "await_report", wait)
+  finish(e)
+  assert handle.tokens == [tiny.greedy(PROMPTS[0], 12)]
+
+
+def test_generate_returns_although_others_go_on():
+  e = engine(num_steps=1)
+  other = e.submit(PROMPTS[1], wanted(40))
+  e.generate([PROMPTS[0]], wanted(1))
+  assert not other.done
+  finish(e)
+
+
+def test_a_search_that_cannot_go_on_ends_as_a_whole():
+  e = engine(num_pages=10, max_beams=3)
+  e.generate([PROMPTS[4]], wanted(2))  # 5 pages
+  assert e.manager.pin(PROMPTS[4])
+  (found,) = e.generate([PROMPTS[0]], Sampling(20, num_beams=3))
+  assert [beam.reason for beam in found] == ["error"] * 3
+  e.manager.pin(PROMPTS[4], pinned=False)
+  finish(e)
+
+
 def test_a_round_that_fails_tells_everybody_and_stays_failed():
   e = engine()
   handle = e.submit(PROMPTS[0], wanted(8))
@@ -265,7 +399,12 @@ def test_audit_finds_what_nobody_owns():
   row = sample.row
   del e._queue.running[row]
   lost = e.audit()
-  assert not lost.clean and lost.samples == lost.sequences == 1 and lost.pages >= 3
+  assert not lost.clean and lost.lost == lost.sequences == 1 and lost.pages >= 3
+  e._queue.waiting.append(sample)
+  sample.completion = True
+  assert e.audit().late == 1
+  e._queue.waiting.remove(sample)
+  sample.completion = None
   e._queue.running[row] = sample
   finish(e)
 
