@@ -53,10 +53,7 @@ FAMILIES = {  # what holds where a configuration leaves a field out
   "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
 }
 NULL_HEADS = ("llama", "qwen2", "qwen3")  # null KV heads: as many as query heads
-NULL_HEAD_DIM = (
-  "llama",
-  "mistral",
-)  # null head_dim: hidden size over heads, as where it is missing
+NULL_HEAD_DIM = ("llama", "mistral")  # null head_dim: as where it is missing
 WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")  # heads must divide the hidden size in any case
 UNSUPPORTED = {  # fields that would change the model; other families do not have them
   "llama": ("attention_bias", "mlp_bias"),
