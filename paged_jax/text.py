@@ -9,11 +9,12 @@ whose bytes have not all come, and what may be the beginning of a stop, are held
 """
 
 import codecs
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
-CONTEXT = 8  # tokens that decide how the next one reads
+_CONTEXT = 8  # tokens that decide how the next one reads
 
 
 class Tokenizer(Protocol):
@@ -72,8 +73,9 @@ class Reader:
   def _begin(self, prompt: Sequence[int]) -> None:
     """The window is the end of the prompt; a character that is begun there goes on."""
     vocabulary = self._vocabulary
-    recent = [token for token in prompt[-2 * CONTEXT :] if token not in vocabulary.specials]
-    self._window = [token for token in recent if token not in vocabulary.bytes][-CONTEXT:]
+    shown = (token for token in reversed(prompt) if token not in vocabulary.specials)
+    recent = list(itertools.islice(shown, 2 * _CONTEXT))[::-1]
+    self._window = [token for token in recent if token not in vocabulary.bytes][-_CONTEXT:]
     text = vocabulary.decode(self._window)
     self._unfinished = text.endswith(_BROKEN)  # the prompt ends inside a character, or so it seems
     self._emitted, self._begun = len(text) - self._unfinished, False
@@ -115,8 +117,11 @@ class Reader:
     """What a token adds, except a character that is not complete."""
     decode = self._vocabulary.decode
     if byte := self._vocabulary.bytes.get(token):
-      if not self._window:  # a text does not begin with the next token
-        self._window, self._emitted = [token], len(decode([token]))
+      if not self._window:  # the text begins here, maybe with a space that does not show
+        self._window, first = [token], decode([token])
+        self._emitted = len(first)
+        if first != _BROKEN:
+          return first
       return self._characters(byte)
     before = self._characters()
     self._window.append(token)
@@ -129,8 +134,8 @@ class Reader:
     self._emitted = max(self._emitted, settled)
     if not (new or decode([token])):
       self._window.pop()  # it reads as nothing, anywhere
-    elif len(self._window) > 2 * CONTEXT:
-      self._window, pending = self._window[-CONTEXT:], len(text) - self._emitted
+    elif len(self._window) > 2 * _CONTEXT:
+      self._window, pending = self._window[-_CONTEXT:], len(text) - self._emitted
       self._emitted = len(decode(self._window)) - pending
     return before + new
 

@@ -237,6 +237,18 @@ def test_a_prompt_that_ends_inside_a_character_goes_on():
   assert Text(BYTE_FALLBACK, (0xE4,), ("to",)).decode([to]) == ""
 
 
+def test_the_first_space_does_not_show_and_later_ones_do():
+  to = BYTE_FALLBACK.token_to_id("▁to")
+  for tokens in ([32], [32, 32], [32, to], [to, 32, to], [to]):
+    assert Text(BYTE_FALLBACK, ()).decode(tokens) == BYTE_FALLBACK.decode(tokens)
+
+
+def test_a_prompt_may_end_in_many_special_tokens():
+  special, to = BYTE_FALLBACK.token_to_id(SPECIAL), BYTE_FALLBACK.token_to_id("▁to")
+  for count in (1, 15, 16, 17, 100):
+    assert Text(BYTE_FALLBACK, (to, *[special] * count)).decode([to]) == " to"
+
+
 def test_a_stop_may_come_first():
   text = Text(BYTE_LEVEL, tuple(tokens_of("x")), ("you",))
   assert text.end(tokens_of("you")) == len(tokens_of("you")) and not text.decode(tokens_of("you"))

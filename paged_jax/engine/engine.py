@@ -27,7 +27,7 @@ from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
 from paged_jax.host import Manager, Request
 from paged_jax.host.options import whole
-from paged_jax.text import CONTEXT, Reader, Tokenizer, Vocabulary, numbers
+from paged_jax.text import Reader, Tokenizer, Vocabulary, numbers
 
 _log = logging.getLogger(__name__)
 
@@ -184,9 +184,10 @@ class Engine:
         f"num_beams must be at most max_beams={self.config.max_beams}, got {sampling.num_beams}"
       )
     num_tokens = len(prompt) - 1 + sampling.max_new_tokens
-    capacity = config.pages_per_row * config.page_size
-    if num_tokens > capacity:
-      raise ValueError(f"the request needs {num_tokens} tokens, but a row holds {capacity}")
+    if num_tokens > config.max_length:
+      raise ValueError(
+        f"the request needs {num_tokens} tokens, but a row holds {config.max_length}"
+      )
     needed = self._scheduler.most_pages(len(prompt), sampling.num_beams, num_tokens)
     if needed > config.num_pages:
       raise ValueError(f"the request needs {needed} pages, but there are {config.num_pages}")
@@ -304,9 +305,14 @@ class Engine:
       for handle in handles:
         handle.cancel()
       raise
-    while self.step():
-      if all(handle.done for handle in handles) and self._live:
-        break  # others go on
+    try:
+      while self.step():
+        if all(handle.done for handle in handles) and self._live:
+          break  # others go on
+    except KeyboardInterrupt:
+      for handle in handles:
+        handle.cancel()
+      raise
     refusal = self._scheduler.refusal
     if refusal is not None and not all(handle.done for handle in handles):
       raise refusal
@@ -495,7 +501,7 @@ class Engine:
           self._shut()
 
   def _round(self) -> bool:
-    scheduler = self._scheduler
+    scheduler, flying = self._scheduler, len(self._calls)
     changed = self._take_arrivals()
     going = any(sample.draws or sample.unread for sample in self._queue.running.values())
     read = changed or (bool(scheduler.ended) and not going)
@@ -524,7 +530,7 @@ class Engine:
     for _ in range(behind):
       self._collect()
     self._tell_all()  # the next call computes meanwhile
-    return dispatched or behind > 0 or bool(scheduler.ended) or changed
+    return dispatched or flying > 0 or bool(scheduler.ended) or changed
 
   def _take_arrivals(self) -> bool:
     """Those who came join the queue; whether there are changes to carry out."""
@@ -592,7 +598,7 @@ class Engine:
     """
     now = sample.change or sample
     if now.reader is None and self._vocabulary is not None:
-      reader = Reader(self._vocabulary, sample.entry.prompt[-2 * CONTEXT :])
+      reader = Reader(self._vocabulary, sample.entry.prompt)
       reader.add(now.tokens)
       reader.stops = now.sampling.stop
       now.reader = reader

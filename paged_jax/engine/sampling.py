@@ -14,6 +14,7 @@ import numpy as np
 
 MAX_BIASES = 16
 MAX_STOP_TOKENS = 8
+_HUGE = 1e30  # what float32 can still multiply and divide by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +50,17 @@ class Sampling:
     limits = {
       "max_new_tokens": _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
       "num_samples": _whole(self.num_samples) and self.num_samples >= 1,
-      "temperature": _number(self.temperature) and 0 <= self.temperature < math.inf,
+      "temperature": _number(self.temperature) and 0 <= self.temperature <= _HUGE,
       "top_k": self.top_k is None or (_whole(self.top_k) and self.top_k >= 1),
       "top_p": _number(self.top_p) and 0 < self.top_p <= 1,
       "min_p": _number(self.min_p) and 0 <= self.min_p <= 1,
       "repetition_penalty": _number(self.repetition_penalty)
-      and 0 < self.repetition_penalty < math.inf,
+      and 1 / _HUGE <= self.repetition_penalty <= _HUGE,
       "logit_bias": isinstance(self.logit_bias, Mapping)
       and len(self.logit_bias) <= MAX_BIASES
       and all(
-        _whole(t) and t >= 0 and _number(x) and x < math.inf for t, x in self.logit_bias.items()
+        _whole(t) and t >= 0 and _number(x) and (abs(x) <= _HUGE or x == -math.inf)
+        for t, x in self.logit_bias.items()
       ),
       "seed": _whole(self.seed) and 0 <= self.seed < 2**32,
       "stop_tokens": isinstance(self.stop_tokens, Sequence)
@@ -180,10 +182,11 @@ def likely(logits: jax.Array, draws: Draws) -> jax.Array:
   the most likely token. Of tokens that are equally likely, those with lower ids come first.
   """
   values = jnp.sort(logits, axis=-1, descending=True)
-  top = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] < draws.top_k[:, None]
+  rank = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+  top = rank < draws.top_k[:, None]
   weights = jax.nn.softmax(jnp.where(top, values, -jnp.inf), axis=-1)
   before = jnp.cumsum(weights, axis=-1) - weights
-  kept = top & (before < draws.top_p[:, None])
+  kept = top & ((before < draws.top_p[:, None]) | (rank == 0))
   lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
   room = jnp.sum(kept & (values == lowest), axis=-1, dtype=jnp.int32, keepdims=True)
   ties = logits == lowest

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from serving import PROMPTS, engine, finish
 
-from paged_jax.engine import Engine, Sampling
+from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import Manager
 
 
@@ -201,6 +201,24 @@ def test_an_interrupt_while_the_device_computes_does_no_harm(monkeypatch):
   monkeypatch.setattr(e._calls, "await_report", wait)
   finish(e)
   assert handle.tokens == [tiny.greedy(PROMPTS[0], 12)]
+
+
+def test_a_round_that_only_reads_reports_is_not_the_last():
+  e = engine(num_pages=11, num_steps=1, options=dict(prefix_cache=False))
+  for turn in range(12):
+    prompts = [PROMPTS[(turn + i) % 4] for i in range(6)]
+    found = e.generate(prompts, [Sampling(9 + i, num_samples=1 + i % 3) for i in range(6)])
+    assert all(each.reason == "length" for samples in found for each in samples)
+  finish(e)
+
+
+def test_a_text_ends_where_the_model_does_not_where_its_last_page_does():
+  config = tiny.cache(num_pages=40, num_rows=8, max_length=46)  # rows of 48
+  e = Engine(tiny.MODEL, EngineConfig(config, tiny.options(), prompt_sizes=(16,)))
+  with pytest.raises(ValueError, match="needs 47 tokens, but a row holds 46"):
+    e.submit(PROMPTS[0], wanted(45))
+  e.generate([PROMPTS[0]], wanted(44))
+  finish(e)
 
 
 def test_generate_returns_although_others_go_on():

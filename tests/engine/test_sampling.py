@@ -56,6 +56,23 @@ def test_ties_go_by_the_lowest_id(seed):
       assert {*np.flatnonzero(mine).tolist()} == reference(row, **rule), rule
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 1e-37, 1e-38, 1e-300])
+def test_the_most_likely_token_is_always_kept(top_p):
+  assert {*np.flatnonzero(sampling.likely(LOGITS, draws(top_p=top_p))[0]).tolist()} == {1}
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [dict(temperature=3e38), dict(temperature=1e300), dict(repetition_penalty=1e-40),
+   dict(logit_bias={1: 3.5e38}), dict(logit_bias={1: -1e31})],
+)  # fmt: skip
+def test_what_float32_cannot_compute_with_is_refused(fields):
+  (name,) = fields
+  with pytest.raises(ValueError, match=f"{name} is out of range"):
+    Sampling(**fields)
+  Sampling(logit_bias={1: -np.inf}, temperature=1e30, repetition_penalty=1e-30)
+
+
 def draw(logits, *rules, num_draws=512):
   """Tokens drawn from the same logits at many positions, [num_draws, rows], a row for each rule."""
   logits = jnp.broadcast_to(jnp.array(logits, jnp.float32), (len(rules), len(logits)))
