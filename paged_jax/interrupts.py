@@ -1,13 +1,16 @@
-"""What Ctrl-C does to a command: it ends the process at once, whatever the process is in.
+"""Ctrl-C: it ends a command at once, whatever the process is in, and no round of an engine is left half
+done by it.
 
 Python's own KeyboardInterrupt waits for compiled code to return, may be lost in a callback from it,
 and then takes the interpreter apart while XLA's threads still compile, which can crash.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -43,6 +46,32 @@ def end() -> NoReturn:
   if terminal is not None:
     os.write(terminal, _SHOW_CURSOR)
   os._exit(CODE)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+  """Raises Python's KeyboardInterrupt only after the block, unless a second one comes.
+
+  Nothing changes outside the main thread, or where somebody else handles interrupts.
+  """
+  main = threading.current_thread() is threading.main_thread()
+  if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    yield
+    return
+  came: list[int] = []
+
+  def hold(number: int, frame: FrameType | None) -> None:
+    if came:
+      signal.default_int_handler(number, frame)
+    came.append(number)
+
+  signal.signal(signal.SIGINT, hold)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+      raise KeyboardInterrupt
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

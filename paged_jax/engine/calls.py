@@ -110,7 +110,6 @@ class Calls:
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
-    self.awaiting = False  # nothing is half done: an interrupt does no harm
     # Placed for good from the start: what is placed later compiles everything again.
     self._where = manager.cache.num_free.sharding
     s = self._config.num_rows
@@ -234,9 +233,8 @@ class Calls:
 
   def await_report(self) -> None:
     """Waits until the oldest report is there."""
-    began, self.awaiting = time.perf_counter(), True
+    began = time.perf_counter()
     self._calls[0].packed.block_until_ready()
-    self.awaiting = False
     self._counts.seconds_waited += time.perf_counter() - began
 
   def collect(self) -> list[Drawn]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from paged_jax import interrupts
 from paged_jax.engine import audit, branches
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Drawn, Piece
@@ -488,17 +489,20 @@ class Engine:
       self._check_open()
       if self._in_round:
         raise RuntimeError("step must not be called from within a round, as on_token is")
-      self._in_round, self._calls.awaiting = True, False
-      try:
-        return self._round()
-      except BaseException as error:
-        if not (isinstance(error, KeyboardInterrupt) and self._calls.awaiting):
-          self._fail(error)  # nobody knows what the device holds
-        raise
-      finally:
-        self._in_round = False
-        if self._closed:
-          self._shut()
+      with interrupts.held_back():
+        return self._whole_round()
+
+  def _whole_round(self) -> bool:
+    self._in_round = True
+    try:
+      return self._round()
+    except BaseException as error:  # nobody knows what the device holds
+      self._fail(error)
+      raise
+    finally:
+      self._in_round = False
+      if self._closed:
+        self._shut()
 
   def _round(self) -> bool:
     scheduler, flying = self._scheduler, len(self._calls)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -185,22 +186,21 @@ def test_close_ends_everybody_although_the_device_is_gone():
   assert handle.completions[0].error == "the engine was closed" and e.failure is not None
 
 
-def test_an_interrupt_while_the_device_computes_does_no_harm(monkeypatch):
-  e = engine(num_steps=1)
-  handle = e.submit(PROMPTS[0], wanted(12))
-  e.step()
-  wait = e._calls.await_report
-
-  def interrupted():
-    e._calls.awaiting = True
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(e._calls, "await_report", interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    e.step()
-  monkeypatch.setattr(e._calls, "await_report", wait)
+def test_interrupts_leave_no_round_half_done():
+  e, interrupted = engine(num_steps=1), 0
+  for turn in range(60):
+    timer = threading.Timer(0.002 * turn, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+      e.generate([PROMPTS[turn % 3], PROMPTS[3]], wanted(30))
+      timer.join()
+      time.sleep(0.01)
+    except KeyboardInterrupt:
+      interrupted += 1
+    assert e.failure is None
+  assert interrupted
+  assert e.generate([PROMPTS[0]], wanted(12))[0][0].tokens == tiny.greedy(PROMPTS[0], 12)
   finish(e)
-  assert handle.tokens == [tiny.greedy(PROMPTS[0], 12)]
 
 
 def test_a_round_that_only_reads_reports_is_not_the_last():
