@@ -314,9 +314,8 @@ class Engine:
       for handle in handles:
         handle.cancel()
       raise
-    refusal = self._scheduler.refusal
-    if refusal is not None and not all(handle.done for handle in handles):
-      raise refusal
+    if not all(handle.done for handle in handles):
+      raise self._scheduler.refusal or RuntimeError("requests wait, and no round can serve them")
     return [[done for done in handle.completions if done] for handle in handles]
 
   # Streams
@@ -537,7 +536,7 @@ class Engine:
     return dispatched or flying > 0 or bool(scheduler.ended) or changed
 
   def _take_arrivals(self) -> bool:
-    """Those who came join the queue; whether there are changes to carry out."""
+    """Puts what has arrived into the queue; whether there are changes to carry out."""
     with self._lock:
       for entry in self._arrivals:
         self._queue.add(entry.samples)
