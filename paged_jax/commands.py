@@ -429,4 +429,6 @@ def _memory_for(config: CacheConfig) -> Iterator[None]:
     yield
   except jax.errors.JaxRuntimeError:
     size = config.num_pages * config.page_bytes
-    raise ValueError(f"there is no memory for a cache of {size:,} bytes") from None
+    raise ValueError(
+      f"there is no memory for a cache of {size:,} bytes; --num-pages asks for a smaller one"
+    ) from None
