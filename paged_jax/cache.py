@@ -96,7 +96,7 @@ def plan(
     rows=known,
     positions=positions,
     slots=jnp.where(own, slots, nowhere),
-    ok=own | (known == s),
+    ok=own | (rows == s),
     blocks=blocks,
     block_lengths=block_lengths,
     block_size=block_size,
@@ -126,7 +126,8 @@ def check_plan(cache: Cache, plan: Plan) -> None:
   _check_call("check_plan(cache, plan)", cache, plan)
   _, faults, slots = _placed(cache.ledger, plan.rows, plan.positions)
   moved = (plan.slots != slots) & (plan.rows < cache.ledger.num_rows)
-  faults = jnp.where((faults == 0) & moved, len(_FAULTS), faults)
+  faults = jnp.where((faults == 0) & moved, _MOVED, faults)
+  faults = jnp.where((faults == 0) & ~plan.ok, _NO_ROW, faults)
   (first,) = jnp.nonzero(faults, size=min(10, len(faults)), fill_value=len(faults))
   first = first.astype(jnp.int32)
   shown = (x.at[first].get(mode="fill", fill_value=-1) for x in (plan.rows, plan.positions, faults))
@@ -462,7 +463,9 @@ _FAULTS = (  # why a token has no slot of its own
   "does not ascend in its row, or its row comes in several pieces",
   "is on a page that others hold, too",
   "is not where the plan says: the cache has changed since",
+  "is in no row of this cache",
 )
+_MOVED, _NO_ROW = len(_FAULTS) - 1, len(_FAULTS)
 
 
 def _placed(

@@ -218,6 +218,9 @@ def test_check_plan_says_why_of_the_first_ten_tokens():
   ):
     assert part in text
   assert text.count("(row ") == 10
+  for row in (-1, 4, 99):
+    with pytest.raises(ValueError, match=r"token 1 \(row 3, position 0\) is in no row"):
+      paged_jax.check_plan(cache, paged_jax.plan(cache, ids(0, row), ids(1, 0)))
   empty_row, _ = paged_jax.free(cache, jnp.array([False, True, False]))
   with pytest.raises(ValueError, match=r"token 0 \(row 1, position 0\) is in an empty row"):
     paged_jax.check_plan(empty_row, paged_jax.plan(empty_row, ids(1), ids(0)))
