@@ -123,7 +123,6 @@ class Reader:
         if first != _BROKEN:
           return first
       return self._characters(byte)
-    before = self._characters()
     self._window.append(token)
     text = decode(self._window)
     settled = len(text) - text.endswith(_BROKEN)
@@ -134,10 +133,11 @@ class Reader:
     self._emitted = max(self._emitted, settled)
     if not (new or decode([token])):
       self._window.pop()  # it reads as nothing, anywhere
-    elif len(self._window) > 2 * _CONTEXT:
+      return ""
+    if len(self._window) > 2 * _CONTEXT:
       self._window, pending = self._window[-_CONTEXT:], len(text) - self._emitted
       self._emitted = len(decode(self._window)) - pending
-    return before + new
+    return self._characters() + new
 
   def _characters(self, byte: bytes = b"") -> str:
     """Those that a byte completes; without one, those that no byte completes any more."""

@@ -318,6 +318,8 @@ def test_tokens_that_read_as_nothing_change_nothing():
   for count in (1, 15, 16, 17, 40):
     tokens = [broken, *[beyond] * count, *tokens_of(" be")]
     assert Text(BYTE_LEVEL, tuple(tokens_of("to"))).decode(tokens) == "\ufffd be"
+  first, *rest = "é".encode()
+  assert Text(BYTE_FALLBACK, ()).decode([first, 9999, *rest]) == "é"
 
 
 def test_tokens_without_a_tokenizer_read_as_numbers():

@@ -190,8 +190,8 @@ def test_interrupts_leave_no_round_half_done():
   e, interrupted = engine(num_steps=1), 0
   for turn in range(60):
     timer = threading.Timer(0.002 * turn, signal.raise_signal, [signal.SIGINT])
-    timer.start()
     try:
+      timer.start()
       e.generate([PROMPTS[turn % 3], PROMPTS[3]], wanted(30))
       timer.join()
       time.sleep(0.01)
