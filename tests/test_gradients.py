@@ -41,14 +41,10 @@ def dense(q, k, v, scale=DIM**-0.5, window=99):
   return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), v)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint])
 def test_gradients_of_write_and_attend_are_those_of_dense_attention(implementation, transform):
-  if implementation in ("tpu", "gpu") and jax.default_backend() != implementation:
-    cache, plan = prefilled("xla")  # what it computes is another matter; what it means is the same
-    assert plan.implementation == "xla"
-  else:
-    cache, plan = prefilled(implementation)
+  cache, plan = prefilled(implementation)
 
   @transform
   def paged(q, k, v, scale):

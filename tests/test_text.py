@@ -285,8 +285,6 @@ def test_what_may_begin_a_stop_is_held_back():
 def test_stops_may_overlap(stops, text, kept):
   tokens = fallback(text)
   assert Text(BYTE_FALLBACK, (), stops).decode(tokens) == kept
-  (piece,) = [BYTE_LEVEL.encode("xyz").ids][:1]
-  assert Text(BYTE_LEVEL, (), ("z",)).decode(piece) == "xy"
 
 
 def test_nothing_is_decoded_twice_or_from_the_beginning():
