@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import measure
 
 import paged_jax
-from paged_jax.engine import PromptLookup, program, sampling
+from paged_jax.engine import PromptLookup, sampling
+from paged_jax.engine.device import program
 from paged_jax.models import decoder as decoder_lib
 
 NUM_ROWS = 32

@@ -20,9 +20,10 @@ import time
 
 import numpy as np
 
-from paged_jax import models, twin
+from paged_jax import models
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
+from paged_jax.ledger import on_host as twin
 
 SHARED, OWN, NEW_TOKENS, SIZE, ROWS = 200, 24, 32, 16, 64
 PAGES = ROWS * -(-(SHARED + OWN + NEW_TOKENS) // SIZE)

@@ -15,7 +15,7 @@ import statistics
 import time
 
 from paged_jax import models
-from paged_jax.demo import PROMPTS
+from paged_jax.cli.demo import PROMPTS
 from paged_jax.engine import Engine, EngineConfig, PromptLookup, Sampling
 from paged_jax.host import ManagerConfig
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import paged_jax
 from paged_jax import models
 from paged_jax.engine import Engine, EngineConfig, Sampling
-from paged_jax.server.answer import Choice
-from paged_jax.text import Text
+from paged_jax.engine.text import Text
+from paged_jax.server.responses import Choice
 
 LENGTHS = (500, 2000, 4000, 16_000)
 STOPS = ("no such text", "\n\n\n\n\n", "To be or not")

@@ -4,7 +4,8 @@ import pathlib
 
 import jax
 
-from paged_jax import demo, models, progress, viz
+from paged_jax import models, viz
+from paged_jax.cli import demo, progress
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
 

@@ -40,7 +40,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from paged_jax import models, progress
+from paged_jax import models
+from paged_jax.cli import progress
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.models import train
 

@@ -21,9 +21,9 @@ from jax.experimental import checkify
 from paged_jax import arguments, attention
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
-from paged_jax import pool as pool_lib
-from paged_jax import tables as tables_lib
 from paged_jax.config import CacheConfig
+from paged_jax.ledger import pool as pool_lib
+from paged_jax.ledger import tables as tables_lib
 from paged_jax.types import Audit, Cache, Copies, Image, Info, Ledger, Pages, Plan
 
 

@@ -12,19 +12,16 @@ import paged_jax
 
 ROOT = pathlib.Path(paged_jax.__file__).parent
 LAYERS = {
-  "types": 0, "config": 0, "arguments": 0, "loops": 0, "text": 0, "prompts": 0, "interrupts": 0,
-  "pool": 1, "tables": 1, "pages": 1, "pages_tpu": 1, "attention": 1,
-  "ledger": 2, "twin": 2,
+  "types": 0, "config": 0, "arguments": 0, "loops": 0, "interrupts": 0,
+  "ledger": 1, "pages": 1,
+  "attention": 2,
   "cache": 3,
   "jitted": 4, "sharding": 4,
   "testing": 5, "models": 5, "host": 5,
   "engine": 6, "viz": 6,
-  "progress": 7,
-  "demo": 8, "server": 8,
-  "commands": 9,
-  "cli": 10,
+  "server": 7,
+  "cli": 8,
 }  # fmt: skip
-SIBLINGS_ALLOWED = {("attention", "pages"), ("attention", "pages_tpu"), ("pages_tpu", "pages")}
 
 
 def layer_of(path):
@@ -47,7 +44,7 @@ def test_imports_go_down_the_layers(path):
   own = layer_of(path)
   assert own in LAYERS, f"{own} has no layer"
   for name in imported(ast.parse(path.read_text())):
-    if name in LAYERS and name != own and (own, name) not in SIBLINGS_ALLOWED:
+    if name in LAYERS and name != own:
       assert LAYERS[name] < LAYERS[own], f"{own} imports {name}"
 
 
@@ -73,4 +70,4 @@ def test_only_the_pool_and_its_twin_in_numpy_write_its_leaves():
       if ast.unparse(call.func) in ("dataclasses.replace", "Pool")
       and leaves & {keyword.arg for keyword in call.keywords}
     ]
-    assert bool(writes) == (path.stem in ("pool", "twin", "in_place")), (path, writes)
+    assert bool(writes) == (path.stem in ("pool", "on_host", "in_place")), (path, writes)

@@ -21,9 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
-from paged_jax import pages_tpu
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import softmax
+from paged_jax.attention import softmax, tpu_write
 from paged_jax.types import Pages, Plan, Tables
 
 CHUNK_TOKENS = 512
@@ -131,7 +130,7 @@ def write(
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Pages:
   """Writes k and v [B,H,D] in place; XLA's scatter copies the pool on TPU."""
-  return pages_tpu.write(
+  return tpu_write.write(
     pages, layer, k, v, plan.slots, block_size=plan.block_size, interpret=interpret
   )
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
-from paged_jax.engine.queue import Sample, SequenceId
+from paged_jax.engine.requests import Sample, SequenceId
 from paged_jax.engine.scheduler import Scheduler
 from paged_jax.host.stats import AuditReport
 

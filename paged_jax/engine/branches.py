@@ -14,7 +14,7 @@ outcome is carried out, by the next round, when all reports have been read (`app
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from paged_jax.engine.queue import Change, Entry, Sample
+from paged_jax.engine.requests import Change, Entry, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
 

@@ -19,10 +19,11 @@ import numpy as np
 
 import paged_jax
 from paged_jax.config import CacheConfig
-from paged_jax.engine import program, sampling
-from paged_jax.engine.drafts import Drafter
-from paged_jax.engine.options import Counts
-from paged_jax.engine.queue import Queue, Sample
+from paged_jax.engine import sampling
+from paged_jax.engine.config import Counts
+from paged_jax.engine.device import program
+from paged_jax.engine.device.drafts import Drafter
+from paged_jax.engine.requests import Queue, Sample
 from paged_jax.host import Manager
 from paged_jax.types import Cache, Plan
 

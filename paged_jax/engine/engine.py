@@ -21,14 +21,14 @@ from paged_jax import interrupts
 from paged_jax.engine import audit, branches
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Drawn, Piece
+from paged_jax.engine.config import Counts, EngineConfig
 from paged_jax.engine.handle import RequestHandle
-from paged_jax.engine.options import Counts, EngineConfig
-from paged_jax.engine.queue import Completion, Entry, OnToken, Queue, Sample
+from paged_jax.engine.requests import Completion, Entry, OnToken, Queue, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
+from paged_jax.engine.text import Reader, Tokenizer, Vocabulary, numbers
 from paged_jax.host import Manager, Request
-from paged_jax.host.options import whole
-from paged_jax.text import Reader, Tokenizer, Vocabulary, numbers
+from paged_jax.host.config import whole
 
 _log = logging.getLogger(__name__)
 

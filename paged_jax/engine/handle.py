@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from paged_jax.engine.queue import Completion, Entry
+from paged_jax.engine.requests import Completion, Entry
 from paged_jax.engine.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from paged_jax.engine.calls import Calls, Piece
-from paged_jax.engine.options import Counts, EngineConfig
-from paged_jax.engine.queue import Body, Queue, Sample, SequenceId
+from paged_jax.engine.config import Counts, EngineConfig
+from paged_jax.engine.requests import Body, Queue, Sample, SequenceId
 from paged_jax.host import Handle, Manager, Prefix, Request, errors
 
 _CALLS_AHEAD = 4  # for so many prefixes are evicted at once: before, all reports must be read

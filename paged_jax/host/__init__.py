@@ -2,9 +2,9 @@
 
 from paged_jax.host import errors as errors
 from paged_jax.host import eviction as eviction
+from paged_jax.host.config import ManagerConfig as ManagerConfig
+from paged_jax.host.config import Request as Request
 from paged_jax.host.handle import Handle as Handle
 from paged_jax.host.manager import Manager as Manager
 from paged_jax.host.manager import Prefix as Prefix
-from paged_jax.host.options import ManagerConfig as ManagerConfig
-from paged_jax.host.options import Request as Request
 from paged_jax.host.pressure import Level as Level

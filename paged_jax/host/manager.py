@@ -22,16 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import jitted, twin
+from paged_jax import jitted
 from paged_jax.config import CacheConfig
 from paged_jax.host import canary, errors, events, pressure
+from paged_jax.host.config import ManagerConfig, Request, whole
 from paged_jax.host.handle import Handle
 from paged_jax.host.holds import Held, pages_of
-from paged_jax.host.options import ManagerConfig, Request, whole
+from paged_jax.host.kept import Residency
 from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
-from paged_jax.host.residency import Residency
 from paged_jax.host.state import ID_SIZES, State, bucket, row_sizes
 from paged_jax.host.stats import AuditReport, Collected, PrefixStats, SequenceStats, Stats
+from paged_jax.ledger import on_host as twin
 from paged_jax.types import Audit, Cache
 
 

@@ -1,6 +1,6 @@
 """The cache on the device, and its ledger's twin on the host's CPU, which move together.
 
-The twin computes what the ledger functions do, in NumPy where `paged_jax.twin` can and compiled
+The twin computes what the ledger functions do, in NumPy where `paged_jax.ledger.on_host` can and compiled
 otherwise, and gets the same page ids (law 8), so that the host knows every page without asking the
 device. A program that the user runs on the cache reports what it
 did to the ledger in a `Log`; until then the twin is behind. Verbs that follow such a program are
@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from paged_jax import jitted, twin
+from paged_jax import jitted
 from paged_jax.config import CacheConfig
+from paged_jax.ledger import on_host as twin
 from paged_jax.types import Cache, Log, Pages
 
 Verb = tuple[str, tuple[np.ndarray, ...]]  # its name and operands

@@ -16,10 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from paged_jax.engine import Engine
-from paged_jax.server import question
-from paged_jax.server.answer import Answer, response
+from paged_jax.server import requests as question
 from paged_jax.server.metrics import Metrics
-from paged_jax.server.question import Refusal, Served
+from paged_jax.server.requests import Refusal, Served
+from paged_jax.server.responses import Answer, response
 
 
 def app(

@@ -12,9 +12,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import paged_jax
-from paged_jax import jitted, pages_tpu
+from paged_jax import jitted
 from paged_jax import pages as pages_lib
-from paged_jax.attention import tpu
+from paged_jax.attention import tpu, tpu_write
 from paged_jax.types import Pages
 
 SERVED = [c for c in cases.CASES if not c.bits and c.dtype != "float16"]
@@ -118,7 +118,7 @@ each_size = pytest.mark.parametrize("block_size", [1, 4, 64])
 
 
 def check_write(w: Writes, block_size, interpret):
-  write = functools.partial(pages_tpu.write, block_size=block_size, interpret=interpret)
+  write = functools.partial(tpu_write.write, block_size=block_size, interpret=interpret)
   got = jax.jit(write, compiler_options=cases.INTERPRETER)(w.pages, jnp.int32(1), w.k, w.v, w.slots)
   want = scatter(w.pages, jnp.int32(1), w.k, w.v, w.slots)
   np.testing.assert_array_equal(got.kv, want.kv)
@@ -142,7 +142,7 @@ def test_no_copy_of_a_write_races(name, mode):
 
 def test_a_layer_that_is_not_there_is_not_written():
   w = writes(**WRITES["decode"])
-  got = pages_tpu.write(w.pages, jnp.int32(2), w.k, w.v, w.slots, block_size=1, interpret=True)
+  got = tpu_write.write(w.pages, jnp.int32(2), w.k, w.v, w.slots, block_size=1, interpret=True)
   np.testing.assert_array_equal(got.kv, w.pages.kv)
 
 
@@ -151,7 +151,7 @@ def test_a_layer_that_is_not_there_is_not_written():
   [(16, 2, 1, 2), (16, 4, 1, 1), (64, 2, 64, 16), (64, 2, 8, 8), (3, 2, 1, 1), (24, 2, 64, 12)],
 )
 def test_window_size(page_size, itemsize, block_size, size):
-  assert pages_tpu.window_size(page_size, itemsize, block_size) == size
+  assert tpu_write.window_size(page_size, itemsize, block_size) == size
 
 
 def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted):

@@ -6,7 +6,8 @@ import pytest
 import tiny
 from serving import PROMPTS, engine, finish, force_preemption
 
-from paged_jax.engine import Sampling, beams
+from paged_jax.engine import Sampling
+from paged_jax.engine.device import beams
 
 
 def test_one_step_by_hand():

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import PROMPTS, SIZE, Words, engine, finish, force_preemption
 
-from paged_jax.engine import PromptLookup, Sampling, program
+from paged_jax.engine import PromptLookup, Sampling
 from paged_jax.engine import calls as calls_lib
+from paged_jax.engine.device import program
 from paged_jax.host import Request, errors
 
 

@@ -504,7 +504,7 @@ def folder(tmp_path):
 @contextlib.contextmanager
 def serving(folder):
   """The command, when it has said where it is, and its address."""
-  command = [sys.executable, "-m", "paged_jax.cli", "serve", "--model", folder, "--port", "0"]
+  command = [sys.executable, "-m", "paged_jax.cli.main", "serve", "--model", folder, "--port", "0"]
   command += ["--prompt-size", "16", "--num-rows", "4", "--num-host-pages", "0"]
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -11,9 +11,11 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from paged_jax import cli, commands, interrupts, models, progress
-from paged_jax.commands import Writer
-from paged_jax.progress import Summary, Update
+from paged_jax import interrupts, models
+from paged_jax.cli import commands, progress
+from paged_jax.cli.commands import Writer
+from paged_jax.cli.main import main as cli
+from paged_jax.cli.progress import Summary, Update
 
 # A model with one token per byte, small enough to compile in seconds.
 
@@ -64,7 +66,7 @@ def without_progress(err):
 def command(*argv):
   """The same in a process of its own."""
   return subprocess.run(
-    [sys.executable, "-m", "paged_jax.cli", *map(str, argv)],
+    [sys.executable, "-m", "paged_jax.cli.main", *map(str, argv)],
     capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 

@@ -14,9 +14,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from paged_jax.engine import Completion, RequestHandle, Sampling
+from paged_jax.engine.text import numbers
 from paged_jax.server.metrics import Metrics
-from paged_jax.server.question import Question, Refusal, Served
-from paged_jax.text import numbers
+from paged_jax.server.requests import Question, Refusal, Served
 
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> NoReturn:
-  from paged_jax import commands  # not earlier: it needs an extra
+  from paged_jax.cli import commands
 
   try:
     sys.exit(commands.run(argv))

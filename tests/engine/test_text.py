@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from paged_jax.text import Reader, Text, Vocabulary, numbers
+from paged_jax.engine.text import Reader, Text, Vocabulary, numbers
 
 CORPUS = [
   "To be, or not to be: that is the question.",

@@ -21,7 +21,7 @@ def start(name, **streams):
   pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   env = {key: value for key, value in os.environ.items() if "CACHE" not in key}
   return subprocess.Popen(
-    [sys.executable, "-m", "paged_jax.cli", *COMMANDS[name]], env=env, **(pipes | streams)
+    [sys.executable, "-m", "paged_jax.cli.main", *COMMANDS[name]], env=env, **(pipes | streams)
   )
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged_jax
-from paged_jax import tables
-from paged_jax.engine import beams, sampling
-from paged_jax.engine.drafts import Drafter
+from paged_jax.engine import sampling
+from paged_jax.engine.device import beams
+from paged_jax.engine.device.drafts import Drafter
+from paged_jax.ledger import tables
 from paged_jax.types import Cache, Log
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from paged_jax.host import errors
+from paged_jax.host.config import ManagerConfig
 from paged_jax.host.holds import Held, Holds, pages_of
-from paged_jax.host.options import ManagerConfig
 from paged_jax.host.prefix import Node, PrefixIndex
 from paged_jax.host.state import ID_SIZES, State, batches
 

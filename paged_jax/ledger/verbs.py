@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from paged_jax import arguments, loops
-from paged_jax import pool as pool_lib
-from paged_jax import tables as tables_lib
 from paged_jax.config import CacheConfig
+from paged_jax.ledger import pool as pool_lib
+from paged_jax.ledger import tables as tables_lib
 from paged_jax.types import Audit, Copies, Info, Ledger, Log, Pool, Tables
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 
 from paged_jax.config import CacheConfig
-from paged_jax.engine.drafts import Drafter
+from paged_jax.engine.device.drafts import Drafter
 from paged_jax.engine.sampling import MAX_STOP_TOKENS
 from paged_jax.host import ManagerConfig
-from paged_jax.host.options import whole
+from paged_jax.host.config import whole
 
 PREEMPTIONS = ("auto", "swap", "recompute")
 

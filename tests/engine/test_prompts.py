@@ -1,7 +1,7 @@
 import pytest
 import tokenizers
 
-from paged_jax import prompts
+from paged_jax.engine import prompts
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import paged_jax
-from paged_jax import jitted, twin
+from paged_jax import jitted
+from paged_jax.ledger import on_host as twin
 
 MANY = 2**31 - 1
 

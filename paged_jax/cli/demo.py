@@ -11,11 +11,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 
-from paged_jax import models, progress, viz
-from paged_jax import prompts as prompt_lib
+from paged_jax import models, viz
+from paged_jax.cli import progress
+from paged_jax.cli.progress import Update
 from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.engine import prompts as prompt_lib
 from paged_jax.host import ManagerConfig
-from paged_jax.progress import Update
 
 PROMPTS = (
   "ROMEO:\nBut, soft! what light through yonder window breaks?\n"

@@ -21,13 +21,14 @@ import tokenizers
 import typer
 
 import paged_jax
-from paged_jax import attention, demo, interrupts, models, progress
-from paged_jax import prompts as prompt_lib
+from paged_jax import attention, interrupts, models
+from paged_jax.cli import demo, progress
+from paged_jax.cli.progress import Update
 from paged_jax.config import CacheConfig
 from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.engine import prompts as prompt_lib
 from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
-from paged_jax.progress import Update
 
 # The base class, which typer takes from its own click or from another, by version.
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])

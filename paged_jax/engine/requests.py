@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 
 from paged_jax.engine.sampling import Sampling
+from paged_jax.engine.text import Reader
 from paged_jax.host import Handle
-from paged_jax.text import Reader
 
 
 class Completion(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax import pool as pool_lib
+from paged_jax.ledger import pool as pool_lib
 
 
 @functools.partial(jax.jit, static_argnames="chunk")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from paged_jax import prompts as prompt_lib
 from paged_jax.engine import Engine, Sampling, sampling
+from paged_jax.engine import prompts as prompt_lib
 
 _MAX_STOPS, _MAX_STOP_CHARS, _MAX_BIAS, _DEFAULT_MAX_TOKENS = 16, 256, 100, 16
 _INT_MAX = 2**31 - 1

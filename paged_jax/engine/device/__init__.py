@@ -1,0 +1,1 @@
+"""Pure functions of arrays: what runs on the device in one call of the engine."""
