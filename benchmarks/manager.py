@@ -105,7 +105,7 @@ def decode_ours(steps: int):
   def dispatch():
     manager.run(lambda cache: (cache, log, None))  # the device's part is not measured
     begin = time.perf_counter()
-    manager.settle(tokens, counts)
+    manager.settle(tokens=tokens, num_tokens=counts)
     spent = time.perf_counter() - begin
     if manager.sequence_stats(handles[0]).num_tokens > 900:
       trim = paged_jax.Log(((np.array([lengths], np.int32),),), ("trim",))

@@ -24,7 +24,7 @@ from paged_jax.engine.config import Counts
 from paged_jax.engine.device import program
 from paged_jax.engine.device.drafts import Drafter
 from paged_jax.engine.requests import Queue, Sample
-from paged_jax.host import Manager
+from paged_jax.host import Manager, Ticket
 from paged_jax.types import Cache, Plan
 
 
@@ -74,7 +74,7 @@ class _Parts:
 
 
 class _Call(NamedTuple):
-  packed: jax.Array  # its report
+  ticket: Ticket  # with its packed report
   like: program.Report  # what that unpacks to
   samples: dict[int, Sample]  # those that draw, by row
   num_steps: int
@@ -147,7 +147,7 @@ class Calls:
         self.changed[beam.row] = beam
     samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
     searching = any(sample.searching for sample in samples.values())
-    packed = self.run(prompts, num_steps, searching=searching)
+    ticket = self.run(prompts, num_steps, searching=searching)
     for sample in starting:
       fresh = sample.entry.logits is None and not sample.tokens  # they follow the prompt itself
       if fresh and self._manager.options.prefix_cache:
@@ -155,18 +155,20 @@ class Calls:
     for sample in samples.values():
       sample.pending += num_steps
     like = _like(num_steps, self.width, self._config.num_rows, searching)
-    self._calls.append(_Call(packed, like, samples, num_steps))
+    self._calls.append(_Call(ticket, like, samples, num_steps))
 
   def run(
     self, prompts: program.Prompts | None, num_steps: int, *, searching: bool = False
-  ) -> jax.Array:
-    """One call, rows that have changed edited first; its packed report."""
+  ) -> Ticket:
+    """One call, rows that have changed edited first; its packed report is in the ticket."""
     edits = self._edits()
-    self._rows, self._past, packed = self._manager.run(
+    ticket = self._manager.run(
       _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
       drafter=self._drafter, num_beams=self._max_beams if searching else 1,
     )  # fmt: skip
-    return packed
+    self._rows, self._past, packed = ticket.result
+    ticket = dataclasses.replace(ticket, result=packed)
+    return ticket
 
   def warm_up(self) -> None:
     """Compiles what moves texts and logits into and out of row 0, which must be idle."""
@@ -235,13 +237,13 @@ class Calls:
   def await_report(self) -> None:
     """Waits until the oldest report is there."""
     began = time.perf_counter()
-    self._calls[0].packed.block_until_ready()
+    self._calls[0].ticket.result.block_until_ready()
     self._counts.seconds_waited += time.perf_counter() - began
 
   def collect(self) -> list[Drawn]:
     """Reads the oldest report."""
     call = self._calls.popleft()
-    report = program.unpack(np.asarray(call.packed), call.like)
+    report = program.unpack(np.asarray(call.ticket.result), call.like)
     self._counts.copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
@@ -255,7 +257,7 @@ class Calls:
         beams[row] = sample
         continue
       drawn.append(Drawn(sample, *texts[row], remaining[row] == 0, broken[row]))
-    self._manager.settle(but=len(self._calls))
+    self._manager.settle(call.ticket)
     return drawn + _searched(report, beams)
 
 

@@ -8,3 +8,4 @@ from paged_jax.host.handle import Handle as Handle
 from paged_jax.host.manager import Manager as Manager
 from paged_jax.host.manager import Prefix as Prefix
 from paged_jax.host.pressure import Level as Level
+from paged_jax.host.state import Ticket as Ticket

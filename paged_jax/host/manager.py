@@ -30,7 +30,7 @@ from paged_jax.host.handle import Handle
 from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.kept import Residency
 from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
-from paged_jax.host.state import ID_SIZES, State, bucket, row_sizes
+from paged_jax.host.state import ID_SIZES, State, Ticket, bucket, row_sizes
 from paged_jax.host.stats import AuditReport, Collected, PrefixStats, SequenceStats, Stats
 from paged_jax.ledger import on_host as twin
 from paged_jax.types import Audit, Cache
@@ -125,12 +125,13 @@ class Manager:
   # One transition
 
   @contextlib.contextmanager
-  def _transition(self, *, wait: bool = True, but: int = 0) -> Iterator[None]:
-    """The lock, a twin that has settled all programs `but` the newest few, or none unless it is to
-    `wait`, and exact counts; callbacks afterwards, outside the lock."""
+  def _transition(self, *, wait: bool = True, last: Ticket | None = None) -> Iterator[None]:
+    """Runs one change under the lock. First, if it is to `wait`, takes over the reports of programs up
+    to `last`, by default of all. Afterwards updates the counts and, outside the lock, calls the
+    pressure callbacks."""
     try:
       with self._lock:
-        if wait and self._state.settle(but):
+        if wait and self._state.settle(last):
           self._kept.count_pages()
           if self.options.canary:  # programs leave no marks
             for sequence in self._sequences.values():
@@ -667,39 +668,44 @@ class Manager:
 
   # Programs of the user's own
 
-  def run(self, program: Callable, *args, **kwargs) -> Any:
-    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, anything else).
+  def run(self, program: Callable, *args, **kwargs) -> Ticket:
+    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result).
 
     The cache is donated if the program says so. `log` is a `paged_jax.Log` of every ledger verb
     that it ran. Nothing waits: the log is read by the next method, or by `settle`. Room for what
     the program may extend is for the caller to see to (`available_pages`).
 
     Returns:
-      The third thing that the program returned.
+      A ticket: `ticket.result` is the third thing that the program returned, `settle(ticket)` takes
+      over its report.
     """
     with self._lock:
       return self._state.run(program, *args, **kwargs)
 
   def settle(
     self,
+    ticket: Ticket | None = None,
+    *,
     tokens: np.ndarray | None = None,
     num_tokens: np.ndarray | None = None,
-    *,
-    but: int = 0,
   ) -> int:
-    """Waits for all reports `but` those of the newest few programs, and takes them over.
+    """Waits for the report of a program and those before it, by default for all, and takes them over.
 
     Tokens that came with them are recorded; see `record`.
+
+    Args:
+      ticket: What `run` returned.
+      tokens: Given with `num_tokens`, or not at all.
+      num_tokens: See `record`.
 
     Returns:
       Free pages, as of the last report taken.
     """
-    but = whole("but", but, 0)
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
     if tokens is not None and num_tokens is not None:
       self.record(tokens, num_tokens)
-    with self._transition(but=but):
+    with self._transition(last=ticket):
       return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:

@@ -12,8 +12,10 @@ after its report, since only then the pages that they take are known.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,10 +31,21 @@ ID_SIZES = (16, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ticket:
+  """A program that was run: `result` is the third thing it returned, at once; `Manager.settle`
+  takes over what it did to the ledger."""
+
+  result: Any
+  number: int = dataclasses.field(repr=False)
+  state: "State" = dataclasses.field(repr=False)
+
+
 @dataclasses.dataclass
 class _Program:
   """A program whose report is not taken over, and the verbs that followed it."""
 
+  number: int
   log: Log
   verbs: list[Verb] = dataclasses.field(default_factory=list)
 
@@ -50,6 +63,7 @@ class State:
     self.ledger: twin.Ledger = _on_host(jitted.ledger.init(config))
     self._reported = self.ledger  # what the oldest of these programs began with
     self._programs: list[_Program] = []  # not settled yet, oldest first
+    self._numbers = itertools.count(1)
     self._thread: ThreadPoolExecutor | None = None  # from when it is first needed
 
   @property
@@ -154,17 +168,20 @@ class State:
     if thread is not None:
       thread.shutdown()
 
-  def run(self, program: Callable, *args, **kwargs):
-    """`program(cache, *args, **kwargs)` returns (cache, log, anything); returns the last."""
-    self.cache, log, out = program(self.cache, *args, **kwargs)
+  def run(self, program: Callable, *args, **kwargs) -> Ticket:
+    """`program(cache, *args, **kwargs)` returns (cache, log, result)."""
+    self.cache, log, result = program(self.cache, *args, **kwargs)
     if not self._programs:
       self._reported = self.ledger
-    self._programs.append(_Program(log))
-    return out
+    ticket = Ticket(result, next(self._numbers), self)
+    self._programs.append(_Program(ticket.number, log))
+    return ticket
 
-  def settle(self, but: int = 0) -> bool:
-    """Takes over all reports but those of the newest `but` programs; whether there were any."""
-    settled = self._programs[: max(0, len(self._programs) - but)]
+  def settle(self, last: Ticket | None = None) -> bool:
+    """Takes over the reports up to that of `last`, by default all; whether there were any."""
+    if last is not None and last.state is not self:
+      raise ValueError(f"ticket must be of this manager's `run`, got {last}")
+    settled = [each for each in self._programs if last is None or each.number <= last.number]
     if not settled:
       return False
     ledger = self._reported

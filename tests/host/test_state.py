@@ -86,14 +86,14 @@ def test_a_report_is_taken_over_while_the_next_program_runs():
   for num_turns in (1, 20_000):  # the first time compiles, the second one takes a page
     m.settle()
     free = m.num_free
-    m.run(decode, np.array([True] + [False] * 4), num_steps=1)
-    slow = m.run(dawdle, num_turns)
-  m.settle(but=1)
+    first = m.run(decode, np.array([True] + [False] * 4), num_steps=1)
+    slow = m.run(dawdle, num_turns).result
+  m.settle(first)
   assert (m.num_free, m.num_mapped) == (free - 1, 2)
-  m.settle(but=1)  # it is so already
+  m.settle(first)  # it is so already
   assert not slow.is_ready()
-  with pytest.raises(ValueError, match="but must be an integer of at least 0, got -1"):
-    m.settle(but=-1)
+  with pytest.raises(ValueError, match="ticket must be of this manager's `run`, got Ticket"):
+    manager(num_pages=40, num_rows=5).settle(first)
 
 
 def test_tokens_that_come_with_a_report_are_recorded_and_may_be_stored():
@@ -101,17 +101,17 @@ def test_tokens_that_come_with_a_report_are_recorded_and_may_be_stored():
   handle = m.allocate(Request("a", tokens=[7, 8, 9]))
   m.run(decode, np.array([True] + [False] * 4), num_steps=3)
   tokens = np.arange(15, dtype=np.int32).reshape(3, 5)
-  m.settle(tokens, np.array([3, 0, 0, 0, 0]))
+  m.settle(tokens=tokens, num_tokens=np.array([3, 0, 0, 0, 0]))
   assert m.store_prefix(handle)
   assert m.find_prefix([7, 8, 9, 0, 5, 10, 1]).length == 6
   with pytest.raises(ValueError, match="tokens and num_tokens"):
-    m.settle(tokens)
+    m.settle(tokens=tokens)
 
 
 def test_a_program_that_meets_a_full_pool_is_replayed_with_its_refusals():
   m = manager(num_pages=4, num_rows=5)
   handles = m.allocate_many([Request(i, 3) for i in range(4)])
-  ok = m.run(decode, np.ones(5, bool), num_steps=3)
+  ok = m.run(decode, np.ones(5, bool), num_steps=3).result
   m.settle()
   assert m.audit().clean
   assert [handle.num_tokens for handle in handles] == [4, 4, 4, 4]  # full pages, and no more
@@ -241,7 +241,7 @@ def ahead(m, wait, num_turns):
     [Request("one", tokens=range(9)), Request("two", tokens=range(20, 29))]
   )
   m.run(decode, np.array([False, True] + [False] * 3), num_steps=5)
-  slow = m.run(dawdle, num_turns)
+  slow = m.run(dawdle, num_turns).result
   m.store_prefixes([Prefix(one, range(9))], wait=wait)
   m.deallocate_many(["one"], wait=wait)
   requests = [Request("three", tokens=[*range(9), 40]), Request("four", 12)]
