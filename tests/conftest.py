@@ -1,10 +1,7 @@
 """Settings of the whole test run; they must be made before jax is imported."""
 
-import atexit
 import os
 import pathlib
-import shutil
-import tempfile
 from importlib import metadata
 
 flags = "--xla_force_host_platform_device_count=8"
@@ -14,13 +11,11 @@ if metadata.version("jaxlib").startswith("0.10."):
 asked = os.environ.get("XLA_FLAGS", "")  # wins: the last flag counts
 # Without LLVM's optimizations the tests of beam search, mostly compilation, take 0.55x the CPU time.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags} {asked}"
-if "PYTEST_XDIST_WORKER" not in os.environ:
-  # What one process compiles the others of this run load: workers, notebooks, commands.
-  programs = tempfile.mkdtemp(prefix="programs-")
-  atexit.register(shutil.rmtree, programs, ignore_errors=True)
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# What one process compiles the others load: workers, notebooks, commands, and the next run.
+programs = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
