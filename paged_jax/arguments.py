@@ -7,21 +7,36 @@ import numpy as np
 
 def integers(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
   """`value` as an i32 array of `shape`, where None stands for any size but 0."""
-  if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-    strange = value[value != value.astype(np.int32)]
-    if strange.size:
-      raise ValueError(f"{name} must fit in int32, got {strange[0]}")
-  return _array(name, value, shape, jnp.integer, "an integer").astype(jnp.int32)
+  _check_range(name, value)
+  _check(name, value, shape, jnp.integer, "an integer")
+  return jnp.asarray(value).astype(jnp.int32)
 
 
 def booleans(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
   """`value` as a bool array of `shape`."""
-  return _array(name, value, shape, jnp.bool_, "a bool")
+  _check(name, value, shape, jnp.bool_, "a bool")
+  return jnp.asarray(value)
 
 
 def floats(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
   """`value` as a floating-point array of `shape`."""
-  return _array(name, value, shape, jnp.floating, "a floating-point")
+  _check(name, value, shape, jnp.floating, "a floating-point")
+  return jnp.asarray(value)
+
+
+def host_integers(name: str, value, shape: tuple[int | None, ...]) -> np.ndarray:
+  """As `integers`, but an array of NumPy."""
+  _check(name, value, shape, np.integer, "an integer")
+  if value.dtype == np.int32:
+    return np.asarray(value)
+  _check_range(name, value)
+  return np.asarray(value).astype(np.int32)
+
+
+def host_booleans(name: str, value, shape: tuple[int | None, ...]) -> np.ndarray:
+  """As `booleans`, but an array of NumPy."""
+  _check(name, value, shape, np.bool_, "a bool")
+  return np.asarray(value)
 
 
 def layer(value, num_layers: int) -> jax.Array:
@@ -41,7 +56,14 @@ def size(name: str, value, limit: int) -> int:
   return value
 
 
-def _array(name, value, shape, kind, kind_name) -> jax.Array:
+def _check_range(name, value) -> None:
+  if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+    strange = value[value != value.astype(np.int32)]
+    if strange.size:
+      raise ValueError(f"{name} must fit in int32, got {strange[0]}")
+
+
+def _check(name, value, shape, kind, kind_name) -> None:
   if not hasattr(value, "dtype") or not hasattr(value, "shape"):
     raise ValueError(f"{name} must be an array, got {type(value).__name__} {value!r}")
   if not jnp.issubdtype(value.dtype, kind):
@@ -50,4 +72,3 @@ def _array(name, value, shape, kind, kind_name) -> jax.Array:
   if not (same and all(n == want or (want is None and n) for want, n in zip(shape, value.shape))):
     wanted = ", ".join("any" if want is None else str(want) for want in shape)
     raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
-  return jnp.asarray(value)

@@ -1,7 +1,9 @@
 """All integers of a cache: who holds which page. Runs without any bytes, also on the host."""
 
+from paged_jax.ledger.laws import audit as audit
+from paged_jax.ledger.log import replay as replay
+from paged_jax.ledger.on_host import HostLedger as HostLedger
 from paged_jax.ledger.verbs import adopt as adopt
-from paged_jax.ledger.verbs import audit as audit
 from paged_jax.ledger.verbs import drop as drop
 from paged_jax.ledger.verbs import extend as extend
 from paged_jax.ledger.verbs import fork as fork
@@ -10,8 +12,12 @@ from paged_jax.ledger.verbs import hold as hold
 from paged_jax.ledger.verbs import init as init
 from paged_jax.ledger.verbs import pages_needed as pages_needed
 from paged_jax.ledger.verbs import reorder as reorder
-from paged_jax.ledger.verbs import replay as replay
 from paged_jax.ledger.verbs import slide as slide
 from paged_jax.ledger.verbs import take_held as take_held
 from paged_jax.ledger.verbs import trim as trim
 from paged_jax.ledger.verbs import unshare as unshare
+
+__all__ = [
+  "HostLedger", "adopt", "audit", "drop", "extend", "fork", "free", "hold", "init",
+  "pages_needed", "reorder", "replay", "slide", "take_held", "trim", "unshare",
+]  # fmt: skip

@@ -1,15 +1,491 @@
-"""The ledger's twin for the host: the commonest verbs in NumPy, bit for bit as `ledger` computes them.
+"""The ledger in NumPy: all verbs, bit for bit as `verbs` computes them, changed in place.
 
-They know one case, which is nearly every one: all is granted. For any other they return None, and the
-compiled verb decides. On a CPU that one waits for a thread of the device's program.
+A verb costs the rows and pages that it names, and the words of the bitmap that a search for free
+pages passes. Nothing visits the whole pool.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from paged_jax.types import Log
+from paged_jax import arguments, types
+from paged_jax.config import CacheConfig
+from paged_jax.ledger import log as log_lib
+from paged_jax.types import Info, Log, Pool, Tables
+
+_WINDOWS = 32, 4096  # words that a search looks at: in its first step, and at most
+_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
+
+
+class HostLedger:
+  """All integers of a cache, on the host.
+
+  Its verbs take the same requests as those of `paged_jax.ledger` and decide the same. A verb
+  changes the ledger and returns an `Info` of NumPy values.
+
+  >>> import numpy as np, paged_jax
+  >>> config = paged_jax.CacheConfig(num_rows=2, num_pages=4, page_size=8, max_length=16)
+  >>> ledger = HostLedger(config)
+  >>> info = ledger.extend(np.array([9, 0]))
+  >>> info.ok.tolist(), info.num_free
+  ([True, True], 2)
+  >>> ledger.block_tables.tolist()
+  [[0, 1], [4, 4]]
+
+  A program on the device changes its ledger and reports how only later. Until then the host goes
+  on from a mark, as if the program did nothing:
+
+      # device  extend ─ program ─ free ─ extend
+      # host    extend ─ mark ──── free ─ extend ─┐ the report is here
+      #                  rewind ◄─────────────────┘
+      #                  replay ── free ─ extend
+
+  >>> ledger.mark()
+  >>> info = ledger.free(np.array([True, False]))
+  >>> ledger.rewind()
+  >>> ledger.lengths.tolist()
+  [9, 0]
+
+  Args:
+    config: Sizes of the cache.
+  """
+
+  def __init__(self, config: CacheConfig):
+    n, s = config.num_pages, config.num_rows
+    self.page_size = config.page_size
+    self.copy_on_write = config.copy_on_write
+    self.bitmap = np.packbits(np.arange(-(-n // 32) * 32) < n, bitorder="little").view(np.uint32)
+    self.refcount = np.zeros(n, np.int32)  # holders of each page, rows and host alike
+    self.holds = np.zeros(n, np.int32)  # the part of `refcount` that is the host's
+    self.num_free = n
+    self.cursor = 0  # page where the next search for a free one starts
+    self.block_tables = np.full((s, config.pages_per_row), n, np.int32)
+    self.starts = np.zeros(s, np.int32)
+    self.lengths = np.zeros(s, np.int32)
+    self.stale = np.zeros(s, np.bool_)
+    self.num_copies = 0  # pages that `extend` and `unshare` copied
+    self.touched: set[int] = set()  # held pages whose holders changed; the caller clears it
+    self._mark: _Mark | None = None
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in the pool, N; also the id that means "no page"."""
+    return self.refcount.shape[0]
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of the batch, S; also the id that means "no row"."""
+    return self.lengths.shape[0]
+
+  @property
+  def pages_per_row(self) -> int:
+    """Pages that one row can map, P."""
+    return self.block_tables.shape[1]
+
+  @property
+  def capacity(self) -> int:
+    """Tokens that one row can hold, P * T."""
+    return self.pages_per_row * self.page_size
+
+  def snapshot(self) -> types.Ledger:
+    """A copy, as the device keeps it."""
+
+    def copy(array) -> Any:
+      return np.array(array)
+
+    pool = Pool(
+      free=copy(self.bitmap),
+      refcount=copy(self.refcount),
+      holds=copy(self.holds),
+      num_free=copy(np.int32(self.num_free)),
+      cursor=copy(np.int32(self.cursor)),
+    )
+    tables = Tables(
+      block_tables=copy(self.block_tables),
+      starts=copy(self.starts),
+      lengths=copy(self.lengths),
+      stale=copy(self.stale),
+    )
+    return types.Ledger(pool, tables, self.page_size, self.copy_on_write)
+
+  # The verbs.
+
+  def pages_needed(self, num_tokens: np.ndarray) -> np.ndarray:
+    """Pages that `extend` would take for each row, i32[S]."""
+    growth = self._growth(num_tokens)
+    return growth.num_new + growth.copied
+
+  def extend(self, num_tokens: np.ndarray) -> Info:
+    """Room for `num_tokens` i32[S] more tokens in each row."""
+    growth = self._growth(num_tokens)
+    ok, lengths, need = growth.valid, growth.lengths, growth.num_new + growth.copied
+    if need.any():
+      fits = np.cumsum(need, dtype=np.int64) <= self.num_free
+      rows = (fits & (need > 0)).nonzero()[0]
+      pages = self._take(int(need[rows].sum()))
+      # The copy of the tail comes just before the new pages.
+      first = growth.num_pages[rows] - growth.copied[rows]
+      self._map(*_spread(rows, first, need[rows]), pages)
+      copied = growth.tails[fits[growth.rows] & (growth.copied[growth.rows] > 0)]
+      self._count(copied, -1)
+      self.num_copies += copied.size
+      # Behind a refused row the last sharer of a tail page is still not alone on it.
+      alone = np.ones(self.num_rows, np.bool_)
+      alone[growth.rows] = self.refcount[growth.tails] <= 1
+      ok = ok & (fits | (alone & (need == 0)))
+      lengths = np.where(ok, lengths, self.lengths)
+    self._set(self.stale, (self.stale & (lengths > self.lengths)).nonzero()[0], False)
+    self._set(self.lengths, ..., lengths)
+    return self._info(ok)
+
+  def fork(self, src: np.ndarray, dst: np.ndarray, num_tokens: np.ndarray | None = None) -> Info:
+    """Rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B]."""
+    src = arguments.host_integers("src", src, (None,))
+    dst = arguments.host_integers("dst", dst, src.shape)
+    known = (src >= 0) & (src < self.num_rows)
+    source = np.where(known, src, 0)
+    held = np.where(known, self.lengths[source], 0)
+    tokens = held if num_tokens is None else num_tokens
+    tokens = arguments.host_integers("num_tokens", tokens, src.shape)
+    starts = np.where(tokens > 0, self.starts[source], 0)
+    valid = known & (tokens >= starts) & (tokens <= held)
+    if not self.copy_on_write:
+      valid &= tokens % self.page_size == 0
+    ok = self._vacant(dst, valid)
+    source, target, starts, tokens = source[ok], dst[ok], starts[ok], tokens[ok]
+    stale = (tokens > 0) & (self.stale[source] | (tokens < self.lengths[source]))
+    first, count = self._span(starts, tokens)
+    rows, columns = _spread(source, first, count)
+    pages = self.block_tables[rows, columns]
+    self._count(pages, 1)
+    self._map(np.repeat(target, count), columns, pages)
+    self._write(target, starts, tokens, stale)
+    return self._info(ok | (dst == self.num_rows))
+
+  def reorder(self, sources: np.ndarray) -> Info:
+    """Row r becomes a share of row `sources[r]`, all at once; S empties it."""
+    s = self.num_rows
+    sources = arguments.host_integers("sources", sources, (s,))
+    own = np.arange(s)
+    ok = (sources >= 0) & (sources <= s)
+    if not self.copy_on_write:
+      whole = np.append(self.lengths % self.page_size == 0, True)  # no row has no partial page
+      ok &= whole[np.where(ok, sources, s)] | (sources == own)
+    changed = (ok & (sources != own)).nonzero()[0]
+    target = changed[sources[changed] < s]
+    source = sources[target]
+    starts, lengths, stale = self.starts[source], self.lengths[source], self.stale[source]
+    first, count = self._span(starts, lengths)
+    rows, columns = _spread(source, first, count)
+    pages = self.block_tables[rows, columns]
+    # All rows take their new pages before any gives up its old ones.
+    self._count(pages, 1)
+    self._unmap(changed, *self._span(self.starts[changed], self.lengths[changed]))
+    self._map(np.repeat(target, count), columns, pages)
+    self._write(changed, 0, 0, False)
+    self._write(target, starts, lengths, stale)
+    return self._info(ok)
+
+  def unshare(self, starts: np.ndarray) -> Info:
+    """Pages of the tokens `starts` i32[S] to the end of each row get no other holder."""
+    starts = arguments.host_integers("starts", starts, (self.num_rows,))
+    ok = (starts >= 0) & (starts <= self.lengths)
+    first, count = self._span(np.maximum(starts, self.starts), self.lengths)
+    asking = (ok & (starts < self.lengths)).nonzero()[0]
+    rows, columns = _spread(asking, first[asking], count[asking])
+    shared = self.refcount[self.block_tables[rows, columns]] > 1
+    waiting = False
+    for row in np.unique(rows[shared]).tolist():
+      begin, end = int(first[row]), int(first[row] + count[row])
+      columns = np.arange(begin, end)
+      pages = self.block_tables[row, columns]
+      shared = self.refcount[pages] > 1  # of n sharers the last keeps the page
+      columns, pages = columns[shared], pages[shared]
+      if not pages.size:
+        continue
+      waiting |= pages.size > self.num_free
+      if waiting or not self.copy_on_write:
+        ok[row] = False
+        continue
+      self._map(row, columns, self._take(pages.size))
+      self._count(pages, -1)
+      self.num_copies += pages.size
+      if columns[-1] + 1 == end:  # the copy of the tail page is clean
+        self._set(self.stale, row, False)
+    return self._info(ok)
+
+  def trim(self, lengths: np.ndarray) -> Info:
+    """Each row keeps its first `lengths` i32[S] tokens."""
+    lengths = arguments.host_integers("lengths", lengths, (self.num_rows,))
+    ok = (lengths <= self.lengths) & (lengths >= 0) & ((lengths >= self.starts) | (lengths == 0))
+    rows = (ok & (lengths < self.lengths)).nonzero()[0]
+    lengths, starts = lengths[rows], self.starts[rows]
+    some = lengths > 0
+    first, count = self._span(starts, self.lengths[rows])
+    keep = np.where(some, -(-lengths // self.page_size) - first, 0)
+    self._unmap(rows, first + keep, count - keep)
+    self._write(rows, np.where(some, starts, 0), lengths, some)
+    return self._info(ok)
+
+  def slide(self, starts: np.ndarray) -> Info:
+    """Each row forgets its tokens before `starts` i32[S]."""
+    starts = arguments.host_integers("starts", starts, (self.num_rows,))
+    ok = (starts >= 0) & (starts <= self.lengths)
+    rows = (ok & (starts > self.starts)).nonzero()[0]
+    first = self.starts[rows] // self.page_size
+    self._unmap(rows, first, starts[rows] // self.page_size - first)
+    self._set(self.starts, rows, starts[rows])
+    return self._info(ok)
+
+  def free(self, rows: np.ndarray) -> Info:
+    """Rows marked in `rows` bool[S] give everything back."""
+    rows = arguments.host_booleans("rows", rows, (self.num_rows,))
+    ok = ~rows | (self.lengths > 0)
+    return self.trim(np.where(rows, 0, self.lengths))._replace(ok=ok)
+
+  def hold(self, pages: np.ndarray) -> Info:
+    """One more host reference for each entry of `pages` i32[B]."""
+    pages = arguments.host_integers("pages", pages, (None,))
+    ok = (pages >= 0) & (pages < self.num_pages)
+    ok[ok] = self.refcount[pages[ok]] > 0
+    self._count(pages[ok], 1, 1)
+    return self._info(ok | (pages == self.num_pages))
+
+  def drop(self, pages: np.ndarray) -> Info:
+    """One host reference less for each entry of `pages` i32[B]."""
+    pages = arguments.host_integers("pages", pages, (None,))
+    ok = (pages >= 0) & (pages < self.num_pages)
+    ok[ok] = _earlier(pages[ok]) < self.holds[pages[ok]]
+    self._count(pages[ok], -1, -1)
+    return self._info(ok | (pages == self.num_pages))
+
+  def adopt(
+    self,
+    rows: np.ndarray,
+    pages: np.ndarray,
+    lengths: np.ndarray,
+    starts: np.ndarray | None = None,
+  ) -> Info:
+    """Empty rows i32[B] start life on held `pages` i32[B,C] with `lengths` i32[B] tokens."""
+    rows = arguments.host_integers("rows", rows, (None,))
+    pages = arguments.host_integers("pages", pages, (*rows.shape, None))
+    lengths = arguments.host_integers("lengths", lengths, rows.shape)
+    starts = np.zeros_like(lengths) if starts is None else starts
+    starts = arguments.host_integers("starts", starts, rows.shape)
+    valid = (starts >= 0) & (starts <= lengths) & (lengths <= self.capacity)
+    if not self.copy_on_write:
+      valid &= lengths % self.page_size == 0
+    first, count = self._span(np.where(valid, starts, 0), np.where(valid, lengths, 0))
+    listed = np.arange(pages.shape[1]) < count[:, None]
+    known = (pages >= 0) & (pages < self.num_pages)
+    held = known & (self.holds[np.where(known, pages, 0)] > 0)
+    ok = self._vacant(rows, valid & (count <= pages.shape[1]) & (held | ~listed).all(axis=1))
+    used = pages[listed & ok[:, None]]
+    self._count(used, 1)
+    self._map(*_spread(rows[ok], first[ok], count[ok]), used)
+    self._write(rows[ok], starts[ok], lengths[ok], lengths[ok] > 0)
+    return self._info(ok | (rows == self.num_rows))
+
+  def take_held(self, count: np.ndarray, size: int) -> tuple[np.ndarray, Info]:
+    """Takes `count` i32[] pages for the host, all or none: i32[size], N past the last."""
+    wanted = int(arguments.host_integers("count", count, ()))
+    ok = 0 <= wanted <= min(size, self.num_free)
+    pages = np.full(size, self.num_pages, np.int32)
+    if ok:
+      pages[:wanted] = self._take(wanted, holds=1)
+    return pages, self._info(np.bool_(ok))
+
+  # Programs that report later.
+
+  def replay(self, log: Log) -> None:
+    """Does everything in `log` again, step by step.
+
+    Raises:
+      ValueError: The log names something that is no verb of a ledger.
+    """
+    log_lib.check(log)
+    steps = [zip(*map(np.asarray, arrays), strict=True) for arrays in log.operands]
+    for step in zip(*steps, strict=True):
+      for verb, operands in zip(log.verbs, step):
+        getattr(self, verb)(*operands)
+
+  def mark(self) -> None:
+    """Makes this the state that `rewind` brings back."""
+    self._mark = _Mark([], self.num_free, self.cursor, self.num_copies)
+
+  def rewind(self) -> None:
+    """Brings everything back as it was at the mark, which stays."""
+    if self._mark is None:
+      raise ValueError("rewind needs a mark, got none")
+    writes, self.num_free, self.cursor, self.num_copies = self._mark
+    counted = [pages for array, pages, _ in writes if array is self.refcount]
+    for pages in counted:
+      self._touch(pages)
+    for array, index, values in reversed(writes):
+      array[index] = values
+    for pages in counted:
+      self._touch(pages)
+    writes.clear()
+
+  def unmark(self) -> None:
+    """Forgets the mark."""
+    self._mark = None
+
+  # What rows ask for.
+
+  def _info(self, ok) -> Info:
+    return Info._make((ok, self.num_free))
+
+  def _growth(self, num_tokens: np.ndarray) -> "_Growth":
+    num_tokens = arguments.host_integers("num_tokens", num_tokens, (self.num_rows,))
+    size, lengths = self.page_size, self.lengths
+    valid = (num_tokens >= 0) & (num_tokens <= self.capacity - lengths)
+    num_pages = (lengths + (size - 1)) // size
+    rows = (valid & (num_tokens > 0) & (num_pages * size > lengths)).nonzero()[0]
+    tails = self.block_tables[rows, num_pages[rows] - 1]
+    shared = self.refcount[tails] > 1
+    copied = np.zeros_like(lengths)
+    if shared.any() and self.copy_on_write:
+      # Row by row: of n sharers the first n - 1 copy, and leave the page to the last.
+      copied[rows] = self.refcount[tails] - _earlier(tails) > 1
+    elif shared.any():
+      valid[rows[shared]] = False
+      rows, tails = rows[~shared], tails[~shared]
+    lengths = lengths + num_tokens * valid
+    return _Growth(
+      valid, lengths, num_pages, (lengths + (size - 1)) // size - num_pages, rows, tails, copied
+    )
+
+  def _span(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First logical page, and number of pages, of rows that hold tokens `starts..lengths`."""
+    first = starts // self.page_size
+    return first, -(-lengths // self.page_size) - first
+
+  def _vacant(self, rows: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Which entries are granted: `valid` ones that name an empty row, each row once."""
+    ok = valid & (rows >= 0) & (rows < self.num_rows)
+    ok[ok] = self.lengths[rows[ok]] == 0
+    ok[ok] = _earlier(rows[ok]) == 0
+    return ok
+
+  # Changes. Everything else changes through these.
+
+  def _take(self, count: int, *, holds: int = 0) -> np.ndarray:
+    """Takes the next `count` free pages from the cursor on, once round the pool."""
+    if not count:
+      return np.zeros(0, np.int32)
+    pages = self._search(count)
+    self._count(pages, 1, holds)
+    self._flip(pages, np.subtract)
+    self.num_free -= count
+    self.cursor = int(pages[-1] + 1) % self.num_pages
+    return pages
+
+  def _search(self, count: int) -> np.ndarray:
+    found, position, size = [], self.cursor, _WINDOWS[0]
+    while count > 0:
+      first = position // 32
+      words = self.bitmap[first : first + size]
+      some = words.nonzero()[0][: count + 1]  # one may have no page from `position` on
+      bits = np.unpackbits(words[some].view(np.uint8), bitorder="little").nonzero()[0]
+      pages = (first + some[bits // 32]) * 32 + bits % 32
+      pages = pages[pages >= position][:count]
+      found.append(pages)
+      count -= pages.size
+      position = (first + size) * 32 if first + size < self.bitmap.size else 0
+      size = min(2 * size, _WINDOWS[1])
+    return np.concatenate(found)
+
+  def _count(self, pages: np.ndarray, references: int, holds: int = 0) -> None:
+    """Each entry of `pages` adds to its page's holders; `holds` of them are the host's."""
+    if not pages.size:
+      return
+    self._touch(pages)
+    self._keep(self.refcount, pages)
+    np.add.at(self.refcount, pages, np.int32(references))
+    if holds:
+      self._keep(self.holds, pages)
+      np.add.at(self.holds, pages, np.int32(holds))
+      self._touch(pages)
+    if references < 0:
+      emptied = set(pages[self.refcount[pages] == 0].tolist())
+      if emptied:
+        self._flip(np.array(list(emptied)), np.add)
+        self.num_free += len(emptied)
+
+  def _flip(self, pages: np.ndarray, change: np.ufunc) -> None:
+    """Adds or subtracts the bits of `pages`, all distinct, so that no carry arises."""
+    words = pages // 32
+    self._keep(self.bitmap, words)
+    change.at(self.bitmap, words, _BITS[pages % 32])
+
+  def _map(self, rows, columns: np.ndarray, pages) -> None:
+    self._set(self.block_tables, (rows, columns), pages)
+
+  def _unmap(self, rows: np.ndarray, first: np.ndarray, count: np.ndarray) -> None:
+    """Each row gives up its `count` logical pages from `first` on."""
+    rows, columns = _spread(rows, first, count)
+    pages = self.block_tables[rows, columns]
+    self._map(rows, columns, self.num_pages)
+    self._count(pages, -1)
+
+  def _write(self, rows: np.ndarray, starts, lengths, stale) -> None:
+    self._set(self.starts, rows, starts)
+    self._set(self.lengths, rows, lengths)
+    self._set(self.stale, rows, stale)
+
+  def _set(self, array: np.ndarray, index, values) -> None:
+    self._keep(array, index)
+    array[index] = values
+
+  def _keep(self, array: np.ndarray, index) -> None:
+    """Keeps what a write will change, for `rewind`."""
+    if self._mark is not None:
+      self._mark.writes.append((array, index, array[index].copy()))
+
+  def _touch(self, pages: np.ndarray) -> None:
+    self.touched.update(pages[self.holds[pages] > 0].tolist())
+
+
+class _Mark(NamedTuple):
+  """What `rewind` needs: the old values of each write since, and the numbers as they were."""
+
+  writes: list[tuple[np.ndarray, Any, np.ndarray]]  # array, index, old values
+  num_free: int
+  cursor: int
+  num_copies: int
+
+
+class _Growth(NamedTuple):
+  """What `extend` asks of each row, before any question of room."""
+
+  valid: np.ndarray  # bool[S] the request makes sense and fits the row
+  lengths: np.ndarray  # i32[S] wanted
+  num_pages: np.ndarray  # i32[S] logical pages that the row reaches today
+  num_new: np.ndarray  # i32[S] whole new pages
+  rows: np.ndarray  # those that write into a partly filled page
+  tails: np.ndarray  # and that page of each
+  copied: np.ndarray  # i32[S] 1 if that page must be copied first
+
+
+def _spread(
+  rows: np.ndarray, first: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Row and column of each of the `count` table entries of `rows` from column `first` on."""
+  ends = np.cumsum(count)
+  columns = np.arange(count.sum()) + np.repeat(first - ends + count, count)
+  return np.repeat(rows, count), columns
+
+
+def _earlier(ids: np.ndarray) -> np.ndarray:
+  """How many earlier entries of `ids` name the same id."""
+  order = ids.argsort(kind="stable")
+  ids = ids[order]
+  earlier = np.empty(ids.size, np.int64)
+  earlier[order] = np.arange(ids.size) - np.searchsorted(ids, ids)
+  return earlier
+
 
 Ledger = Any  # a `paged_jax.types.Ledger` of NumPy arrays
 

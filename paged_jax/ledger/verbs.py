@@ -6,7 +6,6 @@ in `paged_jax.cache`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from paged_jax import arguments, loops
 from paged_jax.config import CacheConfig
 from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
-from paged_jax.types import Audit, Copies, Info, Ledger, Log, Pool, Tables
+from paged_jax.types import Copies, Info, Ledger, Pool, Tables
 
 
 def init(config: CacheConfig) -> Ledger:
@@ -376,101 +375,6 @@ def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.
   return dataclasses.replace(ledger, pool=pool), pages, Info(ok, pool.num_free)
 
 
-def replay(ledger: Ledger, log: Log) -> Ledger:
-  """The ledger after everything in `log`: bit for bit that of the program which reported it.
-
-  Raises:
-    ValueError: The log names something that is no verb of a ledger.
-  """
-  unknown = [verb for verb in log.verbs if verb not in _LOGGED]
-  if unknown or len(log.verbs) != len(log.operands):
-    raise ValueError(f"log.verbs must be of {', '.join(_LOGGED)}, with operands, got {log.verbs}")
-  if log.verbs == ("extend",):
-    return _extend_by_steps(ledger, *log.operands[0])
-  return _replay(ledger, log)
-
-
-_LOGGED = ("extend", "fork", "reorder", "unshare", "trim", "slide", "free", "hold", "drop", "adopt")
-
-
-def _replay(ledger: Ledger, log: Log) -> Ledger:
-  def step(ledger, operands):
-    for verb, arrays in zip(log.verbs, operands):
-      ledger = globals()[verb](ledger, *arrays)[0]
-    return ledger, None
-
-  return jax.lax.scan(step, ledger, log.operands)[0]
-
-
-def _extend_by_steps(ledger: Ledger, num_tokens: jax.Array) -> Ledger:
-  """`extend` with each of `num_tokens` i32[K,S] in turn.
-
-  Where nothing is refused and nothing copied, one search takes the pages of all steps: they are
-  the same, since nothing is released in between. Most logs that copy do so in their first step.
-  """
-  num_tokens = arguments.integers("num_tokens", num_tokens, (None, ledger.num_rows))
-
-  def after_the_first() -> Ledger:
-    first, _, _ = extend(ledger, num_tokens[0])
-    rest = num_tokens.at[0].set(0)
-    return _at_once(first, rest, lambda: _replay(first, Log(((rest,),), ("extend",))))
-
-  return _at_once(ledger, num_tokens, after_the_first)
-
-
-def _at_once(ledger: Ledger, num_tokens: jax.Array, otherwise: Callable[[], Ledger]) -> Ledger:
-  """All steps in one go, or `otherwise` if a page would be copied or a row refused."""
-
-  def grow(lengths, more):
-    return lengths + more, lengths
-
-  lengths, before = jax.lax.scan(grow, ledger.tables.lengths, num_tokens)
-  need = _new_pages(before, num_tokens, ledger.page_size)
-  sane = jnp.all((num_tokens >= 0) & (num_tokens <= ledger.capacity - before))
-  sane &= jnp.sum(need, dtype=jnp.int32) <= ledger.pool.num_free
-  sane &= ~_copies_tail(ledger, lengths - ledger.tables.lengths)
-  return jax.lax.cond(sane, lambda: _grown(ledger, lengths, before, need), otherwise)
-
-
-def _copies_tail(ledger: Ledger, num_tokens: jax.Array) -> jax.Array:
-  """Whether any row would write into a page that others hold."""
-  tables, n = ledger.tables, ledger.pool.num_pages
-  rows = jnp.arange(ledger.num_rows, dtype=jnp.int32)
-  columns = tables.lengths // ledger.page_size  # an unmapped one if the tail page is full
-  tail = tables_lib.page_at(tables.block_tables, rows, columns, n)
-  return jnp.any((num_tokens != 0) & (pool_lib.refcounts(ledger.pool, tail) > 1))
-
-
-def _new_pages(lengths: jax.Array, more: jax.Array, size: int) -> jax.Array:
-  return tables_lib.num_pages_for(lengths + more, size) - tables_lib.num_pages_for(lengths, size)
-
-
-def _grown(ledger: Ledger, lengths: jax.Array, before: jax.Array, need: jax.Array) -> Ledger:
-  """Rows grow to `lengths` i32[S] by way of `before`, taking `need` pages (i32[K,S]) each time."""
-  tables, n = ledger.tables, ledger.pool.num_pages
-  need = need.reshape(-1)
-  ends = jnp.cumsum(need, dtype=jnp.int32)
-
-  def place(block_tables, ranks, pages):
-    at = jnp.searchsorted(ends, ranks, side="right", method="scan_unrolled").astype(jnp.int32)
-    nth = ranks - (ends - need).at[at].get(mode="fill", fill_value=0)
-    rows = jnp.where(pages < n, at % ledger.num_rows, ledger.num_rows)
-    reached = before.reshape(-1).at[at].get(mode="fill", fill_value=0)
-    columns = tables_lib.num_pages_for(reached, ledger.page_size) + nth
-    return block_tables.at[rows, columns].set(pages, mode="drop")
-
-  pool, block_tables = pool_lib.take(
-    ledger.pool, jnp.sum(need, dtype=jnp.int32), place, tables.block_tables, chunk=_chunk(ledger)
-  )
-  tables = Tables(
-    block_tables=block_tables,
-    starts=tables.starts,
-    lengths=lengths,
-    stale=tables.stale & (lengths == tables.lengths),
-  )
-  return dataclasses.replace(ledger, pool=pool, tables=tables)
-
-
 def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Targets that are empty rows, each named once: (row or S, which entries are granted)."""
   s = ledger.num_rows
@@ -509,31 +413,3 @@ def _earlier(ids: jax.Array) -> jax.Array:
 def _chunk(ledger: Ledger) -> int:
   """Pages handled per turn of a loop: one for each row, within reason."""
   return min(max(ledger.num_rows, 32), 512)
-
-
-def audit(ledger: Ledger) -> Audit:
-  """Counts what breaks the laws."""
-  pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
-  n = pool.num_pages
-  mapped = jnp.where(tables.block_tables >= 0, tables.block_tables, n)
-  entries = jnp.zeros(n, jnp.int32).at[mapped.reshape(-1)].add(1, mode="drop")
-  empty = jnp.pad(pool.refcount == 0, (0, pool.free.shape[0] * 32 - n))
-  first, count = tables_lib.span(tables.starts, tables.lengths, size)
-  columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)[None, :]
-  inside = (columns >= first[:, None]) & (columns < (first + count)[:, None])
-  known = (tables.block_tables >= 0) & (tables.block_tables < n)
-  sane = (tables.starts >= 0) & (tables.starts <= tables.lengths)
-  sane &= tables.lengths <= ledger.capacity
-
-  def total(flags):
-    return jnp.sum(flags, dtype=jnp.int32)
-
-  return Audit(
-    refcounts=total(pool.refcount != entries + pool.holds),
-    holds=total((pool.holds < 0) | (pool.holds > pool.refcount)),
-    bitmap=total(jax.lax.population_count(pool.free ^ pool_lib.pack(empty)).astype(jnp.int32)),
-    num_free=jnp.abs(pool.num_free - total(empty)),
-    tables=total(jnp.where(inside, ~known, tables.block_tables != n)),
-    rows=total(~sane),
-    cursor=total((pool.cursor < 0) | (pool.cursor >= n)),
-  )

@@ -1,0 +1,42 @@
+"""What a program on the device did to a ledger, done again on another one."""
+
+import jax
+
+from paged_jax.ledger import verbs
+from paged_jax.types import Ledger, Log
+
+VERBS = {
+  "extend": verbs.extend,
+  "fork": verbs.fork,
+  "reorder": verbs.reorder,
+  "unshare": verbs.unshare,
+  "trim": verbs.trim,
+  "slide": verbs.slide,
+  "free": verbs.free,
+  "hold": verbs.hold,
+  "drop": verbs.drop,
+  "adopt": verbs.adopt,
+}
+
+
+def check(log: Log) -> None:
+  """Raises unless all verbs of `log` can be done again, and each has its operands."""
+  unknown = [verb for verb in log.verbs if verb not in VERBS]
+  if unknown or len(log.verbs) != len(log.operands):
+    raise ValueError(f"log.verbs must be of {', '.join(VERBS)}, with operands, got {log.verbs}")
+
+
+def replay(ledger: Ledger, log: Log) -> Ledger:
+  """The ledger after everything in `log`: bit for bit that of the program which reported it.
+
+  Raises:
+    ValueError: The log names something that is no verb of a ledger.
+  """
+  check(log)
+
+  def step(ledger, operands):
+    for verb, arrays in zip(log.verbs, operands):
+      ledger = VERBS[verb](ledger, *arrays)[0]
+    return ledger, None
+
+  return jax.lax.scan(step, ledger, log.operands)[0]
