@@ -121,19 +121,18 @@ class HostLedger:
     growth = self._growth(num_tokens)
     ok, lengths, need = growth.valid, growth.lengths, growth.num_new + growth.copied
     if need.any():
-      fits = np.cumsum(need, dtype=np.int64) <= self.num_free
+      fits = need.cumsum(dtype=np.int64) <= self.num_free
       rows = (fits & (need > 0)).nonzero()[0]
-      pages = self._take(int(need[rows].sum()))
-      # The copy of the tail comes just before the new pages.
-      first = growth.num_pages[rows] - growth.copied[rows]
-      self._map(*_spread(rows, first, need[rows]), pages)
+      first = growth.num_pages[rows] - growth.copied[rows]  # the copy of the tail, then new pages
+      rows, columns = _spread(rows, first, need[rows])
+      self._map(rows, columns, self._take(rows.size))
       copied = growth.tails[fits[growth.rows] & (growth.copied[growth.rows] > 0)]
       self._count(copied, -1)
       self.num_copies += copied.size
       # Behind a refused row the last sharer of a tail page is still not alone on it.
-      alone = np.ones(self.num_rows, np.bool_)
-      alone[growth.rows] = self.refcount[growth.tails] <= 1
-      ok = ok & (fits | (alone & (need == 0)))
+      fits |= need == 0
+      fits[growth.rows] &= (need[growth.rows] > 0) | (self.refcount[growth.tails] <= 1)
+      ok = ok & fits
       lengths = np.where(ok, lengths, self.lengths)
     self._set(self.stale, (self.stale & (lengths > self.lengths)).nonzero()[0], False)
     self._set(self.lengths, ..., lengths)
@@ -241,8 +240,11 @@ class HostLedger:
   def free(self, rows: np.ndarray) -> Info:
     """Rows marked in `rows` bool[S] give everything back."""
     rows = arguments.host_booleans("rows", rows, (self.num_rows,))
-    ok = ~rows | (self.lengths > 0)
-    return self.trim(np.where(rows, 0, self.lengths))._replace(ok=ok)
+    filled = rows & (self.lengths > 0)
+    marked = filled.nonzero()[0]
+    self._unmap(marked, *self._span(self.starts[marked], self.lengths[marked]))
+    self._write(marked, 0, 0, False)
+    return self._info(~rows | filled)
 
   def hold(self, pages: np.ndarray) -> Info:
     """One more host reference for each entry of `pages` i32[B]."""
@@ -339,23 +341,22 @@ class HostLedger:
 
   def _growth(self, num_tokens: np.ndarray) -> "_Growth":
     num_tokens = arguments.host_integers("num_tokens", num_tokens, (self.num_rows,))
-    size, lengths = self.page_size, self.lengths
-    valid = (num_tokens >= 0) & (num_tokens <= self.capacity - lengths)
-    num_pages = (lengths + (size - 1)) // size
-    rows = (valid & (num_tokens > 0) & (num_pages * size > lengths)).nonzero()[0]
+    size, before = self.page_size, self.lengths
+    valid = (num_tokens >= 0) & (num_tokens <= self.capacity - before)
+    lengths = before + num_tokens * valid
+    num_pages = (before + (size - 1)) // size
+    rows = ((lengths > before) & (num_pages * size > before)).nonzero()[0]
     tails = self.block_tables[rows, num_pages[rows] - 1]
     shared = self.refcount[tails] > 1
-    copied = np.zeros_like(lengths)
-    if shared.any() and self.copy_on_write:
+    copied = np.zeros(self.num_rows, np.int32)
+    rows, tails = rows[shared], tails[shared]
+    if rows.size and self.copy_on_write:
       # Row by row: of n sharers the first n - 1 copy, and leave the page to the last.
       copied[rows] = self.refcount[tails] - _earlier(tails) > 1
-    elif shared.any():
-      valid[rows[shared]] = False
-      rows, tails = rows[~shared], tails[~shared]
-    lengths = lengths + num_tokens * valid
-    return _Growth(
-      valid, lengths, num_pages, (lengths + (size - 1)) // size - num_pages, rows, tails, copied
-    )
+    elif rows.size:
+      valid[rows], lengths[rows] = False, before[rows]
+    num_new = (lengths + (size - 1)) // size - num_pages
+    return _Growth(valid, lengths, num_pages, num_new, rows, tails, copied)
 
   def _span(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First logical page, and number of pages, of rows that hold tokens `starts..lengths`."""
@@ -386,33 +387,33 @@ class HostLedger:
     found, position, size = [], self.cursor, _WINDOWS[0]
     while count > 0:
       first = position // 32
-      words = self.bitmap[first : first + size]
-      some = words.nonzero()[0][: count + 1]  # one may have no page from `position` on
-      bits = np.unpackbits(words[some].view(np.uint8), bitorder="little").nonzero()[0]
-      pages = (first + some[bits // 32]) * 32 + bits % 32
+      words = first + self.bitmap[first : first + size].nonzero()[0]
+      words = words[: count + 1]  # the first one may have no page from `position` on
+      bits = np.unpackbits(self.bitmap[words].view(np.uint8), bitorder="little").nonzero()[0]
+      pages = words[bits // 32] * 32 + bits % 32
       pages = pages[pages >= position][:count]
       found.append(pages)
       count -= pages.size
       position = (first + size) * 32 if first + size < self.bitmap.size else 0
-      size = min(2 * size, _WINDOWS[1])
+      size = min(4 * size, _WINDOWS[1])
     return np.concatenate(found)
 
   def _count(self, pages: np.ndarray, references: int, holds: int = 0) -> None:
     """Each entry of `pages` adds to its page's holders; `holds` of them are the host's."""
     if not pages.size:
       return
-    self._touch(pages)
     self._keep(self.refcount, pages)
     np.add.at(self.refcount, pages, np.int32(references))
     if holds:
       self._keep(self.holds, pages)
       np.add.at(self.holds, pages, np.int32(holds))
+      self.touched.update(pages.tolist())  # the host held them before, or does now
+    else:
       self._touch(pages)
-    if references < 0:
-      emptied = set(pages[self.refcount[pages] == 0].tolist())
-      if emptied:
-        self._flip(np.array(list(emptied)), np.add)
-        self.num_free += len(emptied)
+    emptied = set(pages[self.refcount[pages] == 0].tolist())
+    if emptied:
+      self._flip(np.array(list(emptied)), np.add)
+      self.num_free += len(emptied)
 
   def _flip(self, pages: np.ndarray, change: np.ufunc) -> None:
     """Adds or subtracts the bits of `pages`, all distinct, so that no carry arises."""
@@ -464,8 +465,8 @@ class _Growth(NamedTuple):
   lengths: np.ndarray  # i32[S] wanted
   num_pages: np.ndarray  # i32[S] logical pages that the row reaches today
   num_new: np.ndarray  # i32[S] whole new pages
-  rows: np.ndarray  # those that write into a partly filled page
-  tails: np.ndarray  # and that page of each
+  rows: np.ndarray  # those that write into a partly filled page which others hold
+  tails: np.ndarray  # the page of each of them
   copied: np.ndarray  # i32[S] 1 if that page must be copied first
 
 
@@ -473,9 +474,10 @@ def _spread(
   rows: np.ndarray, first: np.ndarray, count: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Row and column of each of the `count` table entries of `rows` from column `first` on."""
-  ends = np.cumsum(count)
-  columns = np.arange(count.sum()) + np.repeat(first - ends + count, count)
-  return np.repeat(rows, count), columns
+  ends = count.cumsum()
+  columns = (first - ends + count).repeat(count)
+  columns += np.arange(columns.size)
+  return rows.repeat(count), columns
 
 
 def _earlier(ids: np.ndarray) -> np.ndarray:
