@@ -1,4 +1,4 @@
-"""Runs a history on a cache and on the plain-Python model, and compares them after every step."""
+"""Runs a history on a cache, on a host ledger and on the plain-Python model, compared after every step."""
 
 import dataclasses
 
@@ -9,13 +9,14 @@ import numpy as np
 from paged_jax import cache as cache_lib
 from paged_jax import jitted
 from paged_jax.config import CacheConfig
+from paged_jax.ledger import HostLedger
 from paged_jax.testing import invariants, strategies
 from paged_jax.testing.model import Model
-from paged_jax.types import Cache, Image, Pages
+from paged_jax.types import Cache, Image, Info, Ledger, Pages
 
 
 def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> Cache:
-  """Returns the last cache; raises `AssertionError` at the first step that differs from the model.
+  """Returns the last cache; raises `AssertionError` at the first step where any two of them differ.
 
   Free pages are filled with NaN after every step, so that a read of one cannot go unnoticed.
 
@@ -24,42 +25,100 @@ def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> 
     history: Steps, as drawn by `strategies.histories`.
     verbs: A module or namespace with the verbs under their public names.
   """
-  cache, model = verbs.init(config), Model(config)
+  cache, host, model = verbs.init(config), HostLedger(config), Model(config)
   images: list[Image] = []
+  host_images: list[tuple[int, int]] = []
   model_images: list = []
   for step in history:
     if step.verb == "extend":
-      needed = verbs.pages_needed(cache, np.asarray(step.operands[0], np.int32))
-      np.testing.assert_array_equal(needed, model.pages_needed(*step.operands), f"needs of {step}")
+      counts, wanted = np.asarray(step.operands[0], np.int32), model.pages_needed(*step.operands)
+      for needed in (verbs.pages_needed(cache, counts), host.pages_needed(counts)):
+        np.testing.assert_array_equal(needed, wanted, f"needs of {step}")
     cache, ok, pages = _apply(verbs, config, cache, images, step)
     model_ok = strategies.apply(model, model_images, step)
     if step.verb == "put_pages":
       model_pages, model_ok = model_ok
       np.testing.assert_array_equal(pages, model_pages, f"pages of {step}")
     np.testing.assert_array_equal(ok, model_ok, f"ok of {step}")
+    if step.verb != "write":
+      host_pages, info = on_host(host, host_images, step)
+      np.testing.assert_array_equal(info.ok, ok, f"ok of {step} on the host")
+      if step.verb == "put_pages":
+        np.testing.assert_array_equal(host_pages, pages, f"pages of {step} on the host")
+    same(host.snapshot(), cache.ledger)
     cache = poison(cache)
     compare(cache, model)
   return cache
 
 
-def compare(cache: Cache, model: Model) -> None:
-  """Raises unless every integer of the cache, and every token it reads back, is the model's."""
-  invariants.check(cache)
+def on_host(
+  ledger: HostLedger, images: list[tuple[int, int]], step: strategies.Step
+) -> tuple[np.ndarray | None, Info]:
+  """Runs a step on a host ledger: the pages that it took for the host, and its report.
+
+  Args:
+    ledger: The ledger.
+    images: Start and length of each row that `swap_out` took, for `swap_in`.
+    step: Any step but a write, which changes no ledger.
+  """
+  if step.verb == "put_pages":
+    contents, count = step.operands
+    return ledger.take_held(np.array(count), size=len(contents))
+  if step.verb == "swap_out":
+    known = np.arange(ledger.num_rows) == step.operands[0]
+    known &= ledger.lengths > 0
+    images += zip(ledger.starts[known].tolist(), ledger.lengths[known].tolist())
+    return None, ledger.free(known)._replace(ok=known.any())
+  if step.verb == "swap_in":
+    row, index = step.operands
+    start, length = images[index]
+    vacant = row in range(ledger.num_rows) and ledger.lengths[row] == 0
+    count = -(-length // ledger.page_size) - start // ledger.page_size
+    pages, info = ledger.take_held(np.array(count if vacant else -1), size=ledger.pages_per_row)
+    if info.ok:
+      images.pop(index)
+      # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
+      copy_on_write, ledger.copy_on_write = ledger.copy_on_write, True
+      ledger.adopt(np.array([row]), pages[None], np.array([length]), np.array([start]))
+      ledger.copy_on_write = copy_on_write
+      ledger.drop(pages)
+    return pages, info
+  return None, getattr(ledger, step.verb)(*_arrays(step))
+
+
+def same(one: Ledger, other: Ledger) -> None:
+  """Raises unless two ledgers are equal bit for bit, dtypes and sizes too."""
+  assert (one.page_size, one.copy_on_write) == (other.page_size, other.copy_on_write)
+  for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
+    assert (x.dtype, x.shape) == (y.dtype, y.shape), jax.tree_util.keystr(path)
+    np.testing.assert_array_equal(x, y, jax.tree_util.keystr(path))
+
+
+def compare_ledger(ledger: Ledger, model: Model) -> None:
+  """Raises unless every integer of the ledger is the model's."""
   n = model.num_pages
-  tables = np.full(cache.block_tables.shape, n)
+  tables, pool = ledger.tables, ledger.pool
+  block_tables = np.full(tables.block_tables.shape, n)
   for r, row in enumerate(model.rows):
     for column, page in row.pages.items():
-      tables[r, column] = page
-  np.testing.assert_array_equal(cache.block_tables, tables, "block_tables")
-  np.testing.assert_array_equal(cache.lengths, [row.length for row in model.rows], "lengths")
-  starts = cache.ledger.tables.starts
-  np.testing.assert_array_equal(starts, [row.start for row in model.rows], "starts")
-  pool = cache.ledger.pool
+      block_tables[r, column] = page
+  np.testing.assert_array_equal(tables.block_tables, block_tables, "block_tables")
+  np.testing.assert_array_equal(tables.lengths, [row.length for row in model.rows], "lengths")
+  np.testing.assert_array_equal(tables.starts, [row.start for row in model.rows], "starts")
   refcount = [model.refcount(page) for page in range(n)]
   np.testing.assert_array_equal(pool.refcount, refcount, "refcount")
+  bits = np.unpackbits(np.asarray(pool.free).view(np.uint8), bitorder="little")
+  free = [page < n and refcount[page] == 0 for page in range(bits.size)]
+  np.testing.assert_array_equal(bits, free, "free")
   np.testing.assert_array_equal(pool.holds, model.holds, "holds")
   np.testing.assert_array_equal(pool.cursor, model.cursor, "cursor")
   np.testing.assert_array_equal(pool.num_free, model.num_free(), "num_free")
+
+
+def compare(cache: Cache, model: Model) -> None:
+  """Raises unless every integer of the cache, and every token it reads back, is the model's."""
+  invariants.check(cache)
+  compare_ledger(cache.ledger, model)
 
   tokens = np.zeros((len(model.rows), model.capacity), np.int32)
   for r, row in enumerate(model.rows):
@@ -96,8 +155,7 @@ _gather = jax.jit(cache_lib.gather)
 def _apply(verbs, config: CacheConfig, cache: Cache, images: list[Image], step: strategies.Step):
   """The next cache, ok, and the pages that `put_pages` took."""
   verb = getattr(verbs, step.verb)
-  arrays = [np.asarray(x, bool if x and isinstance(x[0], bool) else np.int32)
-            for x in step.operands if isinstance(x, list)]  # fmt: skip
+  arrays = _arrays(step)
   pages = None
   if step.verb == "write":
     plan = verbs.plan(cache, *arrays[:2])
@@ -122,6 +180,11 @@ def _apply(verbs, config: CacheConfig, cache: Cache, images: list[Image], step: 
     cache, info = verb(cache, *arrays)
   np.testing.assert_array_equal(info.num_free, cache.num_free, "info.num_free")
   return cache, info.ok, pages
+
+
+def _arrays(step: strategies.Step) -> list[np.ndarray]:
+  return [np.asarray(x, bool if x and isinstance(x[0], bool) else np.int32)
+          for x in step.operands if isinstance(x, list)]  # fmt: skip
 
 
 def _image(config: CacheConfig, contents: list[list[int]]) -> Pages:
