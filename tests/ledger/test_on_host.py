@@ -1,151 +1,137 @@
-"""The twin's verbs in NumPy: whatever they do not leave to the compiled ones is the same, bit for bit."""
+"""The host ledger alone: marks, reports, counts, refusals and cost. `test_backends` has its verbs."""
 
-import collections
+import contextlib
+import tracemalloc
 
-import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from story import config
 
 import paged_jax
-from paged_jax import jitted
-from paged_jax.ledger import on_host as twin
-
-MANY = 2**31 - 1
-
-
-def ledger_of(**options):
-  config = dict(num_layers=1, num_kv_heads=1, head_dim=4, num_rows=5, page_size=4, max_length=20)
-  return paged_jax.CacheConfig(**(config | options))
+from paged_jax.ledger import HostLedger
+from paged_jax.ledger import log as log_lib
+from paged_jax.testing import replay, strategies
 
 
-def on_host(tree):
-  return jax.tree.map(np.asarray, tree)
+def run(ledger, history):
+  """Asks for each step, and checks that the host hears of each held page that changes."""
+  for step in history:
+    if step.verb in (*log_lib.VERBS, "put_pages"):
+      with hearing(ledger):
+        replay.on_host(ledger, [], step)
 
 
-def same(one, other):
-  leaves = zip(jax.tree.leaves(one), jax.tree.leaves(on_host(other)), strict=True)
-  for x, y in leaves:
-    assert (x.dtype, x.shape) == (y.dtype, y.shape)
-    np.testing.assert_array_equal(x, y)
+@contextlib.contextmanager
+def hearing(ledger):
+  before = ledger.snapshot().pool
+  ledger.touched.clear()
+  yield
+  after = ledger.snapshot().pool
+  held = (before.holds > 0) | (after.holds > 0)
+  changed = (before.holds != after.holds) | (before.refcount != after.refcount)
+  assert set((held & changed).nonzero()[0]) <= ledger.touched <= set(held.nonzero()[0])
 
 
-class Walk:
-  """Random verbs, asked of both; the compiled ones decide how it goes on."""
+@settings(
+  max_examples=100, derandomize=True, deadline=None, database=None,
+  suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(st.data())
+def test_a_rewind_brings_back_what_was_marked_and_a_replay_what_the_program_did(data):
+  config = data.draw(strategies.configs())
+  history = data.draw(strategies.histories(config))
+  cut = data.draw(st.integers(0, len(history)))
+  first, second = history[:cut], history[cut:]
+  shape = 3, config.num_rows
+  counts = st.lists(st.integers(-1, 9), min_size=shape[1] * 3, max_size=shape[1] * 3)
+  operands = (np.reshape(data.draw(counts), shape), np.reshape(data.draw(counts), shape))
+  log = paged_jax.Log(tuple((x,) for x in operands), ("extend", "trim"))
 
-  def __init__(self, seed, config):
-    self.rng = np.random.default_rng(seed)
-    self.config = config
-    self.ledger = on_host(jitted.ledger.init(config))
-    self.known = collections.Counter()  # verbs that NumPy knew, and those that it left
-
-  def ask(self, verb, *operands):
-    wanted, info, *_ = getattr(jitted.ledger, verb)(self.ledger, *operands)
-    found = twin.apply(self.ledger, verb, operands)
-    self.known[verb, found is not None] += 1
-    if found is not None:
-      assert np.asarray(info.ok).all()
-      same(found, wanted)
-      if verb == "extend":
-        self.known["copies"] += int(twin.copied(self.ledger, operands[0] > 0).sum())
-    self.ledger = on_host(wanted)
-
-  def replay(self, num_tokens):
-    log = paged_jax.Log(((num_tokens,),), ("extend",))
-    wanted = jitted.ledger.replay(self.ledger, log)
-    found = twin.replay(self.ledger, log)
-    self.known["replay", found is not None] += 1
-    if found is not None:
-      same(found, wanted)
-    self.ledger = on_host(wanted)
-
-  def ids(self, pages):
-    ids = np.full(8, self.config.num_pages, np.int32)
-    ids[: len(pages)] = pages[:8]
-    return self.rng.permutation(ids)
-
-  def step(self):
-    rng, s, n = self.rng, self.config.num_rows, self.config.num_pages
-    lengths, pool = self.ledger.tables.lengths, self.ledger.pool
-    more = rng.integers(0, 6, s).astype(np.int32) * (rng.random(s) < 0.5)
-    match rng.integers(12):
-      case 0 | 1:
-        self.ask("extend", more)
-      case 2:
-        self.replay(rng.integers(0, 2, (3, s)).astype(np.int32))
-      case 3:
-        few = rng.random(s) < 0.4
-        self.ask("free", few & (lengths > 0) if rng.random() < 0.8 else few)
-      case 4:
-        pages = np.flatnonzero(pool.refcount > 0) if rng.random() < 0.8 else np.arange(n)
-        self.ask("hold", self.ids(rng.permutation(pages)[: rng.integers(9)]))
-      case 5 | 6:
-        pages = np.repeat(np.arange(n), pool.holds) if rng.random() < 0.8 else np.arange(n)
-        self.ask("drop", self.ids(rng.permutation(pages)[: rng.integers(9)]))
-      case 7:
-        self.ask("trim", rng.integers(0, lengths + 1).astype(np.int32))
-      case 8:
-        starts = rng.integers(0, lengths + 1).astype(np.int32)
-        self.ask("slide", np.where(rng.random(s) < 0.3, starts, 0).astype(np.int32))
-      case 9:
-        source, target = rng.permutation(s)[:2].astype(np.int32)
-        pair = [np.array([x, s], np.int32) for x in (source, target, lengths[source])]
-        self.ask("fork", *pair)
-      case 10:
-        pages = np.flatnonzero(pool.holds if rng.random() < 0.8 else pool.refcount)
-        self.ask("adopt", *self.beginnings(rng.permutation(pages)))
-      case 11:  # a row that others share, and what shares it
-        self.ask("hold", self.ids(self.ledger.tables.block_tables[rng.integers(s), :3]))
-
-  def beginnings(self, pages):
-    """Rows, mostly empty ones, that start on `pages`."""
-    rng, s, size = self.rng, self.config.num_rows, self.config.page_size
-    rows, lengths, starts = np.full((3, 3), [[s], [0], [0]], np.int32)
-    table = np.full((3, self.config.pages_per_row), self.config.num_pages, np.int32)
-    empty = np.flatnonzero(self.ledger.tables.lengths == 0)
-    chosen = rng.permutation(empty if rng.random() < 0.9 else s)[:2]
-    for n, row in enumerate(chosen):
-      count = rng.integers(min(len(pages), self.config.pages_per_row) + 1)
-      rows[n], table[n, :count] = row, pages[:count]
-      lengths[n] = max(0, count * size - rng.integers(size) * self.config.copy_on_write)
-      if count and rng.random() < 0.3:  # it has slid, and begins on a later page
-        starts[n] = rng.integers(lengths[n] + 1)
-        kept = -(-lengths[n] // size) - starts[n] // size
-        table[n] = np.where(
-          np.arange(self.config.pages_per_row) < kept, table[n], self.config.num_pages
-        )
-    return rows, table, lengths, starts
+  ledger, direct = HostLedger(config), HostLedger(config)
+  run(ledger, first)
+  run(direct, first)
+  ledger.mark()
+  for _ in range(2):
+    run(ledger, second)
+    with hearing(ledger):
+      ledger.rewind()
+    replay.same(ledger.snapshot(), direct.snapshot())
+    assert ledger.num_copies == direct.num_copies
+  ledger.replay(log)
+  run(ledger, second)
+  for more, kept in zip(*operands):
+    direct.extend(more)
+    direct.trim(kept)
+  run(direct, second)
+  replay.same(ledger.snapshot(), direct.snapshot())
+  assert ledger.num_copies == direct.num_copies
 
 
-@pytest.mark.parametrize("num_pages", [7, 65])
-@pytest.mark.parametrize("copy_on_write", [True, False])
-def test_a_walk_goes_the_same_way(num_pages, copy_on_write):
-  walk = Walk(num_pages, ledger_of(num_pages=num_pages, copy_on_write=copy_on_write))
-  for _ in range(300):
-    walk.step()
-  for verb in ("extend", "replay", "free", "hold", "drop", "adopt"):
-    assert walk.known[verb, True] > 5
-    assert walk.known[verb, False] > 0 or num_pages > 7
-  assert (walk.known["copies"] > 0) == copy_on_write
-  assert not any(walk.known[verb, True] for verb in ("trim", "slide", "fork"))
+def test_a_rewind_without_a_mark_is_refused():
+  ledger = HostLedger(config())
+  with pytest.raises(ValueError, match="rewind needs a mark"):
+    ledger.rewind()
+  ledger.mark()
+  ledger.unmark()
+  with pytest.raises(ValueError, match="rewind needs a mark"):
+    ledger.rewind()
 
 
-def test_what_is_refused_is_left_to_the_compiled_verb():
-  ledger = on_host(jitted.ledger.init(ledger_of(num_pages=3)))
-  for asked in ([13, 0, 0, 0, 0], [-1, 0, 0, 0, 0], [MANY, 1, 0, 0, 0], [21, 0, 0, 0, 0]):
-    assert twin.apply(ledger, "extend", (np.array(asked, np.int32),)) is None
-  asked = np.zeros((3, 5), np.int32)
-  asked[:, 0] = MANY  # in sum it would overflow
-  assert twin.replay(ledger, paged_jax.Log(((asked,),), ("extend",))) is None
-  assert twin.apply(ledger, "free", (np.array([True] + [False] * 4),)) is None
-  for verb in ("hold", "drop"):
-    assert twin.apply(ledger, verb, (np.array([0, 3], np.int32),)) is None
+def test_copies_on_write_are_counted():
+  ledger = HostLedger(config())
+  ledger.extend(np.array([6, 0, 0]))
+  ledger.fork(np.array([0, 0]), np.array([1, 2]))
+  ledger.extend(np.array([1, 1, 1]))
+  assert ledger.num_copies == 2
+  ledger.unshare(np.zeros(3, np.int32))  # the first page, in two of three rows
+  assert ledger.num_copies == 4
 
 
-def test_of_several_sharers_all_but_the_last_copy_at_whatever_step():
-  walk = Walk(0, ledger_of(num_pages=16))
-  walk.ask("extend", np.array([6, 0, 0, 0, 0], np.int32))
-  walk.ask("fork", *np.array([[0, 0, 0], [1, 2, 3], [6, 6, 6]], np.int32))
-  walk.replay(np.array([[0, 1, 1, 0, 0], [0, 0, 2, 0, 2], [1, 1, 1, 0, 0]], np.int32))
-  walk.replay(np.array([[0, 0, 0, 9, 0]], np.int32))
-  assert walk.known == {("replay", True): 2, ("extend", True): 1, ("fork", False): 1, "copies": 0}
-  assert walk.ledger.pool.refcount.max() == 4  # the whole page that they all share
+@pytest.mark.parametrize(
+  "verb, operands, message",
+  [
+    ("extend", (np.zeros(4, np.int32),), r"num_tokens must have shape \[3\], got \[4\]"),
+    ("extend", ([0, 0, 0],), "num_tokens must be an array, got list"),
+    ("extend", (np.zeros(3),), "num_tokens must have an integer dtype, got float64"),
+    ("extend", (np.full(3, 2**31),), "num_tokens must fit in int32, got 2147483648"),
+    ("fork", (np.zeros(2, int), np.zeros(1, int)), r"dst must have shape \[2\]"),
+    ("reorder", (np.zeros((3, 1), int),), "sources must have shape"),
+    ("unshare", (np.zeros(3, bool),), "starts must have an integer dtype"),
+    ("trim", (np.zeros(1, int),), "lengths must have shape"),
+    ("slide", (np.zeros(1, int),), "starts must have shape"),
+    ("free", (np.zeros(3, int),), "rows must have a bool dtype"),
+    ("hold", (np.zeros(0, int),), r"pages must have shape \[any\], got \[0\]"),
+    ("drop", (np.zeros((2, 2), int),), "pages must have shape"),
+    ("adopt", (np.zeros(1, int), np.zeros((2, 6), int), np.zeros(1, int)), "pages must have shape"),
+    ("take_held", (np.zeros(1, int), 4), "count must have shape"),
+  ],
+)
+def test_operands_of_the_wrong_kind_are_refused_by_name(verb, operands, message):
+  ledger = HostLedger(config())
+  with pytest.raises(ValueError, match=message):
+    getattr(ledger, verb)(*operands)
+  replay.same(ledger.snapshot(), HostLedger(config()).snapshot())
+
+
+@pytest.mark.parametrize("busy", [100, 2**20 - 40])
+def test_no_verb_costs_memory_that_grows_with_the_pool(busy):
+  ledger = HostLedger(config(num_pages=2**20, page_size=4, num_rows=8, max_length=256))
+  ledger.take_held(np.array(busy), busy)
+  ledger.mark()
+  some, one = np.zeros(8, np.int32), np.array([1])
+  some[:2] = 30
+  for verb, operands in (
+    ("pages_needed", (some,)), ("extend", (some,)), ("fork", (one, one + 1, some[:1])),
+    ("extend", (some // 30,)), ("unshare", (some // 30,)), ("trim", (some // 2,)),
+    ("slide", (some // 4,)), ("reorder", (np.arange(8)[::-1].copy(),)),
+     ("free", (np.ones(8, bool),)),
+    ("hold", (one,)), ("drop", (one,)), ("adopt", (one, one[None], one)),
+    ("take_held", (np.array(3), 8)), ("rewind", ()),
+  ):  # fmt: skip
+    tracemalloc.start()
+    getattr(ledger, verb)(*operands)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**16, (verb, peak)  # the bitmap alone takes twice as much
