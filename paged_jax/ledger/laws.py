@@ -9,7 +9,13 @@ from paged_jax.types import Audit, Ledger
 
 
 def audit(ledger: Ledger) -> Audit:
-  """Counts what breaks the laws."""
+  """Counts what breaks the laws.
+
+  >>> import paged_jax
+  >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))
+  >>> max(audit(ledger)).item()
+  0
+  """
   pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
   n = pool.num_pages
   mapped = jnp.where(tables.block_tables >= 0, tables.block_tables, n)

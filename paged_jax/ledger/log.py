@@ -29,6 +29,12 @@ def check(log: Log) -> None:
 def replay(ledger: Ledger, log: Log) -> Ledger:
   """The ledger after everything in `log`: bit for bit that of the program which reported it.
 
+  >>> import jax.numpy as jnp, paged_jax
+  >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))
+  >>> log = paged_jax.Log(operands=((jnp.array([[5, 0], [1, 3]]),),), verbs=("extend",))
+  >>> replay(ledger, log).tables.lengths.tolist()
+  [6, 3]
+
   Raises:
     ValueError: The log names something that is no verb of a ledger.
   """

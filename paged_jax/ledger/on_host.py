@@ -117,12 +117,15 @@ class HostLedger:
 
   def extend(self, num_tokens: np.ndarray) -> Info:
     """Room for `num_tokens` i32[S] more tokens in each row."""
+    # tokens      0 ...... 4 5            a row of 6 tokens, whose pages others hold too,
+    # pages       [a     ] [b  ]          grows by 3: first it takes c, a copy of b,
+    # afterwards  [a     ] [c    ] [d ]   then d, and gives up its share of b
     growth = self._growth(num_tokens)
     ok, lengths, need = growth.valid, growth.lengths, growth.num_new + growth.copied
     if need.any():
       fits = need.cumsum(dtype=np.int64) <= self.num_free
       rows = (fits & (need > 0)).nonzero()[0]
-      first = growth.num_pages[rows] - growth.copied[rows]  # the copy of the tail, then new pages
+      first = growth.num_pages[rows] - growth.copied[rows]  # the tail, if it is copied
       rows, columns = _spread(rows, first, need[rows])
       self._map(rows, columns, self._take(rows.size))
       copied = growth.tails[fits[growth.rows] & (growth.copied[growth.rows] > 0)]
@@ -177,7 +180,7 @@ class HostLedger:
     first, count = self._span(starts, lengths)
     rows, columns = _spread(source, first, count)
     pages = self.block_tables[rows, columns]
-    # All rows take their new pages before any gives up its old ones.
+    # All rows share their new pages before any gives up its old ones.
     self._count(pages, 1)
     self._unmap(changed, *self._span(self.starts[changed], self.lengths[changed]))
     self._map(np.repeat(target, count), columns, pages)
@@ -333,12 +336,14 @@ class HostLedger:
     """Forgets the mark."""
     self._mark = None
 
-  # What rows ask for.
+  # Questions.
 
   def _info(self, ok) -> Info:
+    """What a verb reports."""
     return Info._make((ok, self.num_free))
 
   def _growth(self, num_tokens: np.ndarray) -> "_Growth":
+    """What `extend` would do for each row if there were pages enough. It is counted here only."""
     num_tokens = arguments.host_integers("num_tokens", num_tokens, (self.num_rows,))
     size, before = self.page_size, self.lengths
     valid = (num_tokens >= 0) & (num_tokens <= self.capacity - before)
@@ -369,7 +374,7 @@ class HostLedger:
     ok[ok] = _earlier(rows[ok]) == 0
     return ok
 
-  # Changes. Everything else changes through these.
+  # Changes. Every write to an array passes `_keep`, every change of a page's holders `_count`.
 
   def _take(self, count: int, *, holds: int = 0) -> np.ndarray:
     """Takes the next `count` free pages from the cursor on, once round the pool."""
@@ -383,6 +388,7 @@ class HostLedger:
     return pages
 
   def _search(self, count: int) -> np.ndarray:
+    """The pages that `_take` takes: words of the bitmap in windows that grow, each page once."""
     found, position, size = [], self.cursor, _WINDOWS[0]
     while count > 0:
       first = position // 32
@@ -421,6 +427,7 @@ class HostLedger:
     change.at(self.bitmap, words, _BITS[pages % 32])
 
   def _map(self, rows, columns: np.ndarray, pages) -> None:
+    """Writes `pages` into the block tables; who holds them is counted apart."""
     self._set(self.block_tables, (rows, columns), pages)
 
   def _unmap(self, rows: np.ndarray, first: np.ndarray, count: np.ndarray) -> None:
@@ -431,11 +438,13 @@ class HostLedger:
     self._count(pages, -1)
 
   def _write(self, rows: np.ndarray, starts, lengths, stale) -> None:
+    """Says which tokens rows hold."""
     self._set(self.starts, rows, starts)
     self._set(self.lengths, rows, lengths)
     self._set(self.stale, rows, stale)
 
   def _set(self, array: np.ndarray, index, values) -> None:
+    """Assigns, and keeps the old values."""
     self._keep(array, index)
     array[index] = values
 
@@ -445,6 +454,7 @@ class HostLedger:
       self._mark.writes.append((array, index, array[index].copy()))
 
   def _touch(self, pages: np.ndarray) -> None:
+    """Notes those of `pages` that the host holds."""
     self.touched.update(pages[self.holds[pages] > 0].tolist())
 
 
