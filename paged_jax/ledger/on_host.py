@@ -13,7 +13,7 @@ from paged_jax.config import CacheConfig
 from paged_jax.ledger import log as log_lib
 from paged_jax.types import Info, Log, Pool, Tables
 
-_WINDOWS = 32, 4096  # words that a search looks at: in its first step, and at most
+_WINDOWS = 256, 4096  # words that a search looks at: in its first step, and in later ones
 _BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
@@ -388,19 +388,19 @@ class HostLedger:
     return pages
 
   def _search(self, count: int) -> np.ndarray:
-    """The pages that `_take` takes: words of the bitmap in windows that grow, each page once."""
+    """The pages that `_take` takes: the bitmap is searched a window at a time."""
     found, position, size = [], self.cursor, _WINDOWS[0]
     while count > 0:
       first = position // 32
-      words = first + self.bitmap[first : first + size].nonzero()[0]
-      words = words[: count + 1]  # the first one may have no page from `position` on
+      # One word more than pages: the first word may have no page from `position` on.
+      words = first + self.bitmap[first : first + size].nonzero()[0][: count + 1]
       bits = np.unpackbits(self.bitmap[words].view(np.uint8), bitorder="little").nonzero()[0]
       pages = words[bits // 32] * 32 + bits % 32
       pages = pages[pages >= position][:count]
       found.append(pages)
       count -= pages.size
       position = (first + size) * 32 if first + size < self.bitmap.size else 0
-      size = min(4 * size, _WINDOWS[1])
+      size = _WINDOWS[1]
     return np.concatenate(found)
 
   def _count(self, pages: np.ndarray, references: int, holds: int = 0) -> None:

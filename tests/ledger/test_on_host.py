@@ -69,6 +69,20 @@ def test_a_rewind_brings_back_what_was_marked_and_a_replay_what_the_program_did(
   assert ledger.num_copies == direct.num_copies
 
 
+def test_a_search_crosses_windows_of_the_bitmap_and_the_end_of_the_pool():
+  n = 24 * 8192 + 5
+  ledger = HostLedger(config(num_pages=n))
+  ledger.take_held(np.array(n), n)
+  free = [100, 101, 8199, 10 * 8192, n - 1, 5, 99]  # in the order from page 100 on
+  ledger.drop(np.array(sorted(free)))
+  ledger.cursor = 100
+  for count in (1, 4, 2):
+    pages, info = ledger.take_held(np.array(count), 4)
+    assert pages[:count].tolist() == free[:count] and info.num_free == len(free) - count
+    free = free[count:]
+  assert ledger.cursor == 100 and not ledger.bitmap.any()
+
+
 def test_a_rewind_without_a_mark_is_refused():
   ledger = HostLedger(config())
   with pytest.raises(ValueError, match="rewind needs a mark"):
