@@ -100,18 +100,18 @@ def decode_ours(steps: int):
   tokens = np.random.default_rng(0).integers(0, 50_000, (steps, ROWS), dtype=np.int32)
   counts = np.full(ROWS, steps, np.int32)
   log = paged_jax.Log(((np.ones((steps, ROWS), np.int32),),), ("extend",))
-  lengths = [manager.sequence_stats(handle).num_tokens for handle in handles]
+  lengths = [handle.num_tokens for handle in handles]
 
   def dispatch():
     manager.run(lambda cache: (cache, log, None))  # the device's part is not measured
     begin = time.perf_counter()
     manager.settle(tokens=tokens, num_tokens=counts)
     spent = time.perf_counter() - begin
-    if manager.sequence_stats(handles[0]).num_tokens > 900:
+    if handles[0].num_tokens > 900:
       trim = paged_jax.Log(((np.array([lengths], np.int32),),), ("trim",))
       manager.run(lambda cache: (cache, trim, None))
       manager.settle()
-      manager._known[:] = lengths
+      manager._sequences._known[:] = lengths
     return spent
 
   return dispatch

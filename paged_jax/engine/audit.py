@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from paged_jax.engine.requests import Sample, SequenceId
 from paged_jax.engine.scheduler import Scheduler
-from paged_jax.host.stats import AuditReport
+from paged_jax.host.report import AuditReport
 
 
 class EngineAudit(NamedTuple):

@@ -1,7 +1,7 @@
 """What happened to pages, as a stream that can be followed from another process.
 
-Bounded and still lossless: whoever falls behind further than the buffer reaches gets a snapshot
-of what is there now, and goes on from it.
+Bounded and still lossless: a reader that falls behind further than the buffer reaches gets a
+snapshot of what is there now, and goes on from it.
 """
 
 import collections

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 
@@ -70,6 +70,9 @@ class Queue(Generic[Thing]):
       everything = [each for *_, each in self._heap] + self._new
       self._heap, self._new = [], list({id(x): x for x in everything if self._alive(x)}.values())
       self._limit = 2 * len(self._new) + 64
+
+  def __iter__(self) -> Iterator[Thing]:
+    return itertools.chain((each for *_, each in self._heap), self._new)
 
   def _item(self, thing: Thing) -> tuple:
     return self._policy.rank(thing.use), next(self._number), thing

@@ -10,6 +10,7 @@ node keeps the pages whose last token is on its edge; the first of them may begi
     #                          [d    ]
 
 Times are ticks, one for each lookup or store; a lifetime is in seconds of the clock passed in.
+The tree only finds, stores and removes: what leaves it, and when, is decided in `reclaim`.
 """
 
 import array
@@ -17,12 +18,12 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from paged_jax.host.eviction import LRU, Policy, Queue, Use
+from paged_jax.host.eviction import Use
 from paged_jax.host.holds import Held
 
 TOKEN_BYTES = 4
@@ -71,13 +72,20 @@ class Entry:
 class Node:
   """The tokens `start..end` of every sequence that goes through here."""
 
-  parent: "Node | None"
+  parent: "Node | None" = dataclasses.field(repr=False)
   tokens: bytes
   end: int
   held: list[Held]
   use: Use
   entry: Entry | None = None
-  children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
+  children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict, repr=False)
+  count: Any = None  # what `reclaim` knows of it
+
+  @property
+  def attached(self) -> bool:
+    """Whether it is in the tree, below a root."""
+    key = self.tokens[:TOKEN_BYTES]
+    return self.parent is not None and self.parent.children.get(key) is self
 
   @property
   def start(self) -> int:
@@ -100,8 +108,9 @@ class PrefixIndex:
     page_size: Tokens per page, T.
     max_entries: Whole sequences kept; 0 stores nothing.
     min_length: Shorter sequences are not stored, in tokens.
-    policy: What goes first.
     clock: Seconds, for lifetimes.
+    edited: Called with a node and a number before the node's pages from that number on, its children
+      or its entry change.
   """
 
   def __init__(
@@ -110,38 +119,32 @@ class PrefixIndex:
     *,
     max_entries: int = 100,
     min_length: int = 16,
-    policy: Policy = LRU,
     clock: Callable[[], float],
+    edited: Callable[[Node, int], None] = lambda node, first: None,
   ):
     self.page_size, self.max_entries, self.min_length = page_size, max_entries, min_length
+    self.edited = edited
     self._clock = clock
-    self._policy = policy
     self._ticks = itertools.count(1)
     self._empty()
 
-  def clear(self) -> list[Held]:
-    """Forgets everything; returns what was kept."""
-    held = self._buried + self._release([x for node in self.nodes() for x in node.held])
-    self._empty()
-    return list(dict.fromkeys(each for each in held if not each.kept))
-
-  def clear_unpinned(self) -> list[Held]:
-    """Forgets all but what pinned sequences need; returns what was kept."""
-    released: list[Held] = []
-    while (held := self.evict_entry(lambda held: False)) is not None:
-      released += held
-    return list(dict.fromkeys(each for each in released if not each.kept))
-
   def _empty(self) -> None:
     self._roots: dict[Hashable, Node] = {}
-    self._leaves: Queue[Node] = Queue(self._policy, self._tick, _frontier)
-    self._entries: Queue[Node] = Queue(
-      self._policy, self._tick, lambda node: node.entry is not None
-    )
     self._mortal: list = []  # heap of (expiry, number, node)
-    self._buried: list[Held] = []  # pages of the dead, until `expire` returns them
+    self._expired: list[
+      Held
+    ] = []  # pages of what has outlived its time, until `expire` returns them
     self.num_entries = self.num_pinned = 0
     self.num_tokens = 0
+
+  def clear(self) -> list[Held]:
+    """Forgets everything; returns the pages that nobody needs now."""
+    held = self._expired
+    for node in list(self.nodes()):
+      held += self._release(node, 0)
+      node.entry, node.children = None, {}
+    self._empty()
+    return list(dict.fromkeys(each for each in held if not each.kept))
 
   def nodes(self) -> Iterator[Node]:
     """Every node, parents first."""
@@ -149,7 +152,8 @@ class PrefixIndex:
       yield root
       yield from _below(root)
 
-  def _tick(self) -> int:
+  def tick(self) -> int:
+    """The next tick."""
     return next(self._ticks)
 
   # Lookup
@@ -157,7 +161,7 @@ class PrefixIndex:
   def find(self, namespace: Hashable, tokens: bytes) -> Match:
     """The longest stored prefix of `tokens`, which counts as used."""
     node, length = self._walk(namespace, tokens, split=True)
-    tick, at = self._tick(), node
+    tick, at = self.tick(), node
     while at.parent is not None:
       at.use.last, at.use.touched = tick, True
       at.use.hits += 1
@@ -208,6 +212,7 @@ class PrefixIndex:
   def _split(self, node: Node, length: int) -> Node:
     """Cuts `length` tokens off the head of a node's edge; returns the upper part."""
     assert node.parent is not None
+    self.edited(node, 0)
     cut = node.start + length
     whole = cut // self.page_size - node.start // self.page_size
     upper = Node(
@@ -217,14 +222,14 @@ class PrefixIndex:
       held=node.held[:whole],
       use=dataclasses.replace(node.use, num_tokens=cut),
     )
+    for each in upper.held:
+      each.nodes.remove(node)
+      each.nodes.append(upper)
     node.parent.children[upper.tokens[:TOKEN_BYTES]] = upper
-    node.parent, node.tokens, node.held = (
-      upper,
-      node.tokens[length * TOKEN_BYTES :],
-      node.held[whole:],
-    )
+    node.parent, node.tokens = upper, node.tokens[length * TOKEN_BYTES :]
+    node.held = node.held[whole:]
     upper.children[node.tokens[:TOKEN_BYTES]] = node
-    self._leaves.push(upper)  # it is next already if all of the lower part is in host memory
+    self.edited(upper, 0)
     return upper
 
   # Storing
@@ -238,7 +243,6 @@ class PrefixIndex:
     last_logits: Any = None,
     ttl: float | None = None,
     pinned: bool = False,
-    busy: Callable[[Held], bool],
   ) -> list[Held] | None:
     """Stores a sequence on its pages; storing it again replaces its lifetime, its pin, and its
     logits, if there are new ones.
@@ -251,53 +255,47 @@ class PrefixIndex:
       last_logits: Returned when a query is exactly this sequence.
       ttl: Seconds until it is gone; None = never.
       pinned: Whether it stays until it is unpinned.
-      busy: Whether somebody besides the host uses a page; entries in use are not evicted.
 
     Returns:
-      What is kept no more, or None if nothing was stored: too short, or no room among entries.
+      The pages that nobody needs now, or None if nothing was stored: too short, or `full`.
     """
     length = len(tokens) // TOKEN_BYTES
-    if not self._storable(tokens):
+    if not self._storable(tokens) or self.full(namespace, tokens):
       return None
     released: list[Held] = []
-    if self.full(namespace, tokens):
-      evicted = self.evict_entry(busy)
-      if evicted is None:
-        return None
-      released += evicted
-    tick = self._tick()
+    tick = self.tick()
     expires = math.inf if ttl is None else self._clock() + ttl
     if namespace not in self._roots:
       self._roots[namespace] = Node(None, b"", 0, [], Use(tick, tick))
     node, at = self._walk(namespace, tokens, split=True)
     if at < length:
-      node, dropped = self._grow(node, tokens[at * TOKEN_BYTES :], held, tick)
-      released += dropped
+      node, released = self._grow(node, tokens[at * TOKEN_BYTES :], held, tick)
     if node.entry is None:
       self.num_entries += 1
       node.use.stored = tick
-      self._entries.push(node)
     else:
       self.num_pinned -= node.entry.pinned
       last_logits = node.entry.last_logits if last_logits is None else last_logits
     self.num_pinned += pinned
     node.entry = Entry(last_logits, pinned, expires)
     node.use.last = tick
+    self.edited(node, len(node.held))
     self._mark_mortal(node)
-    return [each for each in released if not each.kept]
+    return released
 
   def _mark_mortal(self, node: Node) -> None:
     if node.entry is not None and node.entry.expires != math.inf:
-      heapq.heappush(self._mortal, (node.entry.expires, self._tick(), node))
+      heapq.heappush(self._mortal, (node.entry.expires, self.tick(), node))
 
   def _grow(
     self, node: Node, tokens: bytes, held: Callable[[int], list[Held]], tick: int
   ) -> tuple[Node, list[Held]]:
     """A new branch under `node`, and the partial page that it makes superfluous."""
     size = self.page_size
-    released = []
+    released: list[Held] = []
     if node.end % size and not node.children and node.held:
-      released.append(node.held.pop())  # the branch has a page with the same tokens and more
+      # the branch has a page with the same tokens and more
+      released = self._release(node, len(node.held) - 1)
     end = node.end + len(tokens) // TOKEN_BYTES
     child = Node(
       parent=node,
@@ -308,11 +306,9 @@ class PrefixIndex:
     )
     node.children[tokens[:TOKEN_BYTES]] = child
     for each in child.held:
-      each.indexed += 1
-    for each in released:
-      each.indexed -= 1
+      each.nodes.append(child)
     self.num_tokens += len(tokens) // TOKEN_BYTES
-    self._leaves.push(child)
+    self.edited(child, 0)
     return child, [each for each in released if not each.kept]
 
   def pin(self, namespace: Hashable, tokens: bytes, pinned: bool) -> bool:
@@ -322,6 +318,7 @@ class PrefixIndex:
       return False
     self.num_pinned += pinned - node.entry.pinned
     node.entry.pinned = pinned
+    self.edited(node, len(node.held))
     self._mark_mortal(node)
     return True
 
@@ -333,24 +330,6 @@ class PrefixIndex:
 
   # Removing
 
-  def candidates(self, ready: Callable[[Held], bool]) -> Generator[Node, None, None]:
-    """Nodes that give up their last device page next, in order, if that page is `ready`.
-
-    To be closed. Whoever takes pages from a node says so before asking for the next one.
-    """
-
-    def free(node: Node) -> bool:
-      page = last_page(node)
-      return page is not None and ready(page) and not self._pinned(node)
-
-    return self._leaves.pops(free)
-
-  def _pinned(self, node: Node) -> bool:
-    """Whether a sequence that ends here or below is pinned."""
-    if self.num_pinned == 0:
-      return False
-    return any(at.entry is not None and at.entry.pinned for at in [node, *_below(node)])
-
   def forget_last(self, node: Node, count: int = 1) -> list[Held]:
     """Forgets a node's last `count` device pages, with all that comes after the first of these.
 
@@ -360,113 +339,60 @@ class PrefixIndex:
       What nobody keeps any more.
     """
     on_device = [i for i, each in enumerate(node.held) if each.page is not None]
-    released = self._drop_below(node)
-    return released + self._forget(node, on_device[-count])
-
-  def spilled(self, guard: set[Held], ready: Callable[[Held], bool]) -> list[Held]:
-    """What takes room in host memory for the index alone, and may go: not what is in `guard`.
-
-    What comes after it on the device must be `ready` to go first.
-    """
-    staying: set[int] = set()
-    found: dict[Held, None] = {}
-    for node in reversed(list(self.nodes())):  # children first
-      clear = id(node) not in staying and not (node.entry is not None and node.entry.pinned)
-      for each in reversed(node.held):
-        clear = clear and each not in guard and (each.page is None or ready(each))
-        if clear and each.page is None and not each.swapped:
-          found[each] = None
-      if not clear and node.parent is not None:
-        staying.add(id(node.parent))
-    return list(found)
-
-  def forget_spilled(self, count: int, guard: set[Held]) -> list[Held]:
-    """Forgets `count` pages in host memory, least wanted first; returns what nobody keeps."""
     released: list[Held] = []
-    leaves = [node for node in self.nodes() if not node.children]
-    leaves.sort(key=lambda node: self._policy.rank(node.use))
-    while leaves and len(released) < count:
-      node = leaves.pop(0)
-      last = node.held[-1] if node.held else None
-      if last is None or last.page is not None or last in guard or self._pinned(node):
-        continue
-      parent = node.parent
-      released += self._forget(node, len(node.held) - 1)
-      if _attached(node):
-        leaves.insert(0, node)
-      elif parent is not None and not parent.children:
-        leaves.insert(0, parent)
-    return released
+    for each in reversed(list(_below(node))):
+      released += self._detach(each)
+    return released + self.forget_from(node, on_device[-count])
 
-  def _forget(self, node: Node, index: int) -> list[Held]:
-    """Forgets the pages of a childless node from number `index` on."""
+  def forget_from(self, node: Node, index: int) -> list[Held]:
+    """Forgets the pages of a childless node from number `index` on; returns what nobody needs now."""
     cut = (node.start // self.page_size + index) * self.page_size
     if cut <= node.start:
       return self._detach(node)
-    gone, node.held = node.held[index:], node.held[:index]
+    gone = self._release(node, index)
     self._remove_entry(node)
     self.num_tokens -= node.end - cut
     node.tokens, node.end = node.tokens[: (cut - node.start) * TOKEN_BYTES], cut
     node.use.num_tokens = cut
-    self._requeue(node)
-    return self._release(gone)
-
-  def requeue_all(self, held: Iterable[Held]) -> None:
-    """After these pages moved: whoever may be next is in the queue again."""
-    if any(each.indexed for each in held):
-      for node in self.nodes():
-        if _frontier(node):
-          self._leaves.push(node)
-
-  def _requeue(self, node: Node) -> None:
-    """This node, or the first one above it with a page on the device."""
-    at: Node | None = node
-    while at is not None and at.parent is not None:
-      if last_page(at) is not None:
-        self._leaves.push(at)
-        return
-      at = at.parent
+    return [each for each in gone if not each.kept]
 
   def _detach(self, node: Node) -> list[Held]:
-    """Takes a childless node off the tree."""
+    """Takes a childless node off the tree.
+
+    A page that begins above it has the last tokens of its parent, too, and passes to it:
+
+        # page size 4     0 1 2 3 4 5 ─ 6 7      ──▶     0 1 2 3 4 5
+        # pages           [a     ]      [b ]             [a     ][b ]
+    """
     parent = node.parent
     assert parent is not None and not node.children
-    del parent.children[node.tokens[:TOKEN_BYTES]]
+    gone = self._release(node, 0)
     self._remove_entry(node)
     self.num_tokens -= node.end - node.start
-    gone, node.held = node.held, []
+    self.edited(parent, len(parent.held))
+    del parent.children[node.tokens[:TOKEN_BYTES]]
     if not parent.children and parent.end % self.page_size:
-      parent.held.append(gone[0])  # it has the last tokens of the node above, too
-      gone = gone[1:]
-    self._requeue(parent)
-    return self._release(gone)
+      gone[0].nodes.append(parent)
+      parent.held.append(gone[0])
+    return [each for each in gone if not each.kept]
 
-  def _drop_below(self, node: Node) -> list[Held]:
-    """Takes everything under a node off the tree."""
-    released: list[Held] = []
-    for each in reversed(list(_below(node))) if node.children else ():
-      released += self._detach(each)
-    return released
-
-  def _release(self, held: list[Held]) -> list[Held]:
-    for each in held:
-      each.indexed -= 1
-    return [each for each in held if not each.kept]
+  def _release(self, node: Node, index: int) -> list[Held]:
+    """Takes the pages of a node from number `index` on."""
+    self.edited(node, index)
+    gone = node.held[index:]
+    del node.held[index:]
+    for each in gone:
+      each.nodes.remove(node)
+    return gone
 
   def _remove_entry(self, node: Node) -> None:
     if node.entry is not None:
+      self.edited(node, len(node.held))
       self.num_entries -= 1
       self.num_pinned -= node.entry.pinned
       node.entry = None
 
-  def _idle(self, busy: Callable[[Held], bool]) -> Callable[[Node], bool]:
-    def idle(node: Node) -> bool:
-      assert node.entry is not None
-      return not node.entry.pinned and not any(map(busy, self._pages(node, node.end)[-1:]))
-
-    return idle
-
-  def _retire(self, node: Node) -> list[Held]:
+  def retire(self, node: Node) -> list[Held]:
     """Removes a whole sequence, and the pages that no other one goes through."""
     self._remove_entry(node)
     released = []
@@ -485,47 +411,27 @@ class PrefixIndex:
     crowded = self.num_entries >= self.max_entries and self._storable(tokens)
     return crowded and self._stored(namespace, tokens) is None
 
-  def evict_entry(self, busy: Callable[[Held], bool]) -> list[Held] | None:
-    """Removes the sequence that goes first; None if all are in use or pinned."""
-    victim = self._entries.pop(self._idle(busy))
-    return None if victim is None else self._retire(victim)
-
   def expire(self) -> list[Held]:
     """Removes what has outlived its time; returns what is kept no more since the last call."""
     self._bury()
     self._roots = {name: root for name, root in self._roots.items() if root.children}
-    buried, self._buried = self._buried, []
-    return [each for each in buried if not each.kept]
+    expired, self._expired = self._expired, []
+    return [each for each in expired if not each.kept]
 
   def _bury(self) -> None:
-    """Removes the sequences that have outlived their time, but for pinned ones."""
+    """Removes the sequences that have outlived their time, except pinned ones."""
     while self._mortal and self._mortal[0][0] <= self._clock():
       node = heapq.heappop(self._mortal)[2]
       entry = node.entry
       if entry is not None and entry.expires <= self._clock() and not entry.pinned:
-        self._buried += self._retire(node)
+        self._expired += self.retire(node)
 
-  def stuck(self, staying: set[Held]) -> set[Held]:
-    """The device pages that cannot leave if asked for: what pinned sequences need, those that are
-    `staying`, and all that come before them."""
-    stuck: set[Held] = set()
-    if not (staying or self.num_pinned):
-      return stuck
-    above: set[int] = set()  # nodes with something stuck below
-    for node in reversed(list(self.nodes())):  # children first
-      clear = id(node) not in above
-      if clear and node.entry is not None and node.entry.pinned:
-        stuck.add(self._pages(node, node.end)[-1])  # it would pass to the pinned one
-        clear = False
-      if not clear:
-        stuck.update(node.held)
-      elif not staying.isdisjoint(node.held):
-        last = max(i for i, each in enumerate(node.held) if each in staying)
-        stuck.update(node.held[: last + 1])
-        clear = False
-      if not clear and node.parent is not None:
-        above.add(id(node.parent))
-    return {each for each in stuck if each.page is not None}
+  def end_of(self, node: Node) -> tuple[Node, Held]:
+    """The page with the last tokens of a node, and the node at or below it that keeps this page."""
+    last = (node.end - 1) // self.page_size
+    while node.start // self.page_size + len(node.held) <= last:
+      node = next(iter(node.children.values()))  # any one: all have these tokens
+    return node, node.held[last - node.start // self.page_size]
 
 
 def last_page(node: Node) -> Held | None:
@@ -534,21 +440,6 @@ def last_page(node: Node) -> Held | None:
     if each.page is not None:
       return each
   return None
-
-
-def _frontier(node: Node) -> bool:
-  """Whether a node of the tree has device pages and nothing below it has."""
-  here = _attached(node) and last_page(node) is not None
-  return here and not any(map(_on_device, node.children.values()))
-
-
-def _on_device(node: Node) -> bool:
-  """Whether this node or one below has a device page."""
-  return last_page(node) is not None or any(last_page(each) is not None for each in _below(node))
-
-
-def _attached(node: Node) -> bool:
-  return node.parent is not None and node.parent.children.get(node.tokens[:TOKEN_BYTES]) is node
 
 
 def _below(node: Node) -> Iterator[Node]:

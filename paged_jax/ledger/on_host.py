@@ -115,6 +115,21 @@ class HostLedger:
     growth = self._growth(num_tokens)
     return growth.num_new + growth.copied
 
+  def pages_to_begin(self, held: int, num_tokens: int) -> int:
+    """Pages that a row takes to hold `num_tokens`, if it starts on pages with `held` of them.
+
+    Others hold these pages, too: a partly filled one is copied before the row writes into it.
+    """
+    size = self.page_size
+    copied = num_tokens > held and held % size > 0
+    return -(-num_tokens // size) - -(-held // size) + copied
+
+  def shares_tail(self, num_tokens: np.ndarray) -> bool:
+    """Whether a row that grows by `num_tokens` i32[S] would write into a page that others hold."""
+    rows = ((num_tokens > 0) & (self.lengths % self.page_size > 0)).nonzero()[0]
+    tails = self.block_tables[rows, self.lengths[rows] // self.page_size]
+    return bool((self.refcount[tails] > 1).any())
+
   def extend(self, num_tokens: np.ndarray) -> Info:
     """Room for `num_tokens` i32[S] more tokens in each row."""
     # tokens      0 ...... 4 5            a row of 6 tokens, whose pages others hold too,

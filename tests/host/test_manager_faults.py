@@ -486,7 +486,7 @@ def test_looking_up_a_prefix_does_not_scan_the_entries():
     index = PrefixIndex(4, max_entries=num_entries, min_length=1, clock=time.monotonic)
     prompts = [encoded([i % 256, i // 256, 3, 4, 5]) for i in range(num_entries)]
     for prompt in prompts:
-      index.store(None, prompt, lambda n: [Held(page=0), Held(page=1)][n:], busy=lambda _: False)
+      index.store(None, prompt, lambda n: [Held(page=0), Held(page=1)][n:])
     asked = prompts[:: num_entries // 100]
     rounds = []
     for _ in range(7):

@@ -1,5 +1,6 @@
 """The prefix index alone: random histories against plain Python, and examples by hand."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,6 +17,7 @@ from managed import Clock
 from paged_jax.host import eviction
 from paged_jax.host.holds import Held
 from paged_jax.host.prefix import PrefixIndex, encoded, last_page
+from paged_jax.host.reclaim import Evictable
 
 LOGITS = "logits"
 NUMBERS = itertools.count()
@@ -29,8 +31,69 @@ def always(held):
   return True
 
 
+class Shelf:
+  """A prefix index, what may leave it, and what a manager does between the two."""
+
+  def __init__(self, page_size=4, *, policy=eviction.LRU, **options):
+    self.index = PrefixIndex(page_size, **(dict(min_length=1, clock=Clock()) | options))
+    self.evictable = Evictable(self.index, policy)
+    self.known = set()
+
+  def __getattr__(self, name):
+    return getattr(self.index, name)
+
+  def store(self, namespace, tokens, held, *, busy=nobody, **fields):
+    evicted = []
+    if self.index.full(namespace, tokens):
+      evicted = self.evict_entry(busy)
+      if evicted is None:
+        return None
+
+    def keep(first):
+      self.known.update(held(first))
+      return held(first)
+
+    released = self.index.store(namespace, tokens, keep, **fields)
+    return None if released is None else [x for x in evicted + released if not x.kept]
+
+  def evict_entry(self, busy):
+    for each in self.known:
+      self.evictable.set_busy(each, busy(each))
+    node = self.evictable.next_entry()
+    return None if node is None else self.index.retire(node)
+
+  def next_leaf(self, ready=always):
+    """The node that gives up its last page next, if that page is `ready`."""
+    with self.guarding(x for x in self.known if x.page is not None and not ready(x)):
+      return self.evictable.next_leaf()
+
+  def reclaimable(self, staying=()):
+    """Device pages of the index that could leave."""
+    with self.guarding(staying):
+      self.evictable.settle()
+      kinds = {each: each.kind for each in self.known}
+      assert self.evictable.available(0) == sum(kind == 1 for kind in kinds.values())
+    return {each for each, kind in kinds.items() if kind == 1}
+
+  @contextlib.contextmanager
+  def guarding(self, held):
+    held = list(held)
+    for each in self.known:
+      self.evictable.set_busy(each, False)
+    self.evictable.guard(held)
+    yield
+    self.evictable.guard(held, -1)
+
+  def audit(self):
+    return self.evictable.audit(self.known, {each for each in self.known if each.busy})
+
+  def moved(self, held):
+    for each in held:
+      self.evictable.changed(each)
+
+
 def index(page_size=4, **options):
-  return PrefixIndex(page_size, **(dict(min_length=1, clock=Clock()) | options))
+  return Shelf(page_size, **options)
 
 
 def fresh(count):
@@ -59,17 +122,6 @@ def peek(index, tokens, namespace=None):
 
 def length(index, tokens, namespace=None):
   return peek(index, tokens, namespace).length
-
-
-def reclaimable(index, staying=frozenset()):
-  """Device pages of the index that could leave."""
-  pages = {x for node in index.nodes() for x in node.held if x.page is not None}
-  return pages - index.stuck(set(staying))
-
-
-def next_of(nodes):
-  """The first of the candidates, None if there is none."""
-  return next(nodes, None)
 
 
 def below(node):
@@ -183,7 +235,7 @@ class History:
     for each in pages:
       each.page = None if to_host else next(NUMBERS)
       each.image = object() if to_host else None
-    self.index.requeue_all(pages)
+    self.index.moved(pages)
 
   def do_start(self):
     query, namespace = self.query(), self.namespace()
@@ -222,13 +274,22 @@ class History:
   def frontier(self, ready):
     """Nodes with a device page that could leave, because nothing after it stays."""
 
+    def passes(node, page):
+      """Whether the page would only pass to a pinned sequence above."""
+      above = [node.parent]
+      while above[-1].parent is not None:
+        above.append(above[-1].parent)
+      pinned = [each for each in above if each.entry is not None and each.entry.pinned]
+      return any(self.index._pages(each, each.end)[-1] is page for each in pinned)
+
     def free(node):
       after = [x for child in node.children.values() for each in below(child) for x in each.held]
       pinned = any(each.entry is not None and each.entry.pinned for each in below(node))
       page = last_page(node)
-      return not pinned and page and ready(page) and all(each.page is None for each in after)
+      alone = all(each.page is None for each in after)
+      return not pinned and page and ready(page) and alone and not passes(node, page)
 
-    return [node for node in self.index.nodes() if free(node)]
+    return [node for node in self.index.nodes() if node.parent is not None and free(node)]
 
   # Storing
 
@@ -304,7 +365,7 @@ class History:
       return held not in guard
 
     choices = self.frontier(ready)
-    node = next_of(self.index.candidates(ready))
+    node = self.index.next_leaf(ready)
     assert (node is None) == (not choices)
     return [] if node is None else self.forget_last(node, choices, ready)
 
@@ -357,6 +418,7 @@ class History:
     check_tree(self.index)
     if not self.mortal:
       self.check_counts()
+    assert self.index.audit() == 0
     kept = [each for node in self.index.nodes() for each in node.held]
     for each in self.written:
       assert each.indexed == kept.count(each)
@@ -404,9 +466,9 @@ class History:
       return held not in staying
 
     exact = all(each.indexed < 2 for each in self.written)
-    promised = len(reclaimable(self.index, staying))
+    promised = len(self.index.reclaimable(staying))
     gone = set()
-    while (node := next_of(self.index.candidates(ready))) is not None:
+    while (node := self.index.next_leaf(ready)) is not None:
       gone |= {x for x in self.forget_last(node, self.frontier(ready), ready) if x.page is not None}
     assert not self.frontier(ready)
     assert len(gone) == promised if exact else len(gone) >= promised
@@ -487,7 +549,7 @@ def test_an_empty_query_and_an_empty_index_match_nothing():
   assert not shelf.pin(None, encoded([]), True)
   assert shelf.evict_entry(nobody) is not None
   assert shelf.evict_entry(nobody) is None
-  assert next_of(shelf.candidates(always)) is None
+  assert shelf.next_leaf() is None
 
 
 def test_logits_come_only_if_the_match_is_the_whole_query_and_that_was_stored():
@@ -722,7 +784,7 @@ def test_the_policy_says_who_goes_first(name, whole):
     if whole:
       shelf.evict_entry(nobody)
     else:
-      shelf.forget_last(next_of(shelf.candidates(always)))
+      shelf.forget_last(shelf.next_leaf())
     left = [token for token in (1, 2, 3, 4) if length(shelf, [token])]
     gone += [token for token in (1, 2, 3, 4) if token not in [*left, *gone]]
   assert gone == order
@@ -749,7 +811,7 @@ def test_tails_go_before_what_they_hang_on():
   branch = store(shelf, [*range(8), 50], held=[*pages[:2], *fresh(1)])
   find(shelf, range(12))
   order = []
-  while (node := next_of(shelf.candidates(always))) is not None:
+  while (node := shelf.next_leaf()) is not None:
     order += shelf.forget_last(node)
     check_tree(shelf)
   assert order == [branch[2], pages[2], pages[1], pages[0]]
@@ -761,11 +823,11 @@ def test_a_page_with_the_last_tokens_of_a_parent_passes_to_it():
   pages = store(shelf, range(6), last_logits=LOGITS)
   more = [pages[0], *fresh(2)]
   shelf.store(None, encoded(range(12)), on(more), busy=nobody)
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == [more[2]]
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == []
+  assert shelf.forget_last(shelf.next_leaf()) == [more[2]]
+  assert shelf.forget_last(shelf.next_leaf()) == []
   assert find(shelf, range(12)) == (6, None, more[:2])
   assert find(shelf, range(6)).last_logits == LOGITS
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == [more[1]]
+  assert shelf.forget_last(shelf.next_leaf()) == [more[1]]
   assert find(shelf, range(6)) == (4, None, pages[:1])
 
 
@@ -785,29 +847,29 @@ def test_nothing_above_a_pinned_sequence_leaves():
   store(shelf, range(4))
   store(shelf, range(8), pinned=True)
   branch = store(shelf, [*range(4), 9])
-  assert reclaimable(shelf) == {branch[1]}
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == [branch[1]]
-  assert next_of(shelf.candidates(always)) is None and reclaimable(shelf) == set()
+  assert shelf.reclaimable() == {branch[1]}
+  assert shelf.forget_last(shelf.next_leaf()) == [branch[1]]
+  assert shelf.next_leaf() is None and shelf.reclaimable() == set()
 
 
 def test_a_page_that_passes_to_a_pinned_parent_is_not_reclaimable():
   shelf = index()
   store(shelf, range(6), pinned=True)
   store(shelf, range(8))
-  assert reclaimable(shelf) == set()
+  assert shelf.reclaimable() == set()
 
 
 def test_a_page_that_a_pinned_branch_keeps_too_is_not_reclaimable():
   shelf = index()
   pages = store(shelf, range(4))
   store(shelf, range(4), namespace="b", held=pages, pinned=True)
-  assert reclaimable(shelf) == set()
+  assert shelf.reclaimable() == set()
 
 
 def moved(shelf, pages, *, to_host=True):
   for each in pages:
     each.page, each.image = (None, object()) if to_host else (next(NUMBERS), None)
-  shelf.requeue_all(pages)
+  shelf.moved(pages)
 
 
 def test_pages_in_host_memory_are_found_but_give_up_nothing():
@@ -815,12 +877,12 @@ def test_pages_in_host_memory_are_found_but_give_up_nothing():
   pages = store(shelf, range(12))
   moved(shelf, pages[2:])
   assert find(shelf, range(12)).held == pages
-  assert reclaimable(shelf) == set(pages[:2])
-  assert set(shelf.forget_last(next_of(shelf.candidates(always)))) == set(pages[1:])
+  assert shelf.reclaimable() == set(pages[:2])
+  assert set(shelf.forget_last(shelf.next_leaf())) == set(pages[1:])
   moved(shelf, pages[:1])
-  assert next_of(shelf.candidates(always)) is None
+  assert shelf.next_leaf() is None
   moved(shelf, pages[:1], to_host=False)
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == pages[:1]
+  assert shelf.forget_last(shelf.next_leaf()) == pages[:1]
 
 
 def test_a_lookup_that_cuts_an_edge_leaves_the_upper_part_evictable():
@@ -828,8 +890,8 @@ def test_a_lookup_that_cuts_an_edge_leaves_the_upper_part_evictable():
   pages = store(shelf, range(8))
   moved(shelf, pages[1:])
   find(shelf, range(4))
-  assert reclaimable(shelf) == {pages[0]}
-  assert last_page(next_of(shelf.candidates(always))) is pages[0]
+  assert shelf.reclaimable() == {pages[0]}
+  assert last_page(shelf.next_leaf()) is pages[0]
 
 
 def test_a_page_is_evictable_once_all_branches_below_it_are_in_host_memory_or_gone():
@@ -838,9 +900,9 @@ def test_a_page_is_evictable_once_all_branches_below_it_are_in_host_memory_or_go
   first = store(shelf, [*range(4), 1], held=[*trunk, *fresh(1)])
   second = store(shelf, [*range(4), 2], held=[*trunk, *fresh(1)])
   moved(shelf, first[1:])
-  assert shelf.forget_last(next_of(shelf.candidates(always))) == second[1:]
-  assert reclaimable(shelf) == set(trunk)
-  assert last_page(next_of(shelf.candidates(always))) is trunk[0]
+  assert shelf.forget_last(shelf.next_leaf()) == second[1:]
+  assert shelf.reclaimable() == set(trunk)
+  assert last_page(shelf.next_leaf()) is trunk[0]
 
 
 def test_a_branch_on_the_device_keeps_what_it_hangs_on_even_below_one_in_host_memory():
@@ -849,8 +911,8 @@ def test_a_branch_on_the_device_keeps_what_it_hangs_on_even_below_one_in_host_me
   find(shelf, range(4))
   find(shelf, range(8))
   moved(shelf, pages[1:2])  # another namespace, where it comes last, may have moved it
-  assert next_of(shelf.candidates(lambda held: held is pages[0])) is None
-  assert last_page(next_of(shelf.candidates(always))) is pages[2]
+  assert shelf.next_leaf(lambda held: held is pages[0]) is None
+  assert last_page(shelf.next_leaf()) is pages[2]
 
 
 def test_clear_forgets_everything_pinned_or_not_and_the_index_goes_on():
@@ -858,9 +920,7 @@ def test_clear_forgets_everything_pinned_or_not_and_the_index_goes_on():
   pages = store(shelf, range(6), pinned=True) + store(shelf, range(4), namespace="b", ttl=5)
   assert set(shelf.clear()) == set(pages) and not any(each.indexed for each in pages)
   assert (shelf.num_entries, shelf.num_tokens, shelf.num_pinned) == (0, 0, 0)
-  assert (
-    not list(shelf.nodes()) and shelf.clear() == [] and next_of(shelf.candidates(always)) is None
-  )
+  assert not list(shelf.nodes()) and shelf.clear() == [] and shelf.next_leaf() is None
   store(shelf, range(6))
   assert length(shelf, range(9)) == 6
 
@@ -1021,6 +1081,7 @@ def looks(num_entries, operation):
     store(shelf, [*range(6), token, token, 5])
   for node in shelf.nodes():
     node.children = Counted(node.children)
+  shelf.evictable.settle()
   Counted.looks = 0
   operation(shelf)
   return Counted.looks
@@ -1034,7 +1095,7 @@ COSTS = {
   "a peek": lambda shelf: peek(shelf, [*range(6), 7, 7]),
   "a store": lambda shelf: store(shelf, [*range(6), 7, 7, 6]),
   "an eviction": lambda shelf: shelf.evict_entry(nobody),
-  "a page": lambda shelf: shelf.forget_last(next_of(shelf.candidates(always))),
+  "a page": lambda shelf: shelf.forget_last(shelf.next_leaf()),
 }
 
 
@@ -1050,7 +1111,7 @@ def test_a_chain_of_two_thousand_pages_is_neither_slow_nor_too_deep():
     store(shelf, tokens[: 2 * count], held=pages[:count])
   assert find(shelf, tokens).held == pages
   for count in range(1_000):
-    assert shelf.forget_last(next_of(shelf.candidates(always))) == [pages[-1 - count]]
+    assert shelf.forget_last(shelf.next_leaf()) == [pages[-1 - count]]
   assert shelf.evict_entry(nobody) is not None
   assert len(shelf.clear()) == 1_000
   assert time.process_time() - start < 5  # 1.9 where this was written
@@ -1064,4 +1125,4 @@ def test_a_chain_inside_a_page_may_be_deep():
   assert length(shelf, tokens) == 1_500
   moved(shelf, find(shelf, tokens).held)
   moved(shelf, find(shelf, tokens).held, to_host=False)
-  assert len(shelf.forget_last(next_of(shelf.candidates(always)))) <= 1
+  assert len(shelf.forget_last(shelf.next_leaf())) <= 1

@@ -1,0 +1,483 @@
+"""How room is made: which kept pages may leave the device, which leaves next, and where it goes.
+
+A page of the prefix cache may leave if neither it nor a page after it is busy (a row uses it),
+guarded (a change under way needs it) or pinned. Pages leave from the ends of branches:
+
+    # page size 4     [a][b][c] ┬ [d][e]      e is busy: d, c, b and a are blocked
+    #                           └ [f][g]      g leaves first, then f
+
+    # plain           dropped: it is free at once
+    # swapped, too    moves to host memory, if the host pool has room or spilled prefixes make some
+    # with `spill`    every one moves to host memory while there is room, and stays in the index
+
+What could be freed is counted as pages and nodes change; no question visits the whole index.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from paged_jax.host import errors
+from paged_jax.host.config import ManagerConfig
+from paged_jax.host.eviction import Policy, Queue
+from paged_jax.host.holds import Held
+from paged_jax.host.kept import Kept
+from paged_jax.host.prefix import Node, PrefixIndex
+
+# Kinds of kept pages. A page that may leave is of one of the last four.
+_STAYS, _FREEABLE, _MOVABLE, _DROPPABLE, _COVERED = range(5)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Count:
+  """What is known of a node of the prefix index."""
+
+  reach: int = 0  # of its pages, so many from the first on are blocked
+  covered: int = 0  # likewise, a page after them is on the device
+  last: int = -1  # its last page on the device
+  used_children: int = 0
+  device_children: int = 0  # children with a device page in or below them
+  used: bool = False  # it counts in the parent's `used_children`
+  device: bool = False
+  parent: Node | None = None  # where it counts
+  tail: Node | None = None  # where the last page of its pinned sequence is, if below it
+  tails: int = 0  # pinned sequences above whose last page is its first
+  marked: bool = False
+
+
+class Evictable:
+  """Which pages of the prefix index may leave, counted, and in which order.
+
+  Args:
+    prefixes: The index; its `edited` is taken.
+    policy: What goes first.
+  """
+
+  def __init__(self, prefixes: PrefixIndex, policy: Policy):
+    self._prefixes = prefixes
+    prefixes.edited = self.edited
+    self._marked: list = []  # heap of (-start, number, node): to be counted again, deepest first
+    self._numbers = itertools.count()
+    self._moved: set[Held] = set()  # their kind may have changed
+    self._kinds = [0] * 5
+    self.stranded: dict[Held, None] = {}  # device pages that only swapped sequences need
+    self.num_busy = 0
+    self._leaves: Queue[Node] = Queue(policy, prefixes.tick, self._gives)
+    self._spilled: Queue[Node] = Queue(policy, prefixes.tick, self._drops)
+    self._entries: Queue[Node] = Queue(policy, prefixes.tick, lambda node: node.entry is not None)
+
+  # What changed
+
+  def edited(self, node: Node, first: int) -> None:
+    """The pages of a node from number `first` on, its children or its entry are about to change."""
+    if node.parent is None:
+      return
+    count = self._of(node)
+    for each in node.held[first : count.reach]:
+      each.blocked -= 1
+    for each in node.held[first : count.covered]:
+      each.covered -= 1
+    self._moved.update(node.held[first:])
+    count.reach, count.covered = min(count.reach, first), min(count.covered, first)
+    self._mark(node)
+    if node.entry is not None:
+      self._entries.push(node)
+    above, size = node.parent, self._prefixes.page_size  # its last tokens may be on a page of ours
+    while above is not None and above.end % size and above.end // size == node.start // size:
+      if above.entry is not None and above.entry.pinned:
+        self._mark(above)
+      above = above.parent
+
+  def changed(self, held: Held) -> None:
+    """A page moved, or other users keep it."""
+    self._moved.add(held)
+    for node in held.nodes:
+      self._mark(node)
+
+  def set_busy(self, held: Held, busy: bool) -> None:
+    """Whether a row uses a page."""
+    if held.busy != busy:
+      held.busy = busy
+      self.num_busy += 1 if busy else -1
+      self.changed(held)
+
+  def guard(self, held: Iterable[Held], change: int = 1) -> None:
+    """These pages stay where they are; with `change` -1 no longer."""
+    for each in held:
+      each.guards += change
+      self.changed(each)
+
+  def _of(self, node: Node) -> _Count:
+    if node.count is None:
+      node.count = _Count()
+    return node.count
+
+  def _mark(self, node: Node) -> None:
+    count = self._of(node)
+    if not count.marked and node.parent is not None:
+      count.marked = True
+      heapq.heappush(self._marked, (-node.start, next(self._numbers), node))
+
+  # Counting
+
+  def settle(self) -> None:
+    """Counts again what has changed."""
+    while self._marked:
+      node = heapq.heappop(self._marked)[2]
+      self._of(node).marked = False
+      self._recount(node)
+    for held in self._moved:
+      self._sort(held)
+    self._moved.clear()
+
+  def _recount(self, node: Node) -> None:
+    count, held, size = self._of(node), node.held, len(node.held)
+    attached = node.attached
+    pinned = attached and node.entry is not None and node.entry.pinned
+    self._move_tail(count, self._prefixes.end_of(node)[0] if pinned else node, node)
+    used = (i + 1 for i in reversed(range(size)) if held[i].busy or held[i].guards)
+    reach = size if pinned or count.used_children else next(used, min(count.tails, 1, size))
+    count.last = next((i for i in reversed(range(size)) if held[i].page is not None), -1)
+    covered = size if count.device_children else max(count.last, 0)
+    for i in range(min(reach, count.reach), max(reach, count.reach)):
+      held[i].blocked += 1 if reach > count.reach else -1
+      self._moved.add(held[i])
+    for i in range(min(covered, count.covered), max(covered, count.covered)):
+      held[i].covered += 1 if covered > count.covered else -1
+      self._moved.add(held[i])
+    count.reach, count.covered = reach, covered
+    used = attached and bool(pinned or count.used_children or reach)
+    device = attached and bool(count.device_children or count.last >= 0)
+    self._count_in(node.parent if attached else None, count, used, device)
+    if self._gives(node):
+      self._leaves.push(node)
+    if self._drops(node):
+      self._spilled.push(node)
+
+  def _move_tail(self, count: _Count, tail: Node, node: Node) -> None:
+    """The last page of a pinned sequence is in the node `tail`; if that is its own, it needs no mark."""
+    now = None if tail is node else tail
+    if now is not count.tail:
+      for each, change in ((count.tail, -1), (now, 1)):
+        if each is not None:
+          self._of(each).tails += change
+          self._mark(each)
+      count.tail = now
+
+  def _count_in(self, parent: Node | None, count: _Count, used: bool, device: bool) -> None:
+    """A node counts in its parent, or in none if it left the tree."""
+    if parent is not count.parent:
+      self._add(count.parent, -count.used, -count.device)
+      count.used = count.device = False
+    self._add(parent, used - count.used, device - count.device)
+    count.parent, count.used, count.device = parent, used, device
+
+  def _add(self, parent: Node | None, used: int, device: int) -> None:
+    if parent is not None and (used or device):
+      count = self._of(parent)
+      before = bool(count.used_children), bool(count.device_children)
+      count.used_children += used
+      count.device_children += device
+      if before != (bool(count.used_children), bool(count.device_children)):
+        self._mark(parent)
+
+  def _sort(self, held: Held) -> None:
+    kind = _kind(held)
+    self._kinds[held.kind] -= 1
+    self._kinds[kind] += 1
+    held.kind = kind
+    if kind == _MOVABLE and not held.nodes:
+      self.stranded[held] = None
+    else:
+      self.stranded.pop(held, None)
+
+  def available(self, num_free_host: int) -> int:
+    """Device pages that could become free, with so many free host pages."""
+    host = num_free_host + self._kinds[_DROPPABLE] + self._kinds[_COVERED]
+    return self._kinds[_FREEABLE] + min(self._kinds[_MOVABLE], host)
+
+  @property
+  def num_droppable(self) -> int:
+    """Host pages that only the index needs, and could give up now."""
+    return self._kinds[_DROPPABLE]
+
+  # Order
+
+  def _gives(self, node: Node) -> bool:
+    """Whether a node can give up its last device page."""
+    count = self._of(node)
+    return node.attached and not count.device_children and count.reach <= count.last
+
+  def _drops(self, node: Node) -> bool:
+    """Whether a node can give up its last page, which is in host memory."""
+    if not node.attached or node.children or not node.held or node.held[-1].page is not None:
+      return False
+    return self._of(node).reach < len(node.held)
+
+  def next_leaf(self) -> Node | None:
+    """The node that gives up its last device page next."""
+    self.settle()
+    return self._leaves.pop(self._gives)
+
+  def next_spilled(self) -> Node | None:
+    """The node that gives up its last page next, which is in host memory."""
+    self.settle()
+    return self._spilled.pop(self._drops)
+
+  def leaving(self, node: Node, count: int) -> list[Held]:
+    """Up to `count` device pages off the end of a node that may leave, the last one first."""
+    pages = node.held[self._of(node).reach :]
+    return [each for each in reversed(pages) if each.page is not None][:count]
+
+  def next_entry(self) -> Node | None:
+    """The whole sequence that goes first; None if all are in use or pinned."""
+
+    def idle(node: Node) -> bool:
+      return (
+        node.entry is not None and not node.entry.pinned and not self._prefixes.end_of(node)[1].busy
+      )
+
+    return self._entries.pop(idle)
+
+  def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
+    """How many pages or nodes are not what a count of the whole index says."""
+    self.settle()
+    nodes = list(self._prefixes.nodes())
+    pinned = {node for node in nodes if node.entry is not None and node.entry.pinned}
+    tails = {self._prefixes.end_of(node)[0] for node in pinned}
+    used, device, wrong = set(), set(), 0
+    blocked, covered = collections.Counter[Held](), collections.Counter[Held]()
+    waiting = set(self._leaves)
+    for node in reversed(nodes):  # children first
+      reach = max((i + 1 for i, x in enumerate(node.held) if x in busy), default=0)
+      reach = max(reach, node in tails)
+      last = max((i for i, x in enumerate(node.held) if x.page is not None), default=-1)
+      blocked.update(node.held if node in pinned | used else node.held[:reach])
+      covered.update(node.held if node in device else node.held[: max(last, 0)])
+      free = node not in pinned | used | device and reach <= last
+      wrong += free and node not in waiting and node.parent is not None
+      if node in pinned | used or reach:
+        used.add(node.parent)
+      if node in device or last >= 0:
+        device.add(node.parent)
+    for each in kept:
+      found = each.blocked, each.covered, each.busy, each.kind
+      wrong += found != (blocked[each], covered[each], each in busy, _kind(each))
+    return wrong
+
+
+def _kind(held: Held) -> int:
+  if not (held.blocked or held.busy or held.guards):
+    if held.page is not None and held.kept:
+      return _MOVABLE if held.swapped else _FREEABLE
+    if held.image is not None and held.nodes and not held.swapped:
+      return _COVERED if held.covered else _DROPPABLE
+  return _STAYS
+
+
+class Reclaim:
+  """Frees pages that only the host keeps.
+
+  Args:
+    kept: The pages.
+    prefixes: The prefix index.
+    options: The manager's.
+    event: Called with a kind and a number of pages when pages leave.
+  """
+
+  def __init__(
+    self,
+    kept: Kept,
+    prefixes: PrefixIndex,
+    options: ManagerConfig,
+    event: Callable[[str, int], None],
+  ):
+    self._kept, self._prefixes, self._event = kept, prefixes, event
+    self._state, self._spills = kept.state, options.spill
+    self._evictable = Evictable(prefixes, options.eviction)
+    kept.changed = self._changed
+
+  # How much could be freed
+
+  def _changed(self, held: Held) -> None:
+    if held.page is None:
+      self._evictable.set_busy(held, False)
+    self._evictable.changed(held)
+
+  def _settle(self) -> None:
+    """Takes over which pages rows use, and counts."""
+    ledger, evictable = self._state.ledger, self._evictable
+    if ledger.touched:
+      pages = np.fromiter(ledger.touched, np.int64, len(ledger.touched))
+      busy = ledger.refcount[pages] > ledger.holds[pages]
+      for page, used in zip(pages.tolist(), busy.tolist()):
+        held = self._kept.by_page.get(page)
+        if held is not None:
+          evictable.set_busy(held, used)
+      ledger.touched.clear()
+    evictable.settle()
+
+  @property
+  def reclaimable(self) -> int:
+    """Device pages that could be made free now.
+
+    Those that swapped sequences need, too, must fit in the host pool; no other page waits for them.
+    """
+    self._settle()
+    return self._evictable.available(self._kept.num_free_host)
+
+  @property
+  def num_idle(self) -> int:
+    """Device pages that only the host uses."""
+    self._settle()
+    return len(self._kept.by_page) - self._evictable.num_busy
+
+  @property
+  def host_room(self) -> int:
+    """Host pages that are free, or could be freed by dropping spilled prefixes."""
+    self._settle()
+    return self._kept.num_free_host + self._evictable.num_droppable
+
+  def stranded(self) -> list[Held]:
+    """Device pages that only swapped sequences need."""
+    self._settle()
+    return list(self._evictable.stranded)
+
+  def audit(self, kept: Iterable[Held]) -> int:
+    """How many kept pages are not counted as they should be."""
+    self._settle()
+    ledger = self._state.ledger
+    pages = [page for page in self._kept.by_page if ledger.refcount[page] > ledger.holds[page]]
+    return self._evictable.audit(kept, {self._kept.by_page[page] for page in pages})
+
+  @contextlib.contextmanager
+  def guarding(self, held: Iterable[Held]) -> Iterator[None]:
+    """These pages stay where they are meanwhile."""
+    held = list(held)
+    self._evictable.guard(held)
+    try:
+      yield
+    finally:
+      self._evictable.guard(held, -1)
+
+  # Room on the device
+
+  def make_room(self, needed: int, spare: int = 0) -> None:
+    """Evicts until `needed` pages are free; if it must evict, until `spare` more are.
+
+    Raises:
+      OutOfPages: There is no such room; nothing was evicted.
+    """
+    free = self._state.num_free
+    if needed <= free:
+      return
+    available = free + self.reclaimable
+    if needed <= available:
+      self.reclaim(needed + spare)
+    if needed > self._state.num_free:
+      raise errors.OutOfPages(needed=needed, free=available)
+
+  def reclaim(self, target: int) -> None:
+    """Frees pages that only the host keeps until `target` are free, or none is left."""
+    while (short := target - self._state.num_free) > 0:
+      batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
+      if not batch and not (self._evictable.stranded and self.host_room):
+        return  # otherwise the index gave up what others need, and made room for it to move
+      moving = [each for each in batch if each.kept]
+      self._evicted([each for each in batch if not each.kept])  # first: it may make room below
+      self.to_host(moving)
+      if moving:
+        self._event("spilled", len(moving))
+
+  def _victims(self, count: int) -> list[Held]:
+    """The next pages to leave the device; those still kept must move to the host."""
+    batch: list[Held] = []
+    room = self.host_room
+    found = 0  # pages of the batch that are on the device
+    with contextlib.ExitStack() as leaving:
+      while found < count and (node := self._evictable.next_leaf()) is not None:
+        if self._spills and room > 0:
+          gone = self._evictable.leaving(node, min(room, count - len(batch)))
+          room -= len(gone)
+          leaving.enter_context(self.guarding(gone))  # not chosen again
+        else:
+          pages = self._evictable.leaving(node, count - found)
+          gone = self._prefixes.forget_last(node, len(pages))
+          # Without room they stay, for the swapped sequences alone.
+          moving = [each for each in pages if each.swapped and not each.indexed][:room]
+          room -= len(moving)
+          gone += moving
+        found += sum(each.page is not None for each in gone)
+        batch += gone
+    return batch
+
+  def _evicted(self, held: list[Held]) -> None:
+    """Drops the pages that the prefix index gave up."""
+    self._kept.drop(self.given_up(held))
+
+  def given_up(self, held: list[Held]) -> list[int]:
+    """Forgets what the prefix index gave up; returns the device pages to drop."""
+    pages = self._kept.forget(dict.fromkeys(held))
+    if held:
+      self._kept.count["evicted_pages"] += len(pages)
+      self._event("evicted", len(held))
+    return pages
+
+  # Room in host memory
+
+  def to_host(self, held: list[Held]) -> None:
+    """The bytes of device pages go to host memory; spilled prefixes make room there."""
+    if held:
+      with self.guarding(held):
+        short = len(held) - self._kept.num_free_host
+        released: list[Held] = []
+        while len(released) < short and (node := self._evictable.next_spilled()) is not None:
+          released += self._prefixes.forget_from(node, len(node.held) - 1)
+        self._kept.let_go(released)
+      self._kept.to_host(held)
+
+  # Whole sequences of the prefix index
+
+  def evict_entry(self) -> list[Held] | None:
+    """Removes the stored sequence that goes first; None if all are in use or pinned.
+
+    Returns:
+      The pages that nobody needs now.
+    """
+    self._settle()
+    node = self._evictable.next_entry()
+    return None if node is None else self._prefixes.retire(node)
+
+  def evict_entries(self, count: int) -> int:
+    """Removes up to `count` stored sequences that nobody uses; returns how many."""
+    done = 0
+    while done < count and (released := self.evict_entry()) is not None:
+      self._evicted(released)
+      done += 1
+    return done
+
+  def expire(self) -> None:
+    """Forgets the prefixes that have outlived their time."""
+    self._evicted(self._prefixes.expire())
+
+  def collect(self, target: int) -> None:
+    """Forgets what outlived its time, then evicts until `target` pages are free."""
+    self.expire()
+    self.reclaim(target)
+
+  def unpinned(self) -> list[Held]:
+    """Removes every stored sequence that is not pinned, also those in use.
+
+    Returns:
+      The pages that nobody needs now.
+    """
+    released: list[Held] = []
+    for node in reversed(list(self._prefixes.nodes())):  # children first
+      if node.attached and not (node.entry is not None and node.entry.pinned):
+        released += self._prefixes.retire(node)
+    return list(dict.fromkeys(each for each in released if not each.kept))

@@ -1,0 +1,326 @@
+"""Live sequences: each is one `Handle`, which is its record and the caller's grip on it.
+
+# request  ──▶ Handle ──▶ a row of the cache                  running
+#                     └─▶ pages that the host keeps (Held)    swapped out
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from paged_jax.host import errors
+from paged_jax.host.holds import Held
+from paged_jax.host.turn import Turn
+
+
+class SequenceStats(NamedTuple):
+  """One sequence's numbers."""
+
+  num_tokens: int
+  num_pages: int  # on the device, shared ones included
+  num_host_pages: int
+  num_bytes: int  # of all its pages
+  utilization: float  # tokens / (pages * page size)
+  last_access: float  # seconds, of the manager's clock
+
+
+class Clones(Protocol):
+  """A manager, as a handle knows it."""
+
+  def clone(
+    self, handle: "Handle", request_id: Hashable, *, num_tokens: int | None = None
+  ) -> "Handle":
+    """See `Manager.clone`."""
+    ...
+
+
+class Handle:
+  """A live sequence. After `deallocate` every use of it raises `StaleHandle`.
+
+  >>> from paged_jax import CacheConfig
+  >>> from paged_jax.host import Manager, Request
+  >>> manager = Manager(CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
+  ...                               num_rows=2, max_length=64))
+  >>> handle = manager.allocate(Request("a", 20))
+  >>> handle.num_tokens, handle.pages, handle.required_pages(33)
+  (20, [0, 1], 3)
+  """
+
+  __slots__ = (
+    "_desk", "cache_id", "held", "last_access", "last_logits", "length", "manager", "marked_at",
+    "max_length", "namespace", "num_cached", "place", "request_id", "start", "tokens", "writers",
+  )  # fmt: skip
+
+  def __init__(
+    self,
+    desk: "Sequences",
+    manager: Clones,
+    request_id: Hashable,
+    *,
+    place: int,
+    max_length: int,
+    namespace: Hashable,
+  ):
+    self._desk, self.manager = desk, manager
+    self.request_id, self.cache_id = request_id, next(desk.cache_ids)
+    self.namespace, self.max_length = namespace, max_length
+    self.num_cached = 0  # tokens that the prefix cache gave
+    self.last_logits: Any = None  # on a full hit
+    # Written by the manager:
+    self.last_access = desk.clock()
+    self.place: int | None = place  # its row, None while it is swapped out
+    self.writers: list[int | None] = []  # who wrote each token, in canary mode
+    self.marked_at = 0  # reports that were known then
+    # While it is swapped out:
+    self.tokens: Sequence[int] | np.ndarray = ()  # those recorded
+    self.start = self.length = 0
+    self.held: list[Held] = []
+
+  def __repr__(self) -> str:
+    return f"Handle({self.request_id!r}, cache_id={self.cache_id})"
+
+  @property
+  def is_valid(self) -> bool:
+    """Whether the sequence is live."""
+    return self._desk.by_id.get(self.request_id) is self
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens held."""
+    return self.stats().num_tokens
+
+  @property
+  def row(self) -> int:
+    """Its row of the cache, for plans of your own."""
+    with self._desk.turn.lock:
+      return self._desk.running(self)
+
+  @property
+  def pages(self) -> list[int]:
+    """Physical pages in logical order."""
+    with self._desk.turn.change():
+      return self._desk.mapped(self._desk.running(self))
+
+  @property
+  def block_table(self) -> np.ndarray:
+    """i32[P] its row of the block tables; the number of pages where it has none."""
+    with self._desk.turn.change():
+      return self._desk.ledger.block_tables[self._desk.running(self)].copy()
+
+  def page_at(self, logical_page: int) -> int:
+    """Physical page of a logical one.
+
+    Raises:
+      UnmappedToken: There is no such page.
+    """
+    table = self.block_table
+    if not 0 <= logical_page < len(table) or table[logical_page] == self._desk.config.num_pages:
+      raise errors.UnmappedToken(self.request_id, logical_page, logical_page * self.page_size)
+    return int(table[logical_page])
+
+  @property
+  def is_shared(self) -> bool:
+    """Whether any of its pages has another holder."""
+    with self._desk.turn.change():
+      pages = self._desk.mapped(self._desk.running(self))
+      return bool((self._desk.ledger.refcount[pages] > 1).any())
+
+  @property
+  def is_swapped(self) -> bool:
+    """Whether it is in host memory."""
+    with self._desk.turn.lock:
+      return self._desk.live(self).place is None
+
+  @property
+  def device(self) -> jax.Device:
+    """Where its pages are; the first device of several."""
+    with self._desk.turn.lock:
+      self._desk.live(self)
+      devices = self._desk.turn.state.cache.pages.kv.devices()
+      return min(devices, key=lambda device: device.id)
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+    return self._desk.live(self)._desk.config.page_size
+
+  @property
+  def num_layers(self) -> int:
+    """Layers of a page."""
+    return self._desk.live(self)._desk.config.num_layers
+
+  @property
+  def num_kv_heads(self) -> int:
+    """KV heads of a layer."""
+    return self._desk.live(self)._desk.config.num_kv_heads
+
+  @property
+  def head_dim(self) -> int:
+    """Width of a key, and of a value."""
+    return self._desk.live(self)._desk.config.head_dim
+
+  def required_pages(self, num_tokens: int) -> int:
+    """Pages that so many tokens fill."""
+    return -(-num_tokens // self.page_size)
+
+  def stats(self) -> SequenceStats:
+    """This sequence's numbers."""
+    with self._desk.turn.change():
+      return self._desk.stats(self)
+
+  def clone(self, request_id: Hashable) -> "Handle":
+    """A sequence of its own that shares all pages; nothing is copied until one of them writes."""
+    return self.manager.clone(self, request_id)
+
+
+class Sequences:
+  """Who is live, and in which row. Not thread-safe: callers are inside a `turn.change`.
+
+  Args:
+    turn: The manager's.
+    clock: Seconds, for access times.
+  """
+
+  def __init__(self, turn: Turn, clock: Callable[[], float]):
+    self.turn, self.clock = turn, clock
+    self.config, self.ledger = turn.config, turn.state.ledger
+    self.by_id: dict[Hashable, Handle] = {}
+    self.cache_ids = itertools.count(1)
+    self.rows = list(range(self.config.num_rows))  # a heap of the free ones
+    width = self.config.pages_per_row * self.config.page_size + 1  # the last column takes surplus
+    self._tokens = np.zeros((self.config.num_rows, width), np.int32)
+    self._known = np.zeros(self.config.num_rows, np.int32)  # recorded tokens of each row
+
+  # Handles
+
+  def live(self, handle: Handle) -> Handle:
+    """The handle, if its sequence is live."""
+    if self.by_id.get(handle.request_id) is not handle:
+      raise errors.StaleHandle(handle.request_id, handle.cache_id)
+    return handle
+
+  def place(self, handle: Handle) -> int:
+    """A running sequence's row; to ask is no access."""
+    if self.live(handle).place is None:
+      raise errors.SwappedOut(handle.request_id)
+    return handle.place
+
+  def running(self, handle: Handle) -> int:
+    """A running sequence's row, for somebody who uses it."""
+    row = self.place(handle)
+    handle.last_access = self.clock()
+    return row
+
+  def distinct(self, handles: Sequence[Handle]) -> None:
+    """Raises if a handle is named twice."""
+    if len(set(map(id, handles))) != len(handles):
+      raise ValueError(f"handles must be distinct, got {list(handles)}")
+
+  def get(self, request_id: Hashable) -> Handle:
+    """The handle of a live request."""
+    if request_id not in self.by_id:
+      raise errors.UnknownRequest(request_id)
+    return self.by_id[request_id]
+
+  # Rows
+
+  def begin(
+    self, manager: Clones, request_id: Hashable, max_length: int | None, namespace: Hashable
+  ) -> Handle:
+    """A new sequence in a free row, which must be there."""
+    capacity = self.config.pages_per_row * self.config.page_size
+    handle = Handle(
+      self, manager, request_id, place=heapq.heappop(self.rows), namespace=namespace,
+      max_length=capacity if max_length is None else max_length,
+    )  # fmt: skip
+    self.by_id[request_id] = handle
+    return handle
+
+  def occupy(self, handle: Handle) -> int:
+    """A swapped sequence gets a free row, which must be there."""
+    handle.place = row = heapq.heappop(self.rows)
+    handle.last_access = self.clock()
+    self.know(row, handle.tokens)
+    return row
+
+  def vacate(self, row: int) -> None:
+    """A row has no sequence any more."""
+    heapq.heappush(self.rows, row)
+
+  def mapped(self, row: int) -> list[int]:
+    """The pages of a row, in order."""
+    pages = self.ledger.block_tables[row]
+    return pages[pages < self.config.num_pages].tolist()
+
+  def bounds(self, row: int) -> tuple[int, int]:
+    """First live token of a row, and its length."""
+    return int(self.ledger.starts[row]), int(self.ledger.lengths[row])
+
+  def unmapped(self, handle: Handle, token: int) -> errors.UnmappedToken:
+    """What to raise about a token that a sequence does not hold."""
+    return errors.UnmappedToken(handle.request_id, token // self.config.page_size, token)
+
+  def length(self, handle: Handle) -> int:
+    """Tokens that a sequence holds."""
+    return handle.length if handle.place is None else int(self.ledger.lengths[handle.place])
+
+  def lengths(self) -> dict[Hashable, int]:
+    """Tokens of each live request."""
+    return {name: self.length(handle) for name, handle in self.by_id.items()}
+
+  def stats(self, handle: Handle) -> SequenceStats:
+    """One sequence's numbers."""
+    self.live(handle)
+    if handle.place is None:
+      start, length, pages = handle.start, handle.length, len(handle.held)
+      on_host = sum(each.page is None for each in handle.held)
+    else:
+      (start, length), on_host = self.bounds(handle.place), 0
+      pages = len(self.mapped(handle.place))
+    return SequenceStats(
+      num_tokens=length,
+      num_pages=pages - on_host,
+      num_host_pages=on_host,
+      num_bytes=pages * self.turn.state.config.page_bytes,
+      utilization=(length - start) / (pages * self.config.page_size) if pages else 0.0,
+      last_access=handle.last_access,
+    )
+
+  # Tokens that rows are known to hold, from position 0 on
+
+  def know(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
+    """The recorded tokens of a sequence that just got its row."""
+    self._known[row] = len(tokens)
+    self._tokens[row, : len(tokens)] = tokens
+
+  def known(self, row: int, num_tokens: int | None = None) -> np.ndarray:
+    """The first `num_tokens` recorded tokens of a row, or all."""
+    known = int(self._known[row])
+    return self._tokens[row, : known if num_tokens is None else min(known, num_tokens)]
+
+  def forget(self, row: int, length: int) -> None:
+    """A row's tokens from `length` on are not known any more."""
+    self._known[row] = min(self._known[row], length)
+
+  def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
+    """Adds new tokens i32[K,S], `num_tokens` i32[S] of each row."""
+    known, capacity = self._known, self._tokens.shape[1] - 1
+    num_tokens = np.minimum(num_tokens, capacity - known).astype(np.int32)
+    rows = np.flatnonzero(num_tokens)
+    columns = np.minimum(known[rows, None] + np.arange(len(tokens)), capacity)
+    self._tokens[rows[:, None], columns] = tokens[:, rows].T  # what is too much is not known
+    self._known = known + num_tokens
+
+  def audit(self, used: Iterable[int]) -> int:
+    """How many rows are wrong, where rows `used` hold something."""
+    rows = [each.place for each in self.by_id.values() if each.place is not None]
+    free = set(self.rows)
+    return (
+      len(rows) - len(set(rows))
+      + len(free.intersection(used))
+      + abs(len(rows) + len(self.rows) - self.config.num_rows)
+    )  # fmt: skip
