@@ -47,7 +47,7 @@ def seconds(e: Engine, length: int) -> float:
     (choice,) = choices
     choice.tokens += tokens
     choice.logprobs += logprobs
-    choice.news(logprobs=True)
+    choice.chunk(logprobs=True)
 
   began = time.thread_time()
   handle = e.submit([1, 2, 3], Sampling(max_new_tokens=length, stop=STOPS), on_token=on_token)

@@ -1,7 +1,7 @@
 """An HTTP server in OpenAI's format, on top of an engine. Needs the `serve` extra.
 
-# client   POST /v1/completions ──▶ Question ──▶ Engine.submit
-#          one body, or events  ◀── Answer   ◀── on_token, from the engine's thread
+# client   POST /v1/completions ──▶ CompletionRequest  ──▶ Engine.submit
+#          one body, or events  ◀── CompletionResponse ◀── on_token, from the engine's thread
 """
 
 from paged_jax.server.application import app as app

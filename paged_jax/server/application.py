@@ -12,14 +12,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from paged_jax.engine import Engine
-from paged_jax.server import requests as question
+from paged_jax.server import requests
 from paged_jax.server.metrics import Metrics
 from paged_jax.server.requests import Refusal, Served
-from paged_jax.server.responses import Answer, response
+from paged_jax.server.responses import CompletionResponse
 
 
 def app(
@@ -31,10 +31,23 @@ def app(
   max_choices: int = 128,
   max_bytes: int = 2**20,
 ) -> Starlette:
-  """The ASGI application that serves an engine, whose own thread starts with the first request.
+  """The ASGI application that serves an engine. The first request starts the engine's thread.
+
+  >>> import jax
+  >>> from starlette.testclient import TestClient
+  >>> from paged_jax import engine, models, server
+  >>> decoder = models.load(models.embedded())
+  >>> cache = models.cache_config(decoder.config, num_pages=64, num_rows=4, max_length=128)
+  >>> cache = cache.stored_for(jax.default_backend())
+  >>> serving = engine.Engine(decoder, engine.EngineConfig(cache))
+  >>> client = TestClient(server.app(serving, "shakespeare"))
+  >>> client.get("/v1/models").json()["data"][0]["id"]
+  'shakespeare'
+  >>> client.post("/v1/completions", json={"model": "hamlet"}).json()["error"]["message"]
+  "there is no model 'hamlet', only 'shakespeare'"
 
   Args:
-    engine: What answers; whoever made it closes it.
+    engine: Draws the tokens. The caller closes it.
     name: The model's.
     tokenizer: Without one, prompts must be tokens, and texts are numbers.
     max_requests: Most HTTP requests in flight.
@@ -45,7 +58,7 @@ def app(
     ValueError: There is a tokenizer, but the engine, which makes the texts, has none.
   """
   if tokenizer is not None and engine.tokenizer is None:
-    raise ValueError(f"engine must have a tokenizer, too, for the one of {name!r} to be of use")
+    raise ValueError(f"engine must have a tokenizer too if {name!r} has one, got None")
   endpoints = _Endpoints(
     Served(engine, name, tokenizer, max_choices), max_requests=max_requests, max_bytes=max_bytes
   )
@@ -65,9 +78,12 @@ def app(
 
 
 def run(application: Starlette, listener: socket.socket) -> None:
-  """Serves an application until a signal comes; requests in flight are cancelled then.
+  """Serves an application until a signal comes, which cancels the requests in flight.
 
-  It returns after an interrupt; another signal is raised again.
+  It returns after an interrupt (SIGINT); it raises any other signal again.
+
+  >>> with socket.create_server(("127.0.0.1", 8000)) as listener:  # doctest: +SKIP
+  ...   server.run(server.app(engine, "shakespeare"), listener)
   """
   config = uvicorn.Config(
     application, log_level="warning", access_log=False, lifespan="off", ws="none",
@@ -79,93 +95,92 @@ def run(application: Starlette, listener: socket.socket) -> None:
 class _Uvicorn(uvicorn.Server):
   """Does not wait for the ends of texts when it stops."""
 
-  def __init__(self, config: uvicorn.Config, in_flight: set[Answer]):
+  def __init__(self, config: uvicorn.Config, in_flight: set[CompletionResponse]):
     super().__init__(config)
     self._in_flight = in_flight
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    """What uvicorn calls at a signal; it would raise an interrupt again, too."""
+    """Handles a signal. uvicorn's own method would also raise an interrupt again."""
     if sig == signal.SIGINT:
       self.should_exit, self.force_exit = True, self.should_exit
     else:
       super().handle_exit(sig, frame)
 
   async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-    """What uvicorn calls after a signal."""
-    for answer in self._in_flight:
-      answer.cancel()
+    """Cancels the requests in flight first. uvicorn calls it after a signal."""
+    for response in self._in_flight:
+      response.cancel()
     await super().shutdown(sockets)
 
 
 class _Endpoints:
-  """Invariant: `in_flight` are the answers under way; only the event loop changes it."""
+  """Invariant: `in_flight` are the responses under way; only the event loop changes it."""
 
   def __init__(self, served: Served, *, max_requests: int, max_bytes: int):
-    self.in_flight: set[Answer] = set()
+    self.in_flight: set[CompletionResponse] = set()
     self._served, self._max_requests, self._max_bytes = served, max_requests, max_bytes
     self._metrics = Metrics(served.engine, self.in_flight)
     self._model = dict(
       id=served.name, object="model", created=int(time.time()), owned_by="paged_jax"
     )
 
-  async def completions(self, request: Request) -> Answer:
-    """Answers a question, in one body or as events."""
+  async def completions(self, request: Request) -> CompletionResponse:
+    """Completes prompts, in one body or as events."""
     body = bytearray()
     async for part in request.stream():
       body += part
-      if len(body) > self._max_bytes:
+      if len(body) > self._max_bytes:  # starlette's max_body_size would not send OpenAI's format
         raise Refusal(f"the body has more than {self._max_bytes} bytes", status=413)
-    asked = await run_in_threadpool(question.read, bytes(body), self._served)
+    asked, prompts = await run_in_threadpool(requests.read, bytes(body), self._served)
     if len(self.in_flight) >= self._max_requests:
       message = f"{len(self.in_flight)} requests are in flight, the most there may be"
       raise Refusal(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded")
-    return Answer(asked, self._served, self.in_flight, self._metrics)
+    return CompletionResponse(asked, prompts, self._served, self.in_flight, self._metrics)
 
   async def models(self, request: Request) -> Response:
     """Lists the one model."""
     del request
-    return response({"object": "list", "data": [self._model]})
+    return JSONResponse({"object": "list", "data": [self._model]})
 
   async def model(self, request: Request) -> Response:
     """Shows the model."""
     self._served.check_name(request.path_params["name"])
-    return response(self._model)
+    return JSONResponse(self._model)
 
   def metrics(self, request: Request) -> Response:
-    """All metrics; in a thread of its own, for the manager may be busy."""
+    """All metrics; in a thread of its own, because the manager may be busy."""
     del request
     text = prometheus_client.generate_latest(self._metrics.registry)
     return Response(text, headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
 
   async def health(self, request: Request) -> Response:
-    """Says whether the server answers requests: 503 once its engine has failed, or is closed."""
+    """Whether the server takes requests: 503 if its engine has failed or is closed."""
     del request
     engine = self._served.engine
     if engine.failure is not None:
-      return response({"status": "failed", "reason": f"the engine failed: {engine.failure!r}"}, 503)
+      reason = f"the engine failed: {engine.failure!r}"
+      return JSONResponse({"status": "failed", "reason": reason}, 503)
     if engine.closed:
-      return response({"status": "closed", "reason": "the engine is closed"}, 503)
-    return response({"status": "ok"})
+      return JSONResponse({"status": "closed", "reason": "the engine is closed"}, 503)
+    return JSONResponse({"status": "ok"})
 
 
 async def _refused(request: Request, error: Refusal) -> Response:
   del request
-  return response(error.body, error.status)
+  return JSONResponse(error.body, error.status)
 
 
 async def _misdirected(request: Request, error: HTTPException) -> Response:
   refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}")
-  answer = response(refusal.body, error.status_code)
-  answer.headers.update(error.headers or {})  # Allow, if another method would do
-  return answer
+  return JSONResponse(refusal.body, error.status_code, error.headers)  # such as Allow
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
-  """For nobody: the client went away before it had sent its question."""
+  """Reaches nobody: the client left before it had sent its request."""
   del request, error
   return Response(status_code=400)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
   del request
-  return response(Refusal(f"the server failed: {error!r}", kind="server_error").body, 500)
+  return JSONResponse(Refusal(f"the server failed: {error!r}", kind="server_error").body, 500)

@@ -1,24 +1,25 @@
-"""What clients ask: a JSON body, checked field by field, or the reason why it is refused."""
+"""What clients send: a JSON body, checked by pydantic and against the model that is served."""
 
 import dataclasses
 import json
-import re
 import reprlib
 import secrets
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
 import tokenizers
+from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from paged_jax.engine import Engine, Sampling, sampling
 from paged_jax.engine import prompts as prompt_lib
 
-_MAX_STOPS, _MAX_STOP_CHARS, _MAX_BIAS, _DEFAULT_MAX_TOKENS = 16, 256, 100, 16
 _INT_MAX = 2**31 - 1
 
 
 class Refusal(Exception):
-  """Why a client gets no answer: OpenAI's error object, and its status."""
+  """Why a request gets no completion: OpenAI's error object, and its HTTP status."""
 
   def __init__(
     self,
@@ -49,214 +50,157 @@ class Served:
     cache = self.engine.config.cache
     return min(cache.max_length, cache.num_pages * cache.page_size)
 
-  def check_name(self, name: Any) -> None:
-    """Refuses any other model, and none."""
+  def check_name(self, name: str) -> None:
+    """Refuses the empty name and the name of another model."""
     if not name:
       raise Refusal("you must provide a model parameter", "model")
     if name != self.name:
       message = f"there is no model {_brief(name)}, only {self.name!r}"
       raise Refusal(message, "model", status=404, code="model_not_found")
 
-
-class Question(NamedTuple):
-  """A request for completions, once checked."""
-
-  prompts: list[tuple[int, ...]]
-  samplings: list[Sampling]  # of each prompt
-  priority: int
-  logprobs: bool
-  stream: bool
-  include_usage: bool
+  def check_tokens(self, tokens: Collection[int], field: str) -> None:
+    """Refuses a field that has tokens outside the vocabulary."""
+    size = self.engine.vocab_size
+    for token in tokens:
+      if not 0 <= token < size:
+        raise Refusal(f"{field} has token {_brief(token)}, but the vocabulary has {size}", field)
 
 
-class _Field(NamedTuple):
-  meaning: str  # what it must be
-  fits: Callable[[Any], bool]
+def _listed(value: Any) -> Any:
+  return [value] if isinstance(value, str) else value
 
 
-def _whole(least: int, most: int) -> _Field:
-  return _Field(
-    f"a whole number from {least} to {most}",
-    lambda value: type(value) is int and least <= value <= most,
-  )
+def _prompts(value: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> list[str | list[int]]:
+  several = isinstance(value, list) and value and not isinstance(value[0], int)
+  try:
+    return validate(value if several else [value])
+  except pydantic.ValidationError:  # two errors for each prompt, one of them beside the point
+    message = "Input should be a text, tokens, or a list of either"
+    raise PydanticCustomError("prompt", message) from None
 
 
-def _number(least: float, most: float) -> _Field:
-  return _Field(
-    f"a number from {least} to {most}",
-    lambda value: type(value) in (int, float) and least <= value <= most,
-  )
+class CompletionRequest(pydantic.BaseModel):
+  """The fields of a request: OpenAI's, and those of this engine."""
+
+  model_config = ConfigDict(strict=True, extra="forbid")
+
+  model: str = ""
+  prompt: Annotated[list[str | list[int]], WrapValidator(_prompts)] = [""]
+  max_tokens: int | None = Field(None, ge=1, le=_INT_MAX)
+  n: int = Field(1, ge=1, le=128)
+  temperature: float = Field(1.0, ge=0, le=2)
+  top_p: float = Field(1.0, ge=1e-6, le=1)
+  top_k: int | None = Field(None, ge=1, le=_INT_MAX)
+  min_p: float = Field(0.0, ge=0, le=1)
+  repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+  logit_bias: dict[
+    Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
+  ] = Field({}, max_length=sampling.MAX_BIASES)  # by token
+  seed: int | None = Field(None, ge=0, le=_INT_MAX)
+  stop: Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_listed)
+  ] = Field([], max_length=16)
+  stop_token_ids: list[int] = Field([], max_length=sampling.MAX_STOP_TOKENS)
+  add_special_tokens: bool = True  # those that the tokenizer puts around a text, such as BOS
+  priority: int = Field(0, ge=-_INT_MAX, le=_INT_MAX)
+  logprobs: int | None = Field(None, ge=0, le=1)  # only of the drawn tokens
+  stream: bool = False
+  stream_options: dict[Literal["include_usage"], bool] | None = None
+  user: str = ""
+  # not supported, so only their neutral values
+  best_of: Literal[1] = 1
+  echo: Literal[False] = False
+  frequency_penalty: float = Field(0.0, ge=0, le=0)
+  presence_penalty: float = Field(0.0, ge=0, le=0)
+  suffix: Literal[""] = ""
 
 
-def _unsupported(neutral: Any) -> _Field:
-  meaning = f"absent or {json.dumps(neutral)}, for it is not supported"
-  return _Field(meaning, lambda value: value == neutral)
+class Prompt(NamedTuple):
+  """One prompt of a request, and how to go on from it."""
+
+  tokens: tuple[int, ...]
+  sampling: Sampling
 
 
-def _are_tokens(value: Any) -> bool:
-  return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _are_stops(value: Any) -> bool:
-  stops = [value] if isinstance(value, str) else value
-  return (
-    isinstance(stops, list)
-    and len(stops) <= _MAX_STOPS
-    and all(isinstance(stop, str) and 0 < len(stop) <= _MAX_STOP_CHARS for stop in stops)
-  )
-
-
-def _are_biases(value: Any) -> bool:
-  return (
-    isinstance(value, dict)
-    and len(value) <= sampling.MAX_BIASES
-    and all(re.fullmatch("[0-9]{1,9}", token) for token in value)
-    and all(map(_number(-_MAX_BIAS, _MAX_BIAS).fits, value.values()))
-  )
-
-
-_FLAG = _Field("true or false", lambda value: isinstance(value, bool))
-_FIELDS = {
-  "model": _Field("the name of a model", lambda value: isinstance(value, str)),
-  "prompt": _Field(
-    "a text, tokens, or a list of either",
-    lambda value: isinstance(value, str) or _are_tokens(value)
-    or (isinstance(value, list) and all(isinstance(x, str) or _are_tokens(x) for x in value)),
-  ),
-  "max_tokens": _whole(1, _INT_MAX),
-  "n": _whole(1, 128),
-  "temperature": _number(0, 2),
-  "top_p": _number(1e-6, 1),
-  "top_k": _whole(1, _INT_MAX),
-  "min_p": _number(0, 1),
-  "repetition_penalty": _number(0.01, 100),
-  "logit_bias": _Field(
-    f"a number from -{_MAX_BIAS} to {_MAX_BIAS} for each of at most {sampling.MAX_BIASES} tokens",
-    _are_biases,
-  ),
-  "seed": _whole(0, _INT_MAX),
-  "stop": _Field(
-    f"at most {_MAX_STOPS} texts of 1 to {_MAX_STOP_CHARS} characters", _are_stops
-  ),
-  "stop_token_ids": _Field(
-    f"at most {sampling.MAX_STOP_TOKENS} tokens",
-    lambda value: _are_tokens(value) and len(value) <= sampling.MAX_STOP_TOKENS,
-  ),
-  "add_special_tokens": _FLAG,  # those that the tokenizer puts around a text, such as BOS
-  "priority": _whole(-_INT_MAX, _INT_MAX),
-  "logprobs": _whole(0, 1),  # of the tokens drawn; those of others are not known
-  "stream": _FLAG,
-  "stream_options": _Field(
-    "an object with include_usage, true or false",
-    lambda value: isinstance(value, dict) and value.keys() <= {"include_usage"}
-    and all(map(_FLAG.fits, value.values())),
-  ),
-  "user": _Field("a text", lambda value: isinstance(value, str)),
-  "best_of": _unsupported(1),
-  "echo": _unsupported(False),
-  "frequency_penalty": _unsupported(0),
-  "presence_penalty": _unsupported(0),
-  "suffix": _unsupported(""),
-}  # fmt: skip
-
-
-def read(body: bytes, served: Served) -> Question:
-  """The question in a body.
+def read(body: bytes, served: Served) -> tuple[CompletionRequest, list[Prompt]]:
+  """The request in a body, and its prompts.
 
   Raises:
     Refusal: Something is wrong with it; the message names the field and its value.
   """
-  fields = _fields(body)
-  served.check_name(fields.get("model"))
-  prompts = _prompts(fields.get("prompt", ""), served, fields.get("add_special_tokens", True))
-  num_samples, stream = fields.get("n", 1), fields.get("stream", False)
-  if len(prompts) * num_samples > served.max_choices:
-    message = f"n is {num_samples} for {len(prompts)} prompts, but {served.max_choices} choices"
-    raise Refusal(f"{message} are the most", "n")
-  if "stream_options" in fields and not stream:
-    raise Refusal("stream_options must be absent unless stream is true", "stream_options")
-  return Question(
-    prompts,
-    [_sampling(fields, prompt, served) for prompt in prompts],
-    priority=fields.get("priority", 0),
-    logprobs="logprobs" in fields,
-    stream=stream,
-    include_usage=fields.get("stream_options", {}).get("include_usage", False),
-  )
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-  """The fields of a JSON object that are not null, each as it must be."""
   try:
     fields = json.loads(body)
   except (ValueError, RecursionError) as error:
     raise Refusal(f"the body is not JSON: {error}") from None
   if not isinstance(fields, dict):
     raise Refusal(f"the body must be a JSON object, got {_brief(fields)}")
-  fields = {name: value for name, value in fields.items() if value is not None}
-  for name, value in fields.items():
-    if name not in _FIELDS:
-      raise Refusal(f"there is no field {_brief(name)}, got {_brief(value)} for it")
-    meaning, fits = _FIELDS[name]
-    if not fits(value):
-      raise Refusal(f"{name} must be {meaning}, got {_brief(value)}", name)
-  return fields
-
-
-def _prompts(value: str | list, served: Served, special: bool) -> list[tuple[int, ...]]:
-  """Tokens of each prompt; for a text, with the tokenizer's own around it if `special`."""
-  several = isinstance(value, list) and value and not isinstance(value[0], int)
-  prompts = []
-  for prompt in value if several else [value]:
-    tokens = _encode(prompt, served, special) if isinstance(prompt, str) else tuple(prompt)
-    if not tokens:
-      raise Refusal(f"prompt is empty, got {_brief(value)}", "prompt")
-    if len(tokens) >= served.max_length:
-      message = f"prompt has {len(tokens)} tokens, but the model takes {served.max_length}"
-      raise Refusal(f"{message}, new ones included", "prompt")
-    prompts.append(_known("prompt", tokens, served))
-  return prompts
-
-
-def _encode(text: str, served: Served, special: bool) -> tuple[int, ...]:
-  if text and served.tokenizer is None:
-    raise Refusal(f"prompt must be tokens for this model, got {_brief(text)}", "prompt")
+  present = {name: value for name, value in fields.items() if value is not None}
   try:
-    return prompt_lib.encode(served.tokenizer, text, special_tokens=special)
-  except ValueError as error:
-    raise Refusal(str(error), "prompt") from None
+    request = CompletionRequest.model_validate(present)
+  except pydantic.ValidationError as error:
+    raise _refusal(error) from None
+  served.check_name(request.model)
+  num_prompts = len(request.prompt)
+  if num_prompts * request.n > served.max_choices:
+    message = f"n is {request.n} for {num_prompts} prompts, but {served.max_choices} choices"
+    raise Refusal(f"{message} are the most", "n")
+  if request.stream_options is not None and not request.stream:
+    raise Refusal("stream_options must be absent unless stream is true", "stream_options")
+  prompts = [_tokens(prompt, request, served) for prompt in request.prompt]
+  return request, [Prompt(tokens, _sampling(tokens, request, served)) for tokens in prompts]
 
 
-def _known(name: str, tokens: tuple[int, ...], served: Served) -> tuple[int, ...]:
-  """The tokens of a field, if they are in the vocabulary."""
-  size = served.engine.vocab_size
-  for token in tokens:
-    if not 0 <= token < size:
-      raise Refusal(f"{name} has token {_brief(token)}, but the vocabulary has {size}", name)
+def _refusal(error: pydantic.ValidationError) -> Refusal:
+  first = error.errors()[0]
+  place = first["loc"]  # of the value: its field, and where in the field
+  param = next((str(name) for name in place if name in CompletionRequest.model_fields), None)
+  where = _brief(".".join(map(str, place)))
+  return Refusal(f"{where}: {first['msg']}, got {_brief(first['input'])}", param)
+
+
+def _tokens(prompt: str | list[int], request: CompletionRequest, served: Served) -> tuple[int, ...]:
+  """The tokens of a prompt."""
+  if isinstance(prompt, list):
+    tokens = tuple(prompt)
+  elif prompt and served.tokenizer is None:
+    raise Refusal(f"prompt must be tokens for this model, got {_brief(prompt)}", "prompt")
+  else:
+    try:
+      special = request.add_special_tokens
+      tokens = prompt_lib.encode(served.tokenizer, prompt, special_tokens=special)
+    except ValueError as error:
+      raise Refusal(str(error), "prompt") from None
+  if not tokens:
+    raise Refusal(f"prompt is empty, got {_brief(prompt)}", "prompt")
+  if len(tokens) >= served.max_length:
+    message = f"prompt has {len(tokens)} tokens, but the model takes {served.max_length}"
+    raise Refusal(f"{message}, new ones included", "prompt")
+  served.check_tokens(tokens, "prompt")
   return tokens
 
 
-def _sampling(fields: dict[str, Any], prompt: tuple[int, ...], served: Served) -> Sampling:
-  room = served.max_length - len(prompt)
-  max_tokens = fields.get("max_tokens", min(_DEFAULT_MAX_TOKENS, room))
+def _sampling(tokens: tuple[int, ...], request: CompletionRequest, served: Served) -> Sampling:
+  """How to go on from the tokens of a prompt."""
+  room = served.max_length - len(tokens)
+  max_tokens = request.max_tokens or min(16, room)  # OpenAI's default is 16
   if max_tokens > room:
-    message = f"max_tokens is {max_tokens}, but a prompt of {len(prompt)} tokens leaves {room}"
+    message = f"max_tokens is {max_tokens}, but a prompt of {len(tokens)} tokens leaves {room}"
     raise Refusal(message, "max_tokens")
-  biases = {int(token): bias for token, bias in fields.get("logit_bias", {}).items()}
-  _known("logit_bias", tuple(biases), served)
-  stop = fields.get("stop", [])
+  biases = {int(token): bias for token, bias in request.logit_bias.items()}
+  served.check_tokens(biases, "logit_bias")
+  served.check_tokens(request.stop_token_ids, "stop_token_ids")
   return Sampling(
     max_new_tokens=max_tokens,
-    num_samples=fields.get("n", 1),
-    temperature=fields.get("temperature", 1.0),
-    top_k=fields.get("top_k"),
-    top_p=fields.get("top_p", 1.0),
-    min_p=fields.get("min_p", 0.0),
-    repetition_penalty=fields.get("repetition_penalty", 1.0),
+    num_samples=request.n,
+    temperature=request.temperature,
+    top_k=request.top_k,
+    top_p=request.top_p,
+    min_p=request.min_p,
+    repetition_penalty=request.repetition_penalty,
     logit_bias=biases,
-    seed=fields.get("seed", secrets.randbits(30)),
-    stop_tokens=_known("stop_token_ids", tuple(fields.get("stop_token_ids", ())), served),
-    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    seed=secrets.randbits(30) if request.seed is None else request.seed,
+    stop_tokens=tuple(request.stop_token_ids),
+    stop=tuple(request.stop),
   )
 
 

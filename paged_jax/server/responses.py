@@ -1,4 +1,4 @@
-"""What clients get: the samples of a question in one body, or as server-sent events."""
+"""What clients get: the choices of a completion in one body, or as server-sent events."""
 
 import asyncio
 import dataclasses
@@ -6,24 +6,19 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from paged_jax.engine import Completion, RequestHandle, Sampling
+from paged_jax.engine import Completion, RequestHandle
 from paged_jax.engine.text import numbers
 from paged_jax.server.metrics import Metrics
-from paged_jax.server.requests import Question, Refusal, Served
+from paged_jax.server.requests import CompletionRequest, Prompt, Refusal, Served
 
-_EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-
-
-def response(body: Any, status: int = 200) -> Response:
-  """A JSON body; ASCII, so that it can quote whatever a client sends."""
-  return Response(json.dumps(body), status, media_type="application/json")
+_EVENTS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,93 +28,101 @@ class Choice:
   index: int
   handle: RequestHandle
   nth: int  # sample of the handle's
-  reads: bool  # whether its tokens are told as text, not as numbers
-  seen: float  # when its last tokens came, or else when it was asked for
+  reads: bool  # whether clients get its tokens as text, not as numbers
+  seen: float  # when its last tokens came; before the first ones, when it was submitted
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   reason: str | None = None  # why it ended
-  offset: int = 0  # characters told
-  told: int = 0  # tokens told
+  num_sent: int = 0  # tokens sent
+  offset: int = 0  # characters sent
 
   @property
   def completion(self) -> Completion | None:
     """None while it goes on."""
     return self.handle.completions[self.nth]
 
-  def news(self, *, logprobs: bool) -> tuple[str, dict[str, Any] | None]:
-    """The text of the tokens that were not told yet, and OpenAI's object for these tokens."""
-    start, self.told = self.told, len(self.tokens)
+  def chunk(self, *, logprobs: bool) -> dict[str, Any]:
+    """OpenAI's object for the tokens that no chunk had yet."""
+    start, self.num_sent = self.num_sent, len(self.tokens)
     if self.reads:
-      pieces = self.handle.pieces(self.nth, start)[: self.told - start]
+      pieces = self.handle.pieces(self.nth, start)[: self.num_sent - start]
     else:
       pieces = numbers(self.tokens, start)
-    begins = list(itertools.accumulate(map(len, pieces), initial=self.offset))
-    self.offset = begins.pop()
-    if not (pieces and logprobs):
-      return "".join(pieces), None
-    return "".join(pieces), {
+    *begins, self.offset = itertools.accumulate(map(len, pieces), initial=self.offset)
+    details = {
       "tokens": pieces,
       "token_logprobs": self.logprobs[start:],
       "text_offset": begins,
       "top_logprobs": None,
     }
+    return {
+      "index": self.index,
+      "text": "".join(pieces),
+      "logprobs": details if pieces and logprobs else None,
+      "finish_reason": self.reason,
+    }
 
 
-class Answer:
-  """A question's way through the engine, as an ASGI response.
+class CompletionResponse:
+  """The response to a request: an ASGI application that sends what the engine draws.
 
   Raises:
-    Refusal: The engine does not take the question.
+    Refusal: The engine does not take the request.
   """
 
   def __init__(
-    self, question: Question, served: Served, in_flight: set["Answer"], metrics: Metrics
+    self,
+    request: CompletionRequest,
+    prompts: Sequence[Prompt],
+    served: Served,
+    in_flight: set["CompletionResponse"],
+    metrics: Metrics,
   ):
-    self._question, self._served = question, served
+    self._request, self._prompts, self._served = request, prompts, served
     self._in_flight, self._metrics = in_flight, metrics
+    self._logprobs = request.logprobs is not None
     self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
     self._arrived: asyncio.Queue[tuple[int, list[int], list[float]]] = asyncio.Queue()
     self._choices: list[Choice] = []
     self._handles: list[RequestHandle] = []
     try:
-      for prompt, wanted in zip(question.prompts, question.samplings, strict=True):
-        self._submit(prompt, wanted)
+      for prompt in prompts:
+        self._submit(prompt)
     except ValueError as error:
       self.cancel()
       raise Refusal(str(error)) from None
     served.engine.start()
 
-  def _submit(self, prompt: tuple[int, ...], wanted: Sampling) -> None:
+  def _submit(self, prompt: Prompt) -> None:
     loop, first = asyncio.get_running_loop(), len(self._choices)
 
     def on_token(nth: int, tokens: list[int], logprobs: list[float]) -> None:
       loop.call_soon_threadsafe(self._arrived.put_nowait, (first + nth, tokens, logprobs))
 
-    now = time.perf_counter()
+    now, reads = time.perf_counter(), self._served.tokenizer is not None
     handle = self._served.engine.submit(
-      prompt, wanted, priority=self._question.priority, on_token=on_token
+      prompt.tokens, prompt.sampling, priority=self._request.priority, on_token=on_token
     )
     self._handles.append(handle)
-    reads = self._served.tokenizer is not None
     self._choices += [
-      Choice(first + nth, handle, nth, reads, now) for nth in range(wanted.num_samples)
+      Choice(first + nth, handle, nth, reads, now) for nth in range(self._request.n)
     ]
 
   @property
   def begun(self) -> bool:
-    """Whether it has drawn a token."""
+    """Whether a token has been drawn."""
     return any(choice.tokens for choice in self._choices)
 
   def cancel(self) -> None:
-    """Ends what is still running."""
+    """Ends the choices that still go on."""
     for handle in self._handles:
       if not handle.done:
         handle.cancel()
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers; if the client goes away before, the engine forgets the question."""
+    """Sends the response. If the client leaves before its end, the engine drops the request."""
 
-    async def listen() -> None:
+    async def listen() -> None:  # StreamingResponse does so only for servers below ASGI 2.4
       while (await receive())["type"] != "http.disconnect":
         pass
       tasks.cancel_scope.cancel()
@@ -128,23 +131,24 @@ class Answer:
     try:
       async with anyio.create_task_group() as tasks:
         tasks.start_soon(listen)
-        if self._question.stream:
-          await self._stream(send)
+        if self._request.stream:
+          response = StreamingResponse(self._events(), headers=_EVENTS)
         else:
-          await (await self._whole())(scope, receive, send)
+          response = await self._whole()
+        await response(scope, receive, send)
         tasks.cancel_scope.cancel()
     finally:
       self._in_flight.discard(self)
-      self._metrics.count(self._completions, len(self._choices))
+      ended = [each for handle in self._handles for each in handle.completions if each]
+      self._metrics.count(ended, len(self._choices))
       self.cancel()
 
-  @property
-  def _completions(self) -> list[Completion]:
-    """Of the choices that have ended; of all of them, in order, once they have."""
-    return [each for handle in self._handles for each in handle.completions if each]
-
   async def _arrivals(self) -> AsyncIterator[Choice]:
-    """Choices as they get more tokens, or end, until all have ended."""
+    """Each choice that gets tokens, or ends, until all have ended.
+
+    Raises:
+      Refusal: A choice ended neither at a stop nor at its length.
+    """
     while not all(choice.reason for choice in self._choices):
       index, tokens, logprobs = await self._arrived.get()
       choice, now = self._choices[index], time.perf_counter()
@@ -156,57 +160,51 @@ class Answer:
       completion = choice.completion
       if completion and len(choice.tokens) == len(completion.tokens):
         choice.reason = completion.reason
+        if choice.reason not in ("stop", "length"):
+          message = completion.error or f"the request was {choice.reason}"
+          raise Refusal(message, status=500, kind="server_error")
       yield choice
 
   async def _whole(self) -> Response:
-    async for _ in self._arrivals():
-      pass
-    if failure := self._failure():
-      return response(failure.body, failure.status)
-    choices = list(map(self._told, self._choices))
-    return response(self._body(choices) | {"usage": self._usage()})
+    try:
+      async for _ in self._arrivals():
+        pass
+    except Refusal as refusal:
+      return JSONResponse(refusal.body, refusal.status)
+    chunks = [choice.chunk(logprobs=self._logprobs) for choice in self._choices]
+    return JSONResponse(self._body(chunks) | {"usage": self._usage()})
 
-  async def _stream(self, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
-    async for event in self._events():
-      data = f"data: {json.dumps(event)}\n\n".encode()
-      await send({"type": "http.response.body", "body": data, "more_body": True})
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+  async def _events(self) -> AsyncIterator[str]:
+    async for body in self._bodies():
+      yield f"data: {json.dumps(body)}\n\n"
+    yield "data: [DONE]\n\n"
 
-  async def _events(self) -> AsyncIterator[dict[str, Any]]:
-    """Pieces, each choice's last one with its reason, then usage."""
-    usage = {"usage": None} if self._question.include_usage else {}
-    async for choice in self._arrivals():
-      if failure := self._failure():
-        yield failure.body
-        return
-      told = self._told(choice)
-      if told["text"] or told["logprobs"] or choice.reason:
-        yield self._body([told]) | usage
-    if usage:
-      yield self._body([]) | {"usage": self._usage()}
+  async def _bodies(self) -> AsyncIterator[dict[str, Any]]:
+    """Pieces, each choice's last one with its reason, then usage; or an error in their place."""
+    options = self._request.stream_options or {}
+    usage = {"usage": None} if options.get("include_usage") else {}
+    try:
+      async for choice in self._arrivals():
+        chunk = choice.chunk(logprobs=self._logprobs)
+        if chunk["text"] or chunk["logprobs"] or choice.reason:
+          yield self._body([chunk]) | usage
+    except Refusal as refusal:
+      yield refusal.body
+    else:
+      if usage:
+        yield self._body([]) | {"usage": self._usage()}
 
-  def _told(self, choice: Choice) -> dict[str, Any]:
-    """What there is to tell of a choice that has not been told."""
-    text, logprobs = choice.news(logprobs=self._question.logprobs)
+  def _body(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-      "index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason,
-    }  # fmt: skip
-
-  def _failure(self) -> Refusal | None:
-    """What to say if a choice ended neither by a stop nor at its length."""
-    for completion in self._completions:
-      if completion.reason not in ("stop", "length"):
-        message = completion.error or f"the request was {completion.reason}"
-        return Refusal(message, status=500, kind="server_error")
-    return None
-
-  def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    names = {"id": self._id, "object": "text_completion", "created": self._created}
-    return {**names, "model": self._served.name, "choices": choices}
+      "id": self._id,
+      "object": "text_completion",
+      "created": self._created,
+      "model": self._served.name,
+      "choices": chunks,
+    }
 
   def _usage(self) -> dict[str, Any]:
-    prompt = sum(map(len, self._question.prompts))
+    prompt = sum(len(prompt.tokens) for prompt in self._prompts)
     drawn = sum(len(choice.tokens) for choice in self._choices)
     cached = sum(handle.num_cached for handle in self._handles)
     return {
