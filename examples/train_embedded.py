@@ -1,6 +1,6 @@
-"""Trains the embedded model: a small Llama on one text file.
+"""Trains the embedded model: a small Llama on one text file. Needs the `train` extra.
 
-python -m paged_jax.models.train --text FILE --out DIR
+python examples/train_embedded.py --text FILE --out DIR
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import tokenizers
 import typer
 from flax import nnx
@@ -32,7 +33,7 @@ A Llama of {parameters:,} parameters in bfloat16, trained by paged_jax: {layers}
 - **Data**: `{name}`, {about}: {chars:,} characters, of which the first 90% were learned \
 ({tokens:,} tokens).
 - **Training**: {steps} steps of {batch:,} tokens, AdamW, seed {seed}, by \
-`python -m paged_jax.models.train`.
+`python examples/train_embedded.py`.
 - **Loss**: {loss:.4f} nats per character on the last 10%, all of it, measured on these weights \
 (computed in float32, windows of {length} tokens that overlap by half).
 - **Use**: it shows a cache at work; it writes like its text, and knows nothing.
@@ -70,7 +71,7 @@ class Curve(NamedTuple):
 
 
 def split(text: str) -> tuple[str, str]:
-  """The first 90%, to learn, and the last 10%, held out."""
+  """The first 90%, to learn from, and the last 10%, to validate on."""
   cut = len(text) * 9 // 10
   return text[:cut], text[cut:]
 
@@ -89,7 +90,7 @@ def learn_tokenizer(text: str, vocab_size: int = 512) -> tokenizers.Tokenizer:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
-  """i32[C] tokens of `text` after a newline, so that its first token has a context too."""
+  """i32[C] tokens of a newline and `text`: the newline is the context of the first token."""
   return np.array(tokenizer.encode("\n").ids + tokenizer.encode(text).ids, np.int32)
 
 
@@ -129,7 +130,7 @@ def losses(params: nnx.State, windows: jax.Array, config: DecoderConfig) -> jax.
 
 
 def sample(tokens: np.ndarray, step: int, config: DecoderConfig, recipe: Recipe) -> np.ndarray:
-  """i32[M,C+1] random windows for a step: every fourth has the longest ones, the others half."""
+  """i32[M,C+1] random windows for a step: full length in every fourth step, half in the others."""
   length = config.max_length if step % 4 == 3 else config.max_length // 2
   length = min(length, len(tokens) - 1)
   rng = np.random.default_rng((recipe.seed, step))
@@ -156,7 +157,7 @@ def train(
   state: State, tokens: np.ndarray, stop: int, *, config: DecoderConfig, recipe: Recipe,
   on_step: Callable[[float], None] = lambda loss: None,
 ) -> State:  # fmt: skip
-  """Goes on until `stop` steps are taken, telling `on_step` the loss of each."""
+  """Takes steps until `stop` are taken in all; `on_step` gets the loss of each."""
   for count in range(int(state.step), stop):
     state, loss = step(state, sample(tokens, count, config, recipe), config=config, recipe=recipe)
     on_step(float(loss))
@@ -172,7 +173,7 @@ def _window_losses(params: nnx.State, windows: jax.Array, config: DecoderConfig)
 def evaluate(
   params: nnx.State, tokens: np.ndarray, num_chars: int, *, config: DecoderConfig
 ) -> float:
-  """Nats per character of all `tokens` but the first, which is context only.
+  """Nats per character of all `tokens` except the first, which is only context.
 
   Windows overlap by half, and a token is scored by the window that shows most before it:
 
@@ -190,23 +191,36 @@ def evaluate(
   return float(nats.sum() / num_chars)
 
 
-def save_checkpoint(path: Path, state: State, curve: Curve) -> None:
-  """Writes what a run needs to go on; the file appears whole or not at all."""
-  leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-  draft = path.with_suffix(".draft.npz")
-  arrays = leaves | {name: np.array(values) for name, values in curve._asdict().items()}
-  np.savez(draft, allow_pickle=False, **arrays)
-  draft.replace(path)
+def checkpoints_at(folder: Path) -> ocp.CheckpointManager:
+  """Keeps the newest checkpoint of a run in a folder. `save` returns when it is on disk."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+  return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def load_checkpoint(path: Path, like: State) -> tuple[State, Curve]:
-  """What `save_checkpoint` wrote, for a state shaped as `like`."""
-  with np.load(path) as saved:
-    leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(jax.tree.leaves(like)))]
-    curve = Curve(saved["train"].tolist(), [(int(n), float(x)) for n, x in saved["validation"]])
-  if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(like)]:
-    raise ValueError(f"{path} holds another model")
-  return jax.tree.unflatten(jax.tree.structure(like), leaves), curve
+def save(checkpoints: ocp.CheckpointManager, state: State, curve: Curve) -> None:
+  """Saves a run as it is; an interrupted save leaves the checkpoint before it."""
+  notes = curve._asdict() | {"shapes": _shapes(state)}
+  items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+  checkpoints.save(int(state.step), args=items)
+
+
+def restore(checkpoints: ocp.CheckpointManager, like: State) -> tuple[State, Curve]:
+  """The run in the newest checkpoint, its state shaped as `like`.
+
+  Raises:
+    ValueError: The checkpoint is of another model.
+  """
+  newest = checkpoints.latest_step()
+  notes = checkpoints.restore(newest, args=ocp.args.Composite(notes=ocp.args.JsonRestore())).notes
+  if notes["shapes"] != _shapes(like):
+    raise ValueError(f"{checkpoints.directory} holds another model")
+  items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+  state = checkpoints.restore(newest, args=items).state
+  return state, Curve(notes["train"], [(steps, loss) for steps, loss in notes["validation"]])
+
+
+def _shapes(state: State) -> list[list[int]]:
+  return [list(leaf.shape) for leaf in jax.tree.leaves(state)]
 
 
 def draw(curve: Curve, chars_per_token: float, path: Path) -> None:
@@ -230,19 +244,21 @@ def main(
   hidden_size: Annotated[int, typer.Option(help="A multiple of 96.")] = 192,
   every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 250,
 ) -> None:
-  """Trains a small Llama. The same command goes on from OUT.npz where it was stopped."""
+  """Trains a small Llama. After an interruption, run it again: it goes on from OUT.checkpoints."""
   recipe = Recipe(steps=steps, seed=seed)
   learned, held_out = split(text.read_text(encoding="utf-8"))
   tokenizer = learn_tokenizer(learned)
   tokens, validation = encode(tokenizer, learned), encode(tokenizer, held_out)
   config = small_llama(tokenizer.get_vocab_size(), hidden_size)
   out.mkdir(parents=True, exist_ok=True)
-  checkpoint = out.with_suffix(".npz")
   state, curve = init(config, recipe), Curve([], [])
-  if checkpoint.exists():
-    state, curve = load_checkpoint(checkpoint, state)
 
-  with progress.Progress(*progress.Progress.get_default_columns(), "{task.fields[loss]}") as bar:
+  with (
+    checkpoints_at(out.with_name(f"{out.name}.checkpoints")) as checkpoints,
+    progress.Progress(*progress.Progress.get_default_columns(), "{task.fields[loss]}") as bar,
+  ):
+    if checkpoints.latest_step() is not None:
+      state, curve = restore(checkpoints, state)
     task = bar.add_task("training", total=steps, completed=int(state.step), loss="")
 
     def on_step(loss):
@@ -254,7 +270,7 @@ def main(
       state = train(state, tokens, stop, config=config, recipe=recipe, on_step=on_step)
       loss = evaluate(state.params, validation, len(held_out), config=config)
       curve.validation.append((stop, loss))
-      save_checkpoint(checkpoint, state, curve)
+      save(checkpoints, state, curve)
       bar.print(f"step {stop}: validation {loss:.4f} nats per character")
 
   rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)

@@ -17,10 +17,13 @@
 # # Training the embedded model
 #
 # How the small Llama that comes with the package was made, with Flax and Optax, in a version that
-# takes a minute.
+# takes a minute. The functions that train are in `examples/train_embedded.py`, which is no part of
+# the package: this notebook needs a checkout of the repository.
 
 # %%
 import os
+import pathlib
+import sys
 from importlib import metadata
 
 try:
@@ -28,7 +31,11 @@ try:
 except ImportError:
   # For Colab: put a checkout of the repository at /content/paged_jax first.
   # %pip install -q "/content/paged_jax[demo,train]"
-  import paged_jax  # noqa: F401
+  import paged_jax
+
+# The checkout's examples: beside this notebook, on Colab, or beside the package.
+sys.path += ["../examples", "/content/paged_jax/examples"]
+sys.path.append(str(pathlib.Path(paged_jax.__file__).parents[1] / "examples"))
 
 if metadata.version("jaxlib").startswith("0.10."):
   # This version computes some reductions wrongly on CPU, silently.
@@ -39,11 +46,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import train_embedded as train
 
 from paged_jax import models
 from paged_jax.cli import progress
 from paged_jax.engine import Engine, EngineConfig, Sampling
-from paged_jax.models import train
 
 # %% [markdown]
 # ## What to train
@@ -52,8 +59,8 @@ from paged_jax.models import train
 # domain, which Andrej Karpathy collected for char-rnn (`data/tinyshakespeare/input.txt` in that
 # repository on GitHub). Put its path in `text_path`, and the values on the right, to train the
 # packaged model itself: most of an hour on two CPU cores.
-# `python -m paged_jax.models.train --text FILE --out DIR` does the same, and can be stopped and
-# resumed.
+# `python examples/train_embedded.py --text FILE --out DIR` does the same, and goes on from its
+# checkpoint after an interruption.
 
 # %% tags=["parameters"]
 text_path = None  # None: text that the packaged model writes

@@ -1,7 +1,10 @@
 """Training in miniature: it learns, it resumes, it scores every token, it writes a model."""
 
 import dataclasses
+import importlib
+import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.models import train as lib
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+lib = importlib.import_module("train_embedded")
 
 TEXT = "".join(f"{i} bottles of beer on the wall, take {i % 3} down.\n" for i in range(120))
 RECIPE = lib.Recipe(steps=20, batch_tokens=256)
@@ -41,25 +46,31 @@ def test_a_few_steps_lower_the_loss(data):
 
 def test_a_resumed_run_is_the_same_to_the_bit(data, tmp_path):
   config, tokens = data
-  straight = lib.train(lib.init(config, RECIPE), tokens, 6, config=config, recipe=RECIPE)
 
-  state = lib.train(lib.init(config, RECIPE), tokens, 3, config=config, recipe=RECIPE)
-  curve = lib.Curve([4.0, 3.0, 2.0], [(3, 2.5)])
-  lib.save_checkpoint(tmp_path / "run.npz", state, curve)
-  state, loaded = lib.load_checkpoint(tmp_path / "run.npz", lib.init(config, RECIPE))
-  resumed = lib.train(state, tokens, 6, config=config, recipe=RECIPE)
+  def train(state, stop, losses):
+    return lib.train(state, tokens, stop, config=config, recipe=RECIPE, on_step=losses.append)
 
-  assert loaded == curve
+  losses, curve = [], lib.Curve([], [(3, 2.5)])
+  straight = train(lib.init(config, RECIPE), 6, losses)
+  state = train(lib.init(config, RECIPE), 3, curve.train)
+  with lib.checkpoints_at(tmp_path / "run") as checkpoints:
+    lib.save(checkpoints, state, curve)
+  with lib.checkpoints_at(tmp_path / "run") as checkpoints:
+    state, curve = lib.restore(checkpoints, lib.init(config, RECIPE))
+  resumed = train(state, 6, curve.train)
+
+  assert curve == lib.Curve(losses, [(3, 2.5)])
   for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(straight), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_checkpoint_of_another_model_is_refused(data, tmp_path):
   config, _ = data
-  lib.save_checkpoint(tmp_path / "run.npz", lib.init(config, RECIPE), lib.Curve([], []))
   other = lib.small_llama(config.vocab_size, hidden_size=192, num_layers=1)
-  with pytest.raises(ValueError, match="another model"):
-    lib.load_checkpoint(tmp_path / "run.npz", lib.init(other, RECIPE))
+  with lib.checkpoints_at(tmp_path / "run") as checkpoints:
+    lib.save(checkpoints, lib.init(config, RECIPE), lib.Curve([], []))
+    with pytest.raises(ValueError, match="run holds another model"):
+      lib.restore(checkpoints, lib.init(other, RECIPE))
 
 
 @pytest.mark.parametrize("num_tokens", [5, 64, 65, 66, 200])
