@@ -1,4 +1,4 @@
-"""Prompts as text: where each one ends, and its tokens."""
+"""Prompts as text: the lines of a file, and the tokens of a text."""
 
 import reprlib
 from typing import Any
@@ -22,9 +22,9 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[i
 
   Args:
     tokenizer: One of the `tokenizers` package.
-    text: No text has no tokens, whatever the tokenizer puts around it.
-    special_tokens: Whether the tokenizer puts its own around it, such as BOS. It does so even if the
-      text begins with one.
+    text: An empty text has no tokens, not even the tokenizer's own.
+    special_tokens: Whether the tokenizer adds its own, such as BOS. It adds them even if the text
+      begins with one.
 
   Raises:
     ValueError: The text is not valid Unicode.

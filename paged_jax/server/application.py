@@ -48,11 +48,11 @@ def app(
 
   Args:
     engine: Draws the tokens. The caller closes it.
-    name: The model's.
+    name: The model's, as requests must give it.
     tokenizer: Without one, prompts must be tokens, and texts are numbers.
     max_requests: Most HTTP requests in flight.
-    max_choices: Most samples of one of them, prompts times n.
-    max_bytes: Longest body.
+    max_choices: Most samples of one request, prompts times n.
+    max_bytes: Longest body of a request.
 
   Raises:
     ValueError: There is a tokenizer, but the engine, which makes the texts, has none.
@@ -93,21 +93,21 @@ def run(application: Starlette, listener: socket.socket) -> None:
 
 
 class _Uvicorn(uvicorn.Server):
-  """Does not wait for the ends of texts when it stops."""
+  """Cancels the requests in flight when it stops; uvicorn alone would let them end."""
 
   def __init__(self, config: uvicorn.Config, in_flight: set[CompletionResponse]):
     super().__init__(config)
     self._in_flight = in_flight
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    """Handles a signal. uvicorn's own method would also raise an interrupt again."""
+    """What uvicorn calls at a signal; its own method would raise an interrupt again."""
     if sig == signal.SIGINT:
       self.should_exit, self.force_exit = True, self.should_exit
     else:
       super().handle_exit(sig, frame)
 
   async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-    """Cancels the requests in flight first. uvicorn calls it after a signal."""
+    """What uvicorn calls after a signal."""
     for response in self._in_flight:
       response.cancel()
     await super().shutdown(sockets)

@@ -1,4 +1,4 @@
-"""What Prometheus is told of a server: its engine, its requests in flight, their times."""
+"""Prometheus metrics of a server: its engine, its requests in flight, their times."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
@@ -66,19 +66,19 @@ class Metrics:
       buckets=_FIRST_SECONDS, registry=self.registry,
     )  # fmt: skip
     self._token_seconds = prometheus_client.Histogram(
-      "paged_jax_time_per_token_seconds", "Per further token, a mean over those that came together",
+      "paged_jax_time_per_token_seconds", "Per token after the first, a mean over tokens that came together",
       buckets=_TOKEN_SECONDS, registry=self.registry,
     )  # fmt: skip
 
   def observe(self, seconds: float, num_tokens: int, *, first: bool) -> None:
-    """Notes how long a sample's tokens took that came together."""
+    """Records the time that a sample took for tokens that came together."""
     if first:
       self._first_seconds.observe(seconds)
     else:
       self._token_seconds.observe(seconds / num_tokens)
 
   def count(self, completions: Sequence[Completion], num_samples: int) -> None:
-    """Notes how samples ended; those without a completion are about to be cancelled."""
+    """Records how samples ended. Those without a completion count as cancelled."""
     for completion in completions:
       self._ended.labels(completion.reason).inc()
     self._ended.labels("cancelled").inc(num_samples - len(completions))

@@ -74,13 +74,17 @@ def _prompts(value: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> lis
   several = isinstance(value, list) and value and not isinstance(value[0], int)
   try:
     return validate(value if several else [value])
-  except pydantic.ValidationError:  # two errors for each prompt, one of them beside the point
+  except pydantic.ValidationError:  # an error for each type of each prompt
     message = "Input should be a text, tokens, or a list of either"
     raise PydanticCustomError("prompt", message) from None
 
 
 class CompletionRequest(pydantic.BaseModel):
-  """The fields of a request: OpenAI's, and those of this engine."""
+  """The body of a request: OpenAI's fields, and those that this engine adds.
+
+  >>> CompletionRequest(model="shakespeare", prompt="To be", stop="\\n", top_k=5).stop
+  ['\\n']
+  """
 
   model_config = ConfigDict(strict=True, extra="forbid")
 

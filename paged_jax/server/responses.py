@@ -27,8 +27,8 @@ class Choice:
 
   index: int
   handle: RequestHandle
-  nth: int  # sample of the handle's
-  reads: bool  # whether clients get its tokens as text, not as numbers
+  nth: int  # which sample of the handle's
+  reads: bool  # whether its tokens are sent as text, not as numbers
   seen: float  # when its last tokens came; before the first ones, when it was submitted
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -42,7 +42,7 @@ class Choice:
     return self.handle.completions[self.nth]
 
   def chunk(self, *, logprobs: bool) -> dict[str, Any]:
-    """OpenAI's object for the tokens that no chunk had yet."""
+    """OpenAI's object for the tokens that came since the last chunk."""
     start, self.num_sent = self.num_sent, len(self.tokens)
     if self.reads:
       pieces = self.handle.pieces(self.nth, start)[: self.num_sent - start]
@@ -64,7 +64,7 @@ class Choice:
 
 
 class CompletionResponse:
-  """The response to a request: an ASGI application that sends what the engine draws.
+  """The response to a request: an ASGI application. To make one submits the request.
 
   Raises:
     Refusal: The engine does not take the request.
@@ -144,7 +144,7 @@ class CompletionResponse:
       self.cancel()
 
   async def _arrivals(self) -> AsyncIterator[Choice]:
-    """Each choice that gets tokens, or ends, until all have ended.
+    """A choice whenever it gets tokens or ends, until all have ended.
 
     Raises:
       Refusal: A choice ended neither at a stop nor at its length.
@@ -180,7 +180,7 @@ class CompletionResponse:
     yield "data: [DONE]\n\n"
 
   async def _bodies(self) -> AsyncIterator[dict[str, Any]]:
-    """Pieces, each choice's last one with its reason, then usage; or an error in their place."""
+    """Chunks, the last one of a choice with its reason, then usage. An error ends them."""
     options = self._request.stream_options or {}
     usage = {"usage": None} if options.get("include_usage") else {}
     try:

@@ -275,6 +275,32 @@ def test_a_client_that_leaves_cancels_its_request_and_no_other(client, http, ser
   assert engine.counts.drawn_tokens - drawn < 200 * 120
 
 
+def test_a_client_can_leave_any_server(served):
+  """From ASGI 2.4 on, starlette itself notices only that a send fails."""
+  engine, _, application, _ = served
+  body = json.dumps(LONG | dict(stream=True)).encode()
+  messages = [dict(type="http.request", body=body)]
+
+  async def receive():
+    if messages:
+      return messages.pop()
+    await asyncio.sleep(0.2)
+    return dict(type="http.disconnect")
+
+  async def ask():
+    scope = dict(
+      type="http", asgi=dict(spec_version="2.4"), method="POST", path="/v1/completions",
+      headers=[], query_string=b"",
+    )  # fmt: skip
+    await application(scope, receive, lambda message: asyncio.sleep(0))
+    idle(engine)
+
+  drawn = engine.counts.drawn_tokens
+  asyncio.run(ask())
+  assert not application.state.in_flight
+  assert engine.counts.drawn_tokens - drawn < 100 * 120
+
+
 def ended(http):
   """Samples so far by why they ended."""
   samples = collections.Counter()
