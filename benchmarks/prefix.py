@@ -23,7 +23,6 @@ import numpy as np
 from paged_jax import models
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
-from paged_jax.ledger import on_host as twin
 
 SHARED, OWN, NEW_TOKENS, SIZE, ROWS = 200, 24, 32, 16, 64
 PAGES = ROWS * -(-(SHARED + OWN + NEW_TOKENS) // SIZE)
@@ -77,12 +76,12 @@ class Stopwatch:
     self.seconds = self.cpu_seconds = 0.0
     self._depth = 0
     manager = e.manager
-    kept, index = manager._kept, manager._kept.prefixes
     for owner, names in (
-      (manager, ("store_prefixes", "_match", "_count_lookup", "gc")),
-      (kept, ("expire", "reclaim", "reclaimable")),
-      (index, ("find", "peek")),
-      (twin, ("_hold", "_drop")),  # also when it follows a report
+      (manager, ("store_prefixes", "gc")),
+      (manager._prefixes, ("match", "count_lookup")),
+      (manager._reclaim, ("expire", "reclaim", "_settle")),
+      (manager._index, ("find", "peek")),
+      (manager._state.ledger, ("hold", "drop")),  # also when it follows a report
     ):
       for name in names:
         setattr(owner, name, self._timed(getattr(owner, name)))

@@ -33,8 +33,7 @@ class Sequence:
 
   def out(self) -> None:
     self.manager.swap_out(self.handle)
-    held = self.manager._sequences["all"].held
-    jax.block_until_ready([each.image.kv for each in held])
+    jax.block_until_ready([each.image.kv for each in self.handle.held])
 
   def back(self) -> None:
     self.manager.swap_in(self.handle)
