@@ -2,8 +2,9 @@
 
 Axis letters: N pages, T tokens per page, S rows, P pages per row, L layers, H KV heads, Q query
 heads, D head dim, B tokens or entries in a call. Ids and lengths are always i32 arrays; "no page"
-is N and "no row" is S, and both pad a request. Wrong ranks, shapes and dtypes raise `ValueError`
-while tracing; whatever the data asks is answered in `Info`, and what is refused changes nothing.
+is N and "no row" is S, and both pad a request. A wrong rank, shape or dtype raises `ValueError`
+while tracing. Wrong values never raise: `Info.ok` is False for them, and what is refused changes
+nothing.
 
     # tokens  0 ........ 48 ...... 53
     # pages   [a][b][c]  [d......]      a-c shared with the parent of a fork, d is the row's own
@@ -13,12 +14,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
-from paged_jax import arguments, attention
+from paged_jax import arguments, attention, plans
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
 from paged_jax.config import CacheConfig
@@ -30,20 +29,24 @@ from paged_jax.types import Audit, Cache, Copies, Image, Info, Ledger, Pages, Pl
 def init(config: CacheConfig) -> Cache:
   """An empty cache: all pages free, all rows empty, all bytes zero.
 
-  >>> import jax.numpy as jnp, paged_jax
-  >>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
-  ...                                num_rows=2, max_length=64)
-  >>> int(paged_jax.init(config).num_free)
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> int(pj.init(config).num_free)
   8
   """
   return Cache(ledger=ledger_lib.init(config), pages=pages_lib.init(config))
 
 
 def pages_needed(cache: Cache, num_tokens: jax.Array) -> jax.Array:
-  """Pages that `extend` with these `num_tokens` i32[S] takes for each row, i32[S].
+  """The pages that `extend` with the same `num_tokens` i32[S] takes for each row, i32[S].
 
-  The copy of a shared tail page is counted, whether pages are free is not; a row whose request
-  `extend` would refuse for another reason needs none.
+  The copy of a shared tail page counts. Whether enough pages are free does not. A row whose
+  request `extend` refuses for any other reason needs none.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> pj.jitted.pages_needed(pj.init(config), jnp.array([6, 1])).tolist()
+  [2, 1]
   """
   return ledger_lib.pages_needed(cache.ledger, num_tokens)
 
@@ -51,14 +54,25 @@ def pages_needed(cache: Cache, num_tokens: jax.Array) -> jax.Array:
 def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
   """Makes room for `num_tokens` i32[S] more tokens in each row, which read zero until written.
 
-  A partly filled tail page that others hold too is copied first (copy on write), so a row may
-  write whatever it was granted. The result is that of extending row by row in order: of n rows
-  that share a tail page the last one keeps it.
+  If others hold the row's partly filled tail page too, the page is copied first (copy on write), so
+  a row may write all the room that it gets. The result is the same as extending row by row in
+  order: of n rows that share a tail page the last one keeps it.
+
+      # before  row 0  [a][b 4 5 . .]      a and b have two holders
+      #         row 1  [a][b 4 5 . .]
+      # after   row 0  [a][c 4 5 6 .]      extended by one token: c is a copy
+      #         row 1  [a][b 4 5 . .]      b is row 1's alone
 
   Returns:
     The next cache, and `Info` with ok bool[S]. A negative count, or more tokens than a row can
-    hold, refuses that row alone. Once a row is refused for want of pages, each later row that
-    needs a page is refused too, so an early row is never overtaken.
+    hold, refuses that row alone. After the first row that is refused because pages are missing,
+    every later row that needs a page is refused too: no row overtakes an earlier one.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, info = pj.jitted.extend(pj.init(config), jnp.array([6, 17]))
+  >>> info.ok.tolist(), cache.lengths.tolist(), int(info.num_free)
+  ([True, False], [6, 0], 6)
   """
   ledger, info, copies = ledger_lib.extend(cache.ledger, num_tokens)
   return _renew(cache, ledger, copies), info
@@ -67,26 +81,36 @@ def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
 def plan(
   cache: Cache, rows: jax.Array, positions: jax.Array, *, implementation: str | None = None
 ) -> Plan:
-  """Describes one step's ragged batch of tokens, once for all layers.
+  """Describes the ragged batch of tokens of one step, once for all layers.
 
   Args:
-    cache: The cache; any later verb that changes its tables or refcounts invalidates the plan.
-    rows: i32[B] row of each token. A row's tokens are contiguous and ascending; S is padding.
+    cache: The cache. A later verb that changes tables or refcounts makes the plan invalid.
+    rows: i32[B] row of each token. The tokens of a row are contiguous and ascend; S is padding.
     positions: i32[B] position of each token in its row, below the row's length.
-    implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper"; None takes the
-      best that the platform has for this cache. One asked for by name is never replaced by another.
+    implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper". None takes the
+      best that the platform has for this cache. A backend asked for by name is never replaced.
 
   Returns:
-    The plan. `plan.ok` is False for a token without a slot of its own: unmapped, beyond the
-    length, on a page that others hold; and for one that breaks the order: from where a row's
-    positions stop ascending, and in every later piece of a row that comes in several. Such a
-    token is not written and attends to nothing.
+    The plan. `plan.ok` is False for a token without a slot of its own: the slot is unmapped,
+    beyond the length, or on a page that others hold too. It is also False for a token out of
+    order: after the positions of its row stop ascending, or in a later piece of a row that comes
+    in several pieces. Such a token is not written and attends to nothing.
+
+  Raises:
+    ValueError: There is no such backend.
+    NotImplementedError: The backend asked for cannot serve this cache; the message says why.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> pj.jitted.plan(cache, jnp.array([0, 0, 1]), jnp.array([4, 5, 0])).ok.tolist()
+  [True, True, False]
   """
   rows = arguments.integers("rows", rows, (None,))
   positions = arguments.integers("positions", positions, rows.shape)
   s, n, size = cache.ledger.num_rows, cache.ledger.pool.num_pages, cache.ledger.page_size
   known = jnp.where((rows >= 0) & (rows < s), rows, s)
-  ordered, faults, slots = _placed(cache.ledger, known, positions)
+  ordered, faults, slots = plans.place(cache.ledger, known, positions)
   own = (faults == 0) & (known < s)
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
   implementation = attention.choose(implementation, cache.pages)
@@ -105,54 +129,44 @@ def plan(
 
 
 def check_plan(cache: Cache, plan: Plan) -> None:
-  """Raises if a token of the plan has no slot of its own, and says why of the first ten.
+  """Raises if a token of the plan has no slot of its own, and says why for the first ten.
 
-  For finding mistakes: such tokens are not written and attend to nothing (`plan.ok`). It reads the
-  plan eagerly; inside a program it is a check of `jax.experimental.checkify`, which the program must
-  be wrapped in.
+  For finding mistakes, since such tokens are not written and attend to nothing (`plan.ok`). Outside
+  a program it reads the plan. Inside a program it is a check of `jax.experimental.checkify`, and
+  the program must be wrapped in `checkify.checkify`.
 
-  >>> import jax.numpy as jnp, paged_jax
-  >>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
-  ...                                num_rows=2, max_length=64)
-  >>> cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array([3, 0]))
-  >>> paged_jax.check_plan(cache, paged_jax.plan(cache, jnp.array([0, 0]), jnp.array([2, 3])))
+  Raises:
+    ValueError: Outside a program, a token has no slot.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([3, 0]))
+  >>> pj.check_plan(cache, pj.jitted.plan(cache, jnp.array([0, 0]), jnp.array([2, 3])))
   Traceback (most recent call last):
   ...
   ValueError: 1 of 2 tokens have no slot: token 1 (row 0, position 3) is beyond its row's length
-
-  Raises:
-    ValueError: Eagerly, that.
   """
   _check_call("check_plan(cache, plan)", cache, plan)
-  _, faults, slots = _placed(cache.ledger, plan.rows, plan.positions)
-  moved = (plan.slots != slots) & (plan.rows < cache.ledger.num_rows)
-  faults = jnp.where((faults == 0) & moved, _MOVED, faults)
-  faults = jnp.where((faults == 0) & ~plan.ok, _NO_ROW, faults)
-  (first,) = jnp.nonzero(faults, size=min(10, len(faults)), fill_value=len(faults))
-  first = first.astype(jnp.int32)
-  shown = (x.at[first].get(mode="fill", fill_value=-1) for x in (plan.rows, plan.positions, faults))
-  rows, positions, why = shown
-  if isinstance(faults, jax.core.Tracer):
-    legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(_FAULTS, start=1))
-    message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
-    checkify.check(
-      jnp.all(faults == 0), message + legend, first=first, rows=rows, positions=positions, why=why
-    )
-  elif count := int(jnp.sum(faults != 0)):
-    each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
-    reasons = [f"token {i} (row {row}, position {p}) {_FAULTS[x - 1]}" for i, row, p, x in each]
-    raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+  plans.check(cache.ledger, plan)
 
 
 def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Cache:
-  """Writes keys and values [B,H,D] of the plan's tokens in one layer; cast to the cache's dtype.
+  """Writes keys and values [B,H,D] of the plan's tokens in one layer, cast to the cache's dtype.
 
-  Tokens without a slot are dropped. The write is in place when the cache is donated or carried
-  by a loop; read the cache that is returned, never the one that was passed. It has gradients, unless
-  the cache keeps 16-bit values as bits (see `CacheConfig.storage_dtype`).
+  Tokens without a slot are dropped. The write is in place if the cache is donated or carried by a
+  loop. Read the cache that is returned, never the one that was passed. `write` has gradients,
+  except if the cache keeps 16-bit values as bits (see `CacheConfig.storage_dtype`).
 
-  A traced `layer` that is out of range writes NaN into the last one, so that it does not pass for
-  zeros.
+  A traced `layer` out of range writes NaN into the last layer, so that the mistake shows.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([2, 0]))
+  >>> plan = pj.jitted.plan(cache, jnp.array([0, 0]), jnp.array([0, 1]))
+  >>> k = jnp.stack([jnp.full((1, 4), 1.0), jnp.full((1, 4), 2.0)])  # [B,H,D]
+  >>> cache = pj.jitted.write(cache, 0, k, -k, plan)
+  >>> pj.jitted.gather(cache, 0, jnp.array([0]), num_tokens=2)[0][0, :, 0, 0].tolist()
+  [1.0, 2.0]
   """
   _check_call("write(cache, layer, k, v, plan)", cache, plan)
   _, num_layers, h, _, d = pages_lib.sizes(cache.pages)
@@ -178,8 +192,8 @@ def attend(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Paged attention (Kwon et al. 2023, §4.3) of the plan's tokens over their rows' past.
 
-  Prefill, chunked prefill, decode and verification are this one call: the token at position i
-  sees its row's live tokens up to i.
+  Prefill, chunked prefill, decode and verification are all this one call: the token at position i
+  sees the live tokens of its row up to i.
 
   Args:
     cache: The cache, this step's keys and values already written.
@@ -194,12 +208,21 @@ def attend(
 
   Returns:
     [B,Q,D] in q's dtype, and f32[B,Q] if `return_lse`. Padding and tokens that are not ok give 0
-    and -inf. Logits and sums are float32. Live keys and values must be finite: one that is not
-    may reach other tokens of its row, never another row's. A traced `layer` that is out of range
-    gives NaN.
+    and -inf. Logits and sums are float32. Live keys and values must be finite: a NaN or infinity
+    may reach other tokens of its row, never another row. A traced `layer` out of range gives NaN.
 
-  Gradients are those of the "reference" implementation, whichever computes the values; they take
-  its time and memory, of every token's whole row.
+  Gradients are those of the "reference" implementation, also if another one computes the values.
+  They take its time and memory: the whole row of every token.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([2, 0]))
+  >>> plan = pj.jitted.plan(cache, jnp.array([0, 0]), jnp.array([0, 1]))
+  >>> k = jnp.stack([jnp.full((1, 4), 1.0), jnp.full((1, 4), 2.0)])  # [B,H,D]
+  >>> cache = pj.jitted.write(cache, 0, k, k, plan)
+  >>> out = pj.jitted.attend(cache, 0, jnp.zeros((2, 1, 4)), plan)  # of 1, and of 1 and 2
+  >>> out[:, 0, 0].tolist()
+  [1.0, 1.5]
   """
   _check_call("attend(cache, layer, q, plan)", cache, plan)
   num_layers = cache.pages.kv.shape[1]
@@ -217,8 +240,15 @@ def gather(
 ) -> tuple[jax.Array, jax.Array]:
   """Keys and values of `rows` i32[R] in token order: two arrays [R,C,H,D].
 
-  Zero where a row has no live token, whatever its pages contain. C is `num_tokens`, or a row's
-  capacity. A traced `layer` that is out of range gives NaN.
+  C is `num_tokens`, or a row's capacity by default. Where a row has no live token the result is
+  zero, whatever its pages contain. A traced `layer` out of range gives NaN.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> k, v = pj.jitted.gather(cache, 0, jnp.array([0, 1]), num_tokens=6)
+  >>> k.shape, v.shape
+  ((2, 6, 1, 4), (2, 6, 1, 4))
   """
   rows = arguments.integers("rows", rows, (None,))
   num_layers = cache.pages.kv.shape[1]
@@ -245,30 +275,64 @@ def gather(
 def fork(
   cache: Cache, src: jax.Array, dst: jax.Array, num_tokens: jax.Array | None = None
 ) -> tuple[Cache, Info]:
-  """Empty rows `dst` i32[B] come to share the first tokens of rows `src` i32[B]. No bytes move.
+  """Empty rows `dst` i32[B] share the first tokens of rows `src` i32[B]. No bytes move.
 
-  `num_tokens` i32[B] is all of them by default. Every entry reads the state before the call. An
-  entry is refused if `src` is no row, `dst` is busy or was named before, or the source does not
-  hold that many tokens; with `copy_on_write` off, also if it would share part of a page.
+      # before  row 0  [a][b . . .]      row 1  -                  a 1 holder, b 1
+      # after   row 0  [a][b . . .]      row 1  [a][b . . .]       a 2 holders, b 2
+
+  `num_tokens` i32[B] is all of the source's tokens by default. Every entry reads the state before
+  the call. An entry is refused if `src` is no row, `dst` is not empty or an earlier entry named it,
+  or the source does not hold that many tokens. With `copy_on_write` off, an entry that would share
+  part of a page is refused too.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, info = pj.jitted.fork(cache, jnp.array([0]), jnp.array([1]))
+  >>> cache.block_tables[:, :2].tolist(), int(info.num_free)
+  ([[0, 1], [0, 1]], 6)
   """
   return _with_ledger(cache, *ledger_lib.fork(cache.ledger, src, dst, num_tokens))
 
 
 def reorder(cache: Cache, sources: jax.Array) -> tuple[Cache, Info]:
-  """Row r becomes a share of row `sources[r]`, all rows at once; S empties it. i32[S].
+  """Row r becomes a share of row `sources[r]`, i32[S], all rows at once; S empties the row.
 
-  A step of beam search is `reorder`, then `extend`. Needs no pages. A source that is no row is
-  refused and its row keeps what it has; with `copy_on_write` off, so is one that ends inside a
-  page.
+      # sources  [1, 1]
+      # before   row 0  [a][b]      row 1  [a][c]      a 2 holders, b 1, c 1
+      # after    row 0  [a][c]      row 1  [a][c]      a 2 holders, c 2, b is free
+
+  A step of beam search is `reorder`, then `extend`. `reorder` takes no pages. A source that is no
+  row is refused, and its row keeps what it has. With `copy_on_write` off, a source that ends inside
+  a page is refused too.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> cache, info = pj.jitted.reorder(cache, jnp.array([1, 1]))
+  >>> cache.lengths.tolist(), int(info.num_free)
+  ([3, 3], 7)
   """
   return _with_ledger(cache, *ledger_lib.reorder(cache.ledger, sources))
 
 
 def unshare(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
-  """Copies what rows share from token `starts` i32[S] on, so that those tokens may be rewritten.
+  """Copies the shared pages of each row from token `starts` i32[S] on, so that it may rewrite them.
 
-  Row by row in order, like `extend`; a start at a row's length asks for nothing, one outside
+      # start at token 4, in b
+      # before  row 0  [a][b]      row 1  [a][b]      a 2 holders, b 2
+      # after   row 0  [a][c]      row 1  [a][b]      a 2 holders, b 1, c 1
+
+  Row by row in order, like `extend`. A start at the row's length asks for nothing; a start outside
   0..length is refused.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, _ = pj.jitted.fork(cache, jnp.array([0]), jnp.array([1]))
+  >>> cache, info = pj.jitted.unshare(cache, jnp.array([4, 6]))
+  >>> cache.block_tables[:, :2].tolist()
+  [[0, 2], [0, 1]]
   """
   ledger, info, copies = ledger_lib.unshare(cache.ledger, starts)
   return _renew(cache, ledger, copies), info
@@ -277,8 +341,15 @@ def unshare(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
 def trim(cache: Cache, lengths: jax.Array) -> tuple[Cache, Info]:
   """Each row keeps its first `lengths` i32[S] tokens, and releases whole pages behind them.
 
-  Refused if above the row's length, negative, or inside what a window has already passed; 0
-  empties the row.
+  0 empties the row. A length above the row's, a negative one, or one that a window has already
+  passed is refused.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, info = pj.jitted.trim(cache, jnp.array([3, 0]))
+  >>> cache.lengths.tolist(), int(info.num_free)
+  ([3, 0], 7)
   """
   return _with_ledger(cache, *ledger_lib.trim(cache.ledger, lengths))
 
@@ -286,24 +357,60 @@ def trim(cache: Cache, lengths: jax.Array) -> tuple[Cache, Info]:
 def slide(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
   """Each row forgets its tokens before `starts` i32[S], and releases whole pages before them.
 
-  Positions do not change. A start already passed is a no-op; one above the length or negative is
-  refused.
+  Positions do not change. A start that the row has already passed changes nothing; a negative one
+  or one above the length is refused.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, info = pj.jitted.slide(cache, jnp.array([5, 0]))
+  >>> cache.block_tables[0, :2].tolist(), int(info.num_free)  # 8 is "no page"
+  ([8, 1], 7)
   """
   return _with_ledger(cache, *ledger_lib.slide(cache.ledger, starts))
 
 
 def free(cache: Cache, rows: jax.Array) -> tuple[Cache, Info]:
-  """Rows marked in `rows` bool[S] release everything. Freeing an empty row is refused."""
+  """The rows marked in `rows` bool[S] release everything. Freeing an empty row is refused.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, info = pj.jitted.free(cache, jnp.array([True, True]))
+  >>> info.ok.tolist(), int(info.num_free)
+  ([True, False], 8)
+  """
   return _with_ledger(cache, *ledger_lib.free(cache.ledger, rows))
 
 
 def hold(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
-  """Adds a host reference to each of `pages` i32[B]; a free or unknown page is refused."""
+  """Adds one hold of the host to each of `pages` i32[B]; a free or unknown page is refused.
+
+      # before  row 0  [a]        a 1 holder
+      # after   row 0  [a] host   a 2 holders, so a outlives row 0
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, info = pj.jitted.hold(cache, jnp.array([0, 7]))
+  >>> cache, _ = pj.jitted.free(cache, jnp.array([True, False]))
+  >>> info.ok.tolist(), int(cache.num_free)
+  ([True, False], 7)
+  """
   return _with_ledger(cache, *ledger_lib.hold(cache.ledger, pages))
 
 
 def drop(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
-  """Takes a host reference back from each of `pages` i32[B]; one too many is refused."""
+  """Takes one hold of the host back from each of `pages` i32[B]; without a hold it is refused.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, _ = pj.jitted.hold(cache, jnp.array([0]))
+  >>> cache, info = pj.jitted.drop(cache, jnp.array([0, 0]))
+  >>> info.ok.tolist()
+  [True, False]
+  """
   return _with_ledger(cache, *ledger_lib.drop(cache.ledger, pages))
 
 
@@ -314,45 +421,54 @@ def adopt(
   lengths: jax.Array,
   starts: jax.Array | None = None,
 ) -> tuple[Cache, Info]:
-  """Empty rows start life on pages that the host holds (a prefix hit). The holds remain.
+  """Empty rows start on pages that the host holds (a prefix hit). The holds remain.
+
+      # before  host  a b      row 1  -           a 1 holder, b 1
+      # after   host  a b      row 1  [a][b]      a 2 holders, b 2
 
   Args:
     cache: The cache.
     rows: i32[B] distinct empty rows; S pads.
-    pages: i32[B,C] the held pages of each row in order; those past its last one are ignored.
+    pages: i32[B,C] the held pages of each row in order; those past its last page are ignored.
     lengths: i32[B] tokens of each row, counted from position 0.
     starts: i32[B] first live token, 0 by default; `pages` begins with the page that holds it.
+
+  Returns:
+    The next cache, and `Info` with ok bool[B]. An entry is refused if its row is unknown, not empty
+    or named by an earlier entry, if a page is not held, or if the pages cannot hold the tokens.
+    With `copy_on_write` off, a length inside a page is refused too.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, _ = pj.jitted.hold(cache, jnp.array([0, 1]))
+  >>> cache, info = pj.jitted.adopt(cache, jnp.array([1]), jnp.array([[0, 1]]), jnp.array([5]))
+  >>> cache.lengths.tolist(), cache.ledger.pool.refcount[:2].tolist()
+  ([6, 5], [3, 3])
   """
   return _with_ledger(cache, *ledger_lib.adopt(cache.ledger, rows, pages, lengths, starts))
 
 
-def read_pages(cache: Cache, pages: jax.Array) -> Pages:
-  """The bytes of `pages` i32[B], kv [B,L,H,T,2D]; zero where there is no such page."""
-  pages = arguments.integers("pages", pages, (None,))
-  n = cache.ledger.pool.num_pages
-  return pages_lib.read(cache.pages, jnp.where(pages >= 0, pages, n))
-
-
-def put_pages(cache: Cache, image: Pages, count: jax.Array) -> tuple[Cache, jax.Array, Info]:
-  """The first `count` i32[] pages of `image` go into fresh pages that the host holds.
-
-  Returns:
-    The next cache, the pages i32[B] (N past `count`, or everywhere if refused), and `Info` with
-    ok bool[]: all or nothing.
-  """
-  shape = (max(1, image.kv.shape[0]), *cache.pages.kv.shape[1:])
-  _check_image("image", image, cache.pages, shape)
-  ledger, pages, info = ledger_lib.take_held(cache.ledger, count, image.kv.shape[0])
-  bytes_ = pages_lib.put(cache.pages, pages, image)
-  return Cache(ledger=ledger, pages=bytes_), pages, info
-
-
 def offload(cache: Cache, pages: jax.Array) -> tuple[Pages, ...]:
-  """The bytes of each of `pages` i32[B], in host memory: B images, kv [L,H,T,2D].
+  """Copies each of `pages` i32[B] to host memory: B images, each with kv [L,H,T,2D].
 
-  Zero where there is no such page. One image per page, so that each can be kept, shared and
-  forgotten alone. Inside `jit` (and so in `jitted`) the host memory is pinned where the backend
-  has such; the copies do not wait for each other.
+      # page a  ── offload ──▶  image           a keeps its holders; then usually `drop`
+      # image   ── restore ──▶  page c, fresh   the host holds c
+
+  An image is zero where there is no such page, and may hold anything where the page is free. One
+  image per page, so that each can be kept, shared and forgotten alone. Inside `jit` (so in
+  `jitted` too) the images are in pinned host memory if the backend has it, and no copy waits for
+  another one. A program that also changes bytes of the cache afterwards copies the whole page
+  array: call `offload` in a program of its own. (`swap_out` is in place in any program.)
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> images = pj.jitted.offload(cache, jnp.array([0, 1]))
+  >>> cache, _ = pj.jitted.free(cache, jnp.array([True, False]))
+  >>> cache, pages, info = pj.jitted.restore(cache, images, jnp.array(2))
+  >>> pages.tolist(), cache.ledger.pool.holds.tolist()
+  ([2, 3], [0, 0, 1, 1, 0, 0, 0, 0])
   """
   pages = arguments.integers("pages", pages, (None,))
   n = cache.ledger.pool.num_pages
@@ -364,11 +480,25 @@ def offload(cache: Cache, pages: jax.Array) -> tuple[Pages, ...]:
 def restore(
   cache: Cache, images: Sequence[Pages], count: jax.Array
 ) -> tuple[Cache, jax.Array, Info]:
-  """The first `count` i32[] of what `offload` took go into fresh pages that the host holds.
+  """Copies the first `count` i32[] of `images` into fresh pages, which the host then holds.
+
+  The images are those of `offload`. Inside a program they may also be device arrays of that shape.
 
   Returns:
-    The next cache, the pages i32[B] (N past `count`, or everywhere if refused), and `Info` with
-    ok bool[]: all or nothing.
+    The next cache; the pages i32[B], N past `count`, or everywhere if refused; and `Info` with
+    ok bool[]. All images fit or none: a count that is negative, above B, or above the number of
+    free pages is refused.
+
+  Raises:
+    ValueError: There is no image, or one has another shape or dtype than the cache's pages.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> images = pj.jitted.offload(cache, jnp.array([0, 1]))
+  >>> cache, pages, info = pj.jitted.restore(cache, images, jnp.array(1))
+  >>> pages.tolist(), bool(info.ok)  # 8 is "no page"
+  ([2, 8], True)
   """
   if not images:
     raise ValueError("images must have at least one page, got none")
@@ -383,7 +513,14 @@ def restore(
 
 
 def scrub(cache: Cache, pages: jax.Array) -> Cache:
-  """Clears those of `pages` i32[B] that nobody holds. Only for secrecy: no verb shows stale bytes."""
+  """Clears those of `pages` i32[B] that nobody holds. Only for secrecy: no verb shows stale bytes.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache = pj.jitted.scrub(pj.init(config), jnp.array([0, 1, 2]))
+  >>> bool((cache.pages.kv[:3] == 0).all())
+  True
+  """
   pages = arguments.integers("pages", pages, (None,))
   n = cache.ledger.pool.num_pages
   known = jnp.where((pages >= 0) & (pages < n), pages, n)
@@ -403,13 +540,26 @@ def _check_image(name: str, image: Pages, pages: Pages, shape: tuple[int, ...]) 
 def swap_out(
   cache: Cache, row: jax.Array, *, num_pages: int | None = None
 ) -> tuple[Cache, Image, Info]:
-  """Takes the bytes of one row i32[] out of the cache and frees it.
+  """Takes the bytes of one row i32[] out of the cache, and frees the row.
+
+      # row 0  [a][b]  ── swap_out ──▶  image                 a and b lose a holder
+      # image          ── swap_in ───▶  row 1  [c][d]         fresh pages, the row's own
 
   Args:
     cache: The cache.
-    row: i32[] the row; an unknown or empty one is refused, and its image is empty.
-    num_pages: Size of the image, static; all that a row can map by default. A row that maps more
+    row: i32[] the row. An unknown or empty row is refused, and its image is empty.
+    num_pages: Pages in the image, static; all that a row can map by default. A row that maps more
       is refused.
+
+  Returns:
+    The next cache, the image, and `Info` with ok bool[].
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, image, info = pj.jitted.swap_out(cache, jnp.array(0))
+  >>> int(image.length), int(info.num_free)
+  (6, 8)
   """
   row = arguments.integers("row", row, ())
   ledger = cache.ledger
@@ -432,59 +582,53 @@ def swap_out(
 
 
 def swap_in(cache: Cache, row: jax.Array, image: Image) -> tuple[Cache, Info]:
-  """Puts what `swap_out` took into fresh pages of the empty row i32[]; all or nothing."""
+  """Puts an image of `swap_out` into fresh pages of the empty row i32[]; all or nothing.
+
+  Returns:
+    The next cache, and `Info` with ok bool[]: False if the row is unknown or not empty, or if the
+    image needs more pages than are free.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> cache, image, _ = pj.jitted.swap_out(cache, jnp.array(0))
+  >>> cache, info = pj.jitted.swap_in(cache, jnp.array(1), image)
+  >>> bool(info.ok), cache.lengths.tolist()
+  (True, [0, 6])
+  """
   row = arguments.integers("row", row, ())
+  shape = (max(1, image.pages.kv.shape[0]), *cache.pages.kv.shape[1:])
+  _check_image("image.pages", image.pages, cache.pages, shape)
   start = arguments.integers("image.start", image.start, ())
   length = arguments.integers("image.length", image.length, ())
   s = cache.ledger.num_rows
   _, count = tables_lib.span(start, length, cache.ledger.page_size)
   vacant = cache.lengths.at[jnp.where(row >= 0, row, s)].get(mode="fill", fill_value=1) == 0
   sane = (start >= 0) & (start <= length) & (length <= cache.ledger.capacity)
-  cache, pages, info = put_pages(cache, image.pages, jnp.where(vacant & sane, count, -1))
-  # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
-  ledger = dataclasses.replace(cache.ledger, copy_on_write=True)
+  asked = jnp.where(vacant & sane, count, -1)
+  # take_held  the host holds the pages alone
+  # adopt      the row has them too
+  # drop       the row has them alone: none stays shared, so `copy_on_write` does not matter
+  ledger, pages, info = ledger_lib.take_held(cache.ledger, asked, image.pages.kv.shape[0])
+  bytes_ = pages_lib.put(cache.pages, pages, image.pages)
+  ledger = dataclasses.replace(ledger, copy_on_write=True)
   ledger, _ = ledger_lib.adopt(
     ledger, row[None], pages[None], jnp.where(info.ok, length, 0)[None], start[None]
   )
   ledger, _ = ledger_lib.drop(ledger, pages)
   ledger = dataclasses.replace(ledger, copy_on_write=cache.ledger.copy_on_write)
-  return _with_ledger(cache, ledger, info._replace(num_free=ledger.pool.num_free))
+  return Cache(ledger=ledger, pages=bytes_), info._replace(num_free=ledger.pool.num_free)
 
 
 def audit(cache: Cache) -> Audit:
-  """How often the laws of refcounts, bitmap and tables are broken; all zero for a sound cache."""
+  """Counts how often each law of refcounts, bitmap and tables is broken: 0 if the cache is sound.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> sum(map(int, pj.jitted.audit(pj.init(config))))
+  0
+  """
   return ledger_lib.audit(cache.ledger)
-
-
-_FAULTS = (  # why a token has no slot of its own
-  "is in an empty row, which nobody has extended",
-  "is beyond its row's length",
-  "is before the first live token of its row",
-  "does not ascend in its row, or its row comes in several pieces",
-  "is on a page that others hold, too",
-  "is not where the plan says: the cache has changed since",
-  "is in no row of this cache",
-)
-_MOVED, _NO_ROW = len(_FAULTS) - 1, len(_FAULTS)
-
-
-def _placed(
-  ledger: Ledger, rows: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Where tokens go: whether each is in order, bool[B]; why it has no slot of its own, as a number of
-  `_FAULTS` from 1 on, 0 if it has, i32[B]; and its slot, i32[B]."""
-  tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
-  lengths = tables.lengths.at[rows].get(mode="fill", fill_value=0)
-  starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
-  page = tables_lib.page_at(tables.block_tables, rows, positions // size, pool.num_pages)
-  ordered = _ordered(rows, positions, ledger.num_rows)
-  found = [
-    lengths == 0, positions >= lengths, positions < starts, ~ordered,
-    pool_lib.refcounts(pool, page) != 1,
-  ]  # fmt: skip
-  faults = jnp.select(found, [jnp.int32(i) for i in range(1, 1 + len(found))], jnp.int32(0))
-  faults = jnp.where(rows == ledger.num_rows, 0, faults)
-  return ordered, faults, page * size + positions % size
 
 
 def _poisoned(x: jax.Array, layer: int | jax.Array, index: jax.Array, num_layers: int) -> jax.Array:
@@ -499,17 +643,6 @@ def _check_call(call: str, cache: Cache, plan: Plan) -> None:
   for name, value, kind in (("cache", cache, Cache), ("plan", plan, Plan)):
     if not isinstance(value, kind):
       raise ValueError(f"{name} must be a {kind.__name__} in {call}, got {type(value).__name__}")
-
-
-def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:
-  """Which tokens i32[B] belong to the first piece of their row, where it still ascends: bool[B]."""
-  tokens = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
-  begin = jax.lax.cummax(jnp.where(fresh, tokens, 0))
-  first = jnp.full(num_rows, rows.shape[0], jnp.int32).at[rows].min(tokens, mode="drop")
-  falls = ~fresh & jnp.pad(positions[1:] <= positions[:-1], (1, 0))
-  fallen = jnp.cumsum(falls, dtype=jnp.int32)
-  return (first.at[rows].get(mode="fill", fill_value=0) == begin) & (fallen == fallen[begin])
 
 
 def _with_ledger(cache: Cache, ledger: Ledger, info: Info) -> tuple[Cache, Info]:

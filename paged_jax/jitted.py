@@ -1,12 +1,14 @@
-"""The verbs, compiled, with the cache donated: what was passed is gone, what returns replaces it.
+"""The verbs, compiled, with the cache donated: use the cache that is returned, the old one is gone.
 
->>> import jax.numpy as jnp, paged_jax
->>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=8,
-...                                num_rows=2, max_length=64)
->>> cache = paged_jax.init(config)
->>> cache, info = paged_jax.jitted.extend(cache, jnp.array([20, 3]))
+>>> import jax.numpy as jnp, paged_jax as pj
+>>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+>>> cache = pj.jitted.init(config)
+>>> cache, info = pj.jitted.extend(cache, jnp.array([6, 3]))
 >>> int(info.num_free)
 5
+
+A verb that only reads (`pages_needed`, `plan`, `attend`, `gather`, `offload`, `audit`) donates
+nothing. `check_plan` has no compiled form.
 """
 
 import functools
@@ -19,7 +21,7 @@ from paged_jax import ledger as ledger_lib
 
 
 def _compiled(verb, *, donate: bool = False, static: tuple[str, ...] = ()):
-  """`verb` under `jit`, with a plain message for a cache that was donated before."""
+  """`verb` under `jit`, with a plain error if the cache was donated to an earlier call."""
   run = jax.jit(verb, donate_argnums=0 if donate else (), static_argnames=static)
 
   @functools.wraps(verb)
@@ -50,7 +52,6 @@ free = _compiled(cache_lib.free, donate=True)
 hold = _compiled(cache_lib.hold, donate=True)
 drop = _compiled(cache_lib.drop, donate=True)
 adopt = _compiled(cache_lib.adopt, donate=True)
-put_pages = _compiled(cache_lib.put_pages, donate=True)
 restore = _compiled(cache_lib.restore, donate=True)
 scrub = _compiled(cache_lib.scrub, donate=True)
 swap_out = _compiled(cache_lib.swap_out, donate=True, static=("num_pages",))
@@ -60,11 +61,10 @@ pages_needed = _compiled(cache_lib.pages_needed)
 plan = _compiled(cache_lib.plan, static=("implementation",))
 attend = _compiled(cache_lib.attend, static=("softcap", "return_lse"))
 gather = _compiled(cache_lib.gather, static=("num_tokens",))
-read_pages = _compiled(cache_lib.read_pages)
 offload = _compiled(cache_lib.offload)
 audit = _compiled(cache_lib.audit)
 
-# The same decisions on a ledger alone, which is not donated: a caller may look before it leaps.
+# The same decisions on a ledger alone. It is not donated, so a caller can look at the result first.
 ledger = types.SimpleNamespace(
   **{
     name: jax.jit(getattr(ledger_lib, name))

@@ -1,4 +1,4 @@
-"""The verbs as parts of a program: bad arguments, transforms, donation, one program without a host."""
+"""The verbs as parts of a program: bad arguments, transforms, donation, no call of the host."""
 
 import dataclasses
 import functools
@@ -27,6 +27,16 @@ def shapes(tree):
 # Bad arguments.
 
 K = jnp.zeros((1, 2, 2))
+
+
+def of_dtype(pages):
+  return dataclasses.replace(pages, dtype=np.dtype("float16"))
+
+
+def swap_in(cache, pages):
+  return paged_jax.swap_in(cache, ROWS[0], paged_jax.Image(pages, ROWS[0], ROWS[1]))
+
+
 MISUSES = {
   "extend a list": (lambda c, p: paged_jax.extend(c, [1, 1, 1]), "num_tokens.*list"),
   "extend floats": (lambda c, p: paged_jax.extend(c, jnp.ones(3)), "num_tokens.*float32"),
@@ -64,28 +74,27 @@ MISUSES = {
   "hold scalar": (lambda c, p: paged_jax.hold(c, jnp.int32(0)), "pages"),
   "drop floats": (lambda c, p: paged_jax.drop(c, jnp.ones(1)), "pages.*float32"),
   "adopt pages": (lambda c, p: paged_jax.adopt(c, ids(0), ids(0), ids(1)), "pages"),
-  "read list": (lambda c, p: paged_jax.read_pages(c, [0]), "pages.*list"),
-  "put image": (
-    lambda c, p: paged_jax.put_pages(c, jax.tree.map(lambda x: x[:, :1], c.pages), jnp.int32(1)),
-    "image",
-  ),
-  "put dtype": (
-    lambda c, p: paged_jax.put_pages(
-      c, dataclasses.replace(c.pages, dtype=np.dtype("float16")), jnp.int32(1)
-    ),
-    "image",
-  ),
   "offload list": (lambda c, p: paged_jax.offload(c, [0]), "pages.*list"),
   "restore nothing": (lambda c, p: paged_jax.restore(c, (), jnp.int32(0)), "images.*none"),
   "restore image": (
     lambda c, p: paged_jax.restore(
-      c, [*paged_jax.offload(c, ids(0)), paged_jax.read_pages(c, ids(0))], jnp.int32(1)
+      c, [*paged_jax.offload(c, ids(0)), jax.tree.map(lambda x: x[0, :1], c.pages)], jnp.int32(1)
     ),
     r"images\[1\]",
   ),
+  "restore dtype": (
+    lambda c, p: paged_jax.restore(c, [of_dtype(paged_jax.offload(c, ids(0))[0])], jnp.int32(1)),
+    r"images\[0\].*float32.*float16",
+  ),
+  "restore int": (lambda c, p: paged_jax.restore(c, paged_jax.offload(c, ids(0)), 1), "count.*int"),
   "scrub scalar": (lambda c, p: paged_jax.scrub(c, jnp.int32(0)), "pages"),
   "gather float": (lambda c, p: paged_jax.gather(c, 0, ids(0), num_tokens=2.0), "num_tokens.*2.0"),
   "swap row": (lambda c, p: paged_jax.swap_out(c, ids(0)), "row"),
+  "swap image": (
+    lambda c, p: swap_in(c, jax.tree.map(lambda x: x[:, :1], c.pages)),
+    r"image\.pages must",
+  ),
+  "swap dtype": (lambda c, p: swap_in(c, of_dtype(c.pages)), r"image\.pages must.*float16"),
   "swap pages": (lambda c, p: paged_jax.swap_out(c, jnp.int32(0), num_pages=7), "num_pages.*7"),
 }
 
@@ -255,7 +264,6 @@ def test_a_verb_that_reads_traces_once_for_all_values():
     "pages_needed": lambda i: (cache, ids(i, 1, i)),
     "plan": lambda i: (cache, ids(0, i), ids(i, 1)),
     "gather": lambda i: (cache, jnp.int32(i), ids(i)),
-    "read_pages": lambda i: (cache, ids(i, i + 1)),
     "offload": lambda i: (cache, ids(i, i + 1)),
     "attend": lambda i: (cache, jnp.int32(i), K + i, plan),
     "audit": lambda i: (cache,),
@@ -423,11 +431,6 @@ def swapped(cache, row):
   return paged_jax.swap_in(cache, row, image)
 
 
-def put(cache, count):
-  image = paged_jax.read_pages(cache, ROWS)
-  return paged_jax.put_pages(cache, image, count)
-
-
 def restored(cache, kv, count):
   image = dataclasses.replace(cache.pages, kv=kv)
   return paged_jax.restore(cache, (image, image), count)
@@ -436,7 +439,6 @@ def restored(cache, kv, count):
 CALLS = {name: (getattr(paged_jax, name), args) for name, args in OPERANDS.items()}
 CALLS["write"] = (written, (jnp.zeros((3, 2, 16)), jnp.int32(1)))
 CALLS["swap"] = (swapped, (jnp.int32(0),))
-CALLS["put_pages"] = (put, (jnp.int32(2),))
 CALLS["restore"] = (restored, (jnp.zeros((4, 2, 4, 32)), jnp.int32(2)))
 CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
 
@@ -514,20 +516,50 @@ def test_poisoned_free_pages_never_show():
   assert read(cache, 0) == [0] * 5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_offloaded_pages_come_back_bit_for_bit_whatever_they_hold(dtype):
+def random_bytes(dtype):
+  """A cache of two rows, 9 and 4 tokens, whose pages hold any bits, NaN too; and these bits."""
   cache, _ = extend(jitted.init(config(dtype=dtype).stored_for("cpu")), 9, 0, 4)
-  bits = np.random.default_rng(0).integers(0, 256, cache.pages.kv.nbytes, np.uint8)  # NaN, too
+  bits = np.random.default_rng(0).integers(0, 256, cache.pages.kv.nbytes, np.uint8)
   kv = bits.view(cache.pages.kv.dtype).reshape(cache.pages.kv.shape)
-  cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, kv=jnp.asarray(kv)))
-  images = jitted.offload(cache, ids(2, 0, 99, 3))
+  return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, kv=jnp.asarray(kv))), kv
+
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+
+
+@DTYPES
+def test_offloaded_pages_come_back_bit_for_bit_whatever_they_hold(dtype):
+  cache, kv = random_bytes(dtype)
+  images = jitted.offload(cache, ids(2, 0, 99, -1))
   assert {image.kv.sharding.memory_kind for image in images} == {"pinned_host"}
-  assert not np.asarray(images[2].kv).any()
+  assert not any(np.asarray(image.kv).any() for image in images[2:])
   cache, pages, info = jitted.restore(cache, images, jnp.int32(3))
-  assert bool(info.ok) and pages.tolist() == [4, 5, 6, 8]
+  assert bool(info.ok) and int(info.num_free) == 1 and pages.tolist() == [4, 5, 6, 8]
   assert cache.ledger.pool.holds.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
   for taken, source in ((4, 2), (5, 0)):
     assert np.asarray(cache.pages.kv[taken]).tobytes() == kv[source].tobytes()
+  assert not np.asarray(cache.pages.kv[6]).any()
+  untouched = [0, 1, 2, 3, 7]
+  assert np.asarray(cache.pages.kv)[untouched].tobytes() == kv[untouched].tobytes()
+  invariants.check(cache)
+
+
+@DTYPES
+def test_a_swapped_row_comes_back_bit_for_bit_and_its_image_holds_nothing_else(dtype):
+  cache, kv = random_bytes(dtype)
+  cache, image, _ = jitted.swap_out(cache, jnp.int32(0))
+  assert (int(image.start), int(image.length), image.pages.kv.shape[0]) == (0, 9, 6)
+  bits = np.array(image.pages.kv)
+  assert (
+    bits[:2].tobytes() == kv[:2].tobytes()
+    and bits[2, :, :, 0].tobytes() == kv[2, :, :, 0].tobytes()
+  )
+  assert not bits[2, :, :, 1:].any() and not bits[3:].any()  # one token in the third page
+  cache, info = jitted.swap_in(cache, jnp.int32(1), image)
+  assert bool(info.ok) and pages_of(cache, 1) == [4, 5, 6]
+  assert np.asarray(cache.pages.kv[4:7]).tobytes() == bits[:3].tobytes()
+  assert np.asarray(cache.pages.kv[3]).tobytes() == kv[3].tobytes()
+  assert not cache.ledger.pool.holds.any()
   invariants.check(cache)
 
 

@@ -278,17 +278,20 @@ class Model:
       ok.append(valid or r == len(before))
     return ok
 
-  def put_pages(self, contents: list[list], count: int) -> tuple[list[int], bool]:
-    """Bytes into fresh pages that the host holds, all or none."""
-    if not 0 <= count <= min(len(contents), self.num_free()):
-      return [self.num_pages] * len(contents), False
-    taken = []
-    for content in contents[:count]:
-      page = self.take()
-      self.contents[page] = list(content)
+  def offload(self, pages: list[int]) -> list[list]:
+    """What each page holds, nothing where there is no such page."""
+    known = range(self.num_pages)
+    return [list(self.contents[p]) if p in known else [None] * self.size for p in pages]
+
+  def restore(self, images: list[list], count: int) -> tuple[list[int], bool]:
+    """The first images into fresh pages that the host holds, all or none."""
+    if not 0 <= count <= min(len(images), self.num_free()):
+      return [self.num_pages] * len(images), False
+    pages = [self.take() for _ in range(count)]
+    for page, image in zip(pages, images):
+      self.contents[page] = list(image)
       self.holds[page] += 1
-      taken.append(page)
-    return taken + [self.num_pages] * (len(contents) - count), True
+    return pages + [self.num_pages] * (len(images) - count), True
 
   def swap_out(self, row: int) -> tuple[Row | None, bool]:
     """A row out of the cache, with its tokens."""

@@ -12,13 +12,13 @@ from paged_jax.config import CacheConfig
 from paged_jax.ledger import HostLedger
 from paged_jax.testing import invariants, strategies
 from paged_jax.testing.model import Model
-from paged_jax.types import Cache, Image, Info, Ledger, Pages
+from paged_jax.types import Cache, Info, Ledger, Pages
 
 
 def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> Cache:
   """Returns the last cache; raises `AssertionError` at the first step where any two of them differ.
 
-  Free pages are filled with NaN after every step, so that a read of one cannot go unnoticed.
+  After every step free pages are filled with NaN, so that a read of one shows.
 
   Args:
     config: The cache to run on.
@@ -26,9 +26,8 @@ def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> 
     verbs: A module or namespace with the verbs under their public names.
   """
   cache, host, model = verbs.init(config), HostLedger(config), Model(config)
-  images: list[Image] = []
+  images, model_images = strategies.Images(), strategies.Images()
   host_images: list[tuple[int, int]] = []
-  model_images: list = []
   for step in history:
     if step.verb == "extend":
       counts, wanted = np.asarray(step.operands[0], np.int32), model.pages_needed(*step.operands)
@@ -36,14 +35,16 @@ def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> 
         np.testing.assert_array_equal(needed, wanted, f"needs of {step}")
     cache, ok, pages = _apply(verbs, config, cache, images, step)
     model_ok = strategies.apply(model, model_images, step)
-    if step.verb == "put_pages":
+    if step.verb == "restore":
       model_pages, model_ok = model_ok
       np.testing.assert_array_equal(pages, model_pages, f"pages of {step}")
+    if step.verb == "offload":
+      _compare_images(config, images.pages, model_images.pages)
     np.testing.assert_array_equal(ok, model_ok, f"ok of {step}")
-    if step.verb != "write":
+    if step.verb not in ("write", "offload"):  # they change no ledger
       host_pages, info = on_host(host, host_images, step)
       np.testing.assert_array_equal(info.ok, ok, f"ok of {step} on the host")
-      if step.verb == "put_pages":
+      if step.verb == "restore":
         np.testing.assert_array_equal(host_pages, pages, f"pages of {step} on the host")
     same(host.snapshot(), cache.ledger)
     cache = poison(cache)
@@ -59,11 +60,11 @@ def on_host(
   Args:
     ledger: The ledger.
     images: Start and length of each row that `swap_out` took, for `swap_in`.
-    step: Any step but a write, which changes no ledger.
+    step: Any step that changes a ledger.
   """
-  if step.verb == "put_pages":
-    contents, count = step.operands
-    return ledger.take_held(np.array(count), size=len(contents))
+  if step.verb == "restore":
+    chosen, count = step.operands
+    return ledger.take_held(np.array(count), size=len(chosen))
   if step.verb == "swap_out":
     known = np.arange(ledger.num_rows) == step.operands[0]
     known &= ledger.lengths > 0
@@ -152,8 +153,10 @@ def poison(cache: Cache) -> Cache:
 _gather = jax.jit(cache_lib.gather)
 
 
-def _apply(verbs, config: CacheConfig, cache: Cache, images: list[Image], step: strategies.Step):
-  """The next cache, ok, and the pages that `put_pages` took."""
+def _apply(
+  verbs, config: CacheConfig, cache: Cache, images: strategies.Images, step: strategies.Step
+):
+  """The next cache, ok, and the pages that `restore` took."""
   verb = getattr(verbs, step.verb)
   arrays = _arrays(step)
   pages = None
@@ -164,18 +167,21 @@ def _apply(verbs, config: CacheConfig, cache: Cache, images: list[Image], step: 
       k, v = values(arrays[2], layer, shape), values(arrays[2], ~layer, shape)
       cache = verbs.write(cache, jnp.int32(layer), k, v, plan)
     return cache, plan.ok, pages
-  if step.verb == "put_pages":
-    image = _image(config, step.operands[0])
-    cache, pages, info = verbs.put_pages(cache, image, jnp.int32(step.operands[1]))
+  if step.verb == "offload":
+    images.pages += verbs.offload(cache, *arrays)
+    return cache, True, pages
+  if step.verb == "restore":
+    chosen = tuple(images.pages[i] for i in step.operands[0])
+    cache, pages, info = verbs.restore(cache, chosen, jnp.int32(step.operands[1]))
   elif step.verb == "swap_out":
     cache, image, info = verbs.swap_out(cache, jnp.int32(step.operands[0]))
     if info.ok:
-      images.append(image)
+      images.rows.append(image)
   elif step.verb == "swap_in":
     row, index = step.operands
-    cache, info = verbs.swap_in(cache, jnp.int32(row), images[index])
+    cache, info = verbs.swap_in(cache, jnp.int32(row), images.rows[index])
     if info.ok:
-      images.pop(index)
+      images.rows.pop(index)
   else:
     cache, info = verb(cache, *arrays)
   np.testing.assert_array_equal(info.num_free, cache.num_free, "info.num_free")
@@ -187,13 +193,12 @@ def _arrays(step: strategies.Step) -> list[np.ndarray]:
           for x in step.operands if isinstance(x, list)]  # fmt: skip
 
 
-def _image(config: CacheConfig, contents: list[list[int]]) -> Pages:
-  """Pages that hold the tokens `contents` [B,T]."""
-  tokens = np.asarray(contents).reshape(-1)
-  shape = (len(contents), config.page_size, config.num_kv_heads, config.head_dim)
-  layers = []
-  for layer in range(config.num_layers):
-    k, v = (values(tokens, x, shape[2:]).reshape(shape) for x in (layer, ~layer))
-    layers.append(np.concatenate([k, v], axis=-1).transpose(0, 2, 1, 3))
-  kv = jnp.asarray(np.stack(layers, axis=1)).astype(config.dtype)
-  return Pages(jax.lax.bitcast_convert_type(kv, config.array_dtype), np.dtype(config.dtype))
+def _compare_images(config: CacheConfig, images: list[Pages], contents: list[list]) -> None:
+  """Raises unless each image has the bytes of the tokens that the model's has."""
+  shape = (config.num_kv_heads, config.head_dim)
+  for image, content in zip(images, contents, strict=True):
+    tokens = [0 if token is None else token for token in content]
+    kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D]
+    for layer in range(config.num_layers):
+      k, v = (values(tokens, x, shape).transpose(1, 0, 2) for x in (layer, ~layer))
+      np.testing.assert_array_equal(kv[layer], np.concatenate([k, v], axis=-1), f"image {content}")

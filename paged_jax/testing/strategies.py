@@ -1,7 +1,7 @@
-"""Hypothesis strategies: caches' configurations, and histories of verbs that make sense half the time.
+"""Hypothesis strategies: configurations of caches, and histories of verbs, about half of them granted.
 
-A history is a list of steps `(verb, operands)` in plain Python. It is drawn beside the plain-Python
-model, so that it names busy rows, held pages and full pools often enough, and wrong ones too.
+A history is a list of steps `(verb, operands)` in plain Python. While it is drawn the plain-Python
+model runs it, so that it often names busy rows, held pages and full pools, and wrong ones too.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from paged_jax.config import CacheConfig
 from paged_jax.testing.model import Model
 
-FORKS, PAGES, ADOPTED, TOKENS, IMAGES = 3, 4, 2, 6, 3  # entries of each request: one trace a verb
+FORKS, PAGES, ADOPTED, TOKENS, IMAGES = 3, 4, 2, 6, 3  # entries of a request: one trace per verb
 
 VERBS = (
   "extend", "extend", "extend", "write", "write", "write", "fork", "fork", "reorder", "unshare",
-  "trim", "slide", "free", "hold", "hold", "drop", "adopt", "adopt", "put_pages", "swap_out",
-  "swap_in",
+  "trim", "slide", "free", "hold", "hold", "drop", "adopt", "adopt", "offload", "restore", "restore",
+  "swap_out", "swap_in",
 )  # fmt: skip
 
 
@@ -27,6 +27,14 @@ class Step:
 
   verb: str
   operands: tuple
+
+
+@dataclasses.dataclass
+class Images:
+  """What a history has taken out of a cache so far."""
+
+  rows: list = dataclasses.field(default_factory=list)  # by `swap_out`; `swap_in` takes one away
+  pages: list = dataclasses.field(default_factory=list)  # by `offload`; `restore` leaves them
 
 
 @st.composite
@@ -50,11 +58,11 @@ def configs(draw, **fixed) -> CacheConfig:
 def histories(draw, config: CacheConfig, max_steps: int = 30) -> list[Step]:
   """A list of up to `max_steps` steps for a cache of this `config`."""
   model = Model(config)
-  images = []
+  images = Images()
   steps = []
   for _ in range(draw(st.integers(1, max_steps))):
     verb = draw(st.sampled_from(VERBS))
-    if verb == "swap_in" and not images:
+    if (verb == "swap_in" and not images.rows) or (verb == "restore" and not images.pages):
       continue
     operands = _OPERANDS[verb](draw, model, images)
     steps.append(Step(verb, operands))
@@ -62,20 +70,24 @@ def histories(draw, config: CacheConfig, max_steps: int = 30) -> list[Step]:
   return steps
 
 
-def apply(model: Model, images: list, step: Step) -> Any:
-  """Runs a step on the model; what `swap_out` returned waits in `images` for `swap_in`."""
-  if step.verb == "swap_out":
-    image, ok = model.swap_out(*step.operands)
-    if ok:
-      images.append(image)
-    return ok
-  if step.verb == "swap_in":
-    row, index = step.operands
-    ok = model.swap_in(row, images[index])
-    if ok:
-      images.pop(index)
-    return ok
-  return getattr(model, step.verb)(*step.operands)
+def apply(model: Model, images: Images, step: Step) -> Any:
+  """Runs a step on the model; what leaves the cache is kept in `images`."""
+  match step.verb, step.operands:
+    case "swap_out", (row,):
+      image, ok = model.swap_out(row)
+      images.rows += [image] if ok else []
+    case "swap_in", (row, index):
+      ok = model.swap_in(row, images.rows[index])
+      if ok:
+        images.rows.pop(index)
+    case "offload", (pages,):
+      images.pages += model.offload(pages)
+      ok = True
+    case "restore", (indices, count):
+      return model.restore([images.pages[i] for i in indices], count)
+    case verb, operands:
+      ok = getattr(model, verb)(*operands)
+  return ok
 
 
 def _counts(draw, model, images):
@@ -144,10 +156,17 @@ def _adopted(draw, model, images):
   return rows, pages, lengths, [draw(st.sampled_from([0, 0, n // 2, n, n + 1])) for n in lengths]
 
 
-def _image(draw, model, images):
+def _taken(draw, model, images):
+  """Pages that somebody holds, since a free one may hold anything, and no pages."""
   del images
-  contents = [draw(_ints(1, 255, model.size)) for _ in range(IMAGES)]
-  return contents, draw(st.integers(-1, IMAGES + 1))
+  used = [page for page in range(model.num_pages) if model.refcount(page) > 0]
+  return (draw(_list(st.sampled_from([*used * 2, -1, model.num_pages]), IMAGES)),)
+
+
+def _stored(draw, model, images):
+  del model
+  index = st.integers(0, len(images.pages) - 1)
+  return draw(_list(index, IMAGES)), draw(st.integers(-1, IMAGES + 1))
 
 
 def _row(draw, model, images):
@@ -156,7 +175,7 @@ def _row(draw, model, images):
 
 
 def _returning(draw, model, images):
-  return draw(st.integers(-1, len(model.rows))), draw(st.integers(0, len(images) - 1))
+  return draw(st.integers(-1, len(model.rows))), draw(st.integers(0, len(images.rows) - 1))
 
 
 def _list(elements, size):
@@ -179,7 +198,8 @@ _OPERANDS = {
   "hold": _pages,
   "drop": _pages,
   "adopt": _adopted,
-  "put_pages": _image,
+  "offload": _taken,
+  "restore": _stored,
   "swap_out": _row,
   "swap_in": _returning,
 }

@@ -1,0 +1,81 @@
+"""Where the tokens of a plan go, and why a token has no slot. Integers only.
+
+Axis letters: B tokens in a call; a ledger has S rows, N pages and T tokens per page.
+"""
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.experimental import checkify
+
+from paged_jax.ledger import pool as pool_lib
+from paged_jax.ledger import tables as tables_lib
+from paged_jax.types import Ledger, Plan
+
+FAULTS = (  # why a token has no slot of its own; numbered from 1, 0 is no fault
+  "is in an empty row, which nobody has extended",
+  "is beyond its row's length",
+  "is before the first live token of its row",
+  "does not ascend in its row, or its row comes in several pieces",
+  "is on a page that others hold, too",
+  "is not where the plan says: the cache has changed since",
+  "is in no row of this cache",
+)
+_MOVED, _NO_ROW = len(FAULTS) - 1, len(FAULTS)
+_SHOWN = 10  # tokens that an error lists
+
+
+def place(
+  ledger: Ledger, rows: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Looks up the slots of tokens at `rows` and `positions`, i32[B] each.
+
+  Returns:
+    ordered bool[B], whether the token is in order (see `_ordered`); faults i32[B], the number of
+    its fault in `FAULTS`, 0 if it has a slot of its own; slots i32[B], page * T + offset.
+  """
+  tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
+  lengths = tables.lengths.at[rows].get(mode="fill", fill_value=0)
+  starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
+  page = tables_lib.page_at(tables.block_tables, rows, positions // size, pool.num_pages)
+  ordered = _ordered(rows, positions, ledger.num_rows)
+  found = [
+    lengths == 0, positions >= lengths, positions < starts, ~ordered,
+    pool_lib.refcounts(pool, page) != 1,
+  ]  # fmt: skip
+  faults = jnp.select(found, [jnp.int32(i) for i in range(1, 1 + len(found))], jnp.int32(0))
+  faults = jnp.where(rows == ledger.num_rows, 0, faults)
+  return ordered, faults, page * size + positions % size
+
+
+def check(ledger: Ledger, plan: Plan) -> None:
+  """Raises if a token of `plan` has no slot in `ledger`; a check of checkify while tracing."""
+  _, faults, slots = place(ledger, plan.rows, plan.positions)
+  moved = (plan.slots != slots) & (plan.rows < ledger.num_rows)
+  faults = jnp.where((faults == 0) & moved, _MOVED, faults)
+  faults = jnp.where((faults == 0) & ~plan.ok, _NO_ROW, faults)
+  (first,) = jnp.nonzero(faults, size=min(_SHOWN, len(faults)), fill_value=len(faults))
+  first = first.astype(jnp.int32)
+  shown = (x.at[first].get(mode="fill", fill_value=-1) for x in (plan.rows, plan.positions, faults))
+  rows, positions, why = shown
+  if isinstance(faults, jax.core.Tracer):
+    legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(FAULTS, start=1))
+    message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
+    checkify.check(
+      jnp.all(faults == 0), message + legend, first=first, rows=rows, positions=positions, why=why
+    )
+  elif count := int(jnp.sum(faults != 0)):
+    each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
+    reasons = [f"token {i} (row {row}, position {p}) {FAULTS[x - 1]}" for i, row, p, x in each]
+    raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+
+
+def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:
+  """Which tokens i32[B] are in the first piece of their row and ascend up to there: bool[B]."""
+  tokens = jnp.arange(rows.shape[0], dtype=jnp.int32)
+  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
+  begin = jax.lax.cummax(jnp.where(fresh, tokens, 0))
+  first = jnp.full(num_rows, rows.shape[0], jnp.int32).at[rows].min(tokens, mode="drop")
+  falls = ~fresh & jnp.pad(positions[1:] <= positions[:-1], (1, 0))
+  fallen = jnp.cumsum(falls, dtype=jnp.int32)
+  return (first.at[rows].get(mode="fill", fill_value=0) == begin) & (fallen == fallen[begin])
