@@ -21,6 +21,11 @@ class Pool:
   """Which pages are free, and how many holders each has.
 
   Invariant: bit `i` of `free` is set exactly when `refcount[i] == 0`, and `num_free` counts them.
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> pj.init(config).ledger.pool.refcount.tolist()
+  [0, 0, 0, 0, 0, 0, 0, 0]
   """
 
   free: jax.Array  # u32[ceil(N/32)] packed bitmap, bit set = free
@@ -41,6 +46,12 @@ class Tables:
   """Which page holds which tokens of which row.
 
   Invariant: row r maps exactly the logical pages that hold a token of `starts[r]..lengths[r]`.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> cache.ledger.tables.block_tables[:, :3].tolist()  # 8 is "no page"
+  [[0, 1, 8], [2, 8, 8]]
   """
 
   block_tables: jax.Array  # i32[S,P] page of each logical page, N = no page
@@ -52,7 +63,14 @@ class Tables:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-  """All integers of a cache: who holds which page. Runs without any bytes, also on the host."""
+  """All integers of a cache: who holds which page. It works without the bytes, also on the host.
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> ledger = pj.jitted.ledger.init(config)
+  >>> ledger.num_rows, ledger.pages_per_row, ledger.capacity
+  (2, 4, 16)
+  """
 
   pool: Pool
   tables: Tables
@@ -78,10 +96,15 @@ class Ledger:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-  """The bytes: page-major, so one page with all its layers is one contiguous row.
+  """The bytes: page-major, so a page with all its layers is one contiguous row.
 
-  `dtype` is what the values mean, the array's own dtype how they are stored: the bits of a
+  `dtype` is the dtype of the values. The array's own dtype says how they are stored: the bits of a
   16-bit float may be kept as uint16 (see `CacheConfig.storage_dtype`).
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> pj.init(config).pages.kv.shape
+  (8, 1, 1, 4, 8)
   """
 
   kv: jax.Array  # storage[N,L,H,T,2D] keys in [..., :D], values in [..., D:]
@@ -91,7 +114,14 @@ class Pages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """A paged KV cache: one value; every verb returns the next one."""
+  """A paged KV cache: one value; every verb returns the next one.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> cache.lengths.tolist(), int(cache.num_free)
+  ([6, 3], 5)
+  """
 
   ledger: Ledger
   pages: Pages
@@ -115,7 +145,15 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """One sequence's bytes, outside the cache. Made by `swap_out`, taken back by `swap_in`."""
+  """The bytes of one row, outside the cache. `swap_out` makes it, `swap_in` takes it back.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> _, image, _ = pj.jitted.swap_out(cache, jnp.array(0))
+  >>> int(image.length), image.pages.kv.shape
+  (6, (4, 1, 1, 4, 8))
+  """
 
   pages: Pages  # kv [B,L,H,T,2D], in logical order, zero past the last page
   start: jax.Array  # i32[] first live token
@@ -123,14 +161,27 @@ class Image:
 
 
 class Info(NamedTuple):
-  """What a verb reports. Padding and no-ops are ok."""
+  """What a verb reports. Padding and requests for nothing are ok.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> _, info = pj.jitted.extend(pj.init(config), jnp.array([6, -1]))
+  >>> info.ok.tolist(), int(info.num_free)
+  ([True, False], 6)
+  """
 
   ok: jax.Array  # bool, shaped like the request; a refused entry changed nothing
   num_free: jax.Array  # i32[] pages free afterwards
 
 
 class Audit(NamedTuple):
-  """How often laws 1 to 3 (see the README) are broken; all zero for a sound cache."""
+  """How often laws 1 to 3 (see the README) are broken: 0 if the cache is sound.
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> int(pj.jitted.audit(pj.init(config)).refcounts)
+  0
+  """
 
   refcounts: jax.Array  # i32[] pages whose refcount is not table entries + holds (law 1)
   holds: jax.Array  # i32[] pages with fewer than 0, or more than refcount, holds (law 1)
@@ -142,10 +193,16 @@ class Audit(NamedTuple):
 
 
 class Copies(NamedTuple):
-  """Pages to make: row r's `num_pages[r]` logical pages from `first[r]` on, by its block table.
+  """Pages to make: of row r the `num_pages[r]` logical pages from `first[r]` on.
 
-  The nth one keeps the tokens below `lengths[r]` from page `sources[r, nth]` (C columns, no page
-  beyond them) and is zero elsewhere; it may be its own source.
+  The nth of them keeps the tokens below `lengths[r]` of page `sources[r, nth]` (C columns, no page
+  beyond them) and is zero elsewhere. A page may be its own source.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> _, _, copies = pj.jitted.ledger.extend(pj.jitted.ledger.init(config), jnp.array([6, 0]))
+  >>> copies.num_pages.tolist()
+  [2, 0]
   """
 
   sources: jax.Array  # i32[S,C]
@@ -157,13 +214,19 @@ class Copies(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One step's ragged batch, described once and used by every layer. Never part of a cache.
+  """The ragged batch of one step, described once and used by every layer. Never part of a cache.
 
-  Tokens that share a row are contiguous and ascending, and are attended in blocks of up to
+  Tokens that share a row are contiguous and ascend. Attention takes them in blocks of up to
   `block_size` tokens of one row:
 
       # tokens   0 1 2 3 4 5 6 7 8      rows     a a a a a b c c c
       # blocks   [0 1 2 3][4 - - -][5 - - -][6 7 8 -]
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 0]))
+  >>> pj.jitted.plan(cache, jnp.array([0, 0]), jnp.array([4, 5])).slots.tolist()
+  [4, 5]
   """
 
   rows: jax.Array  # i32[B] row of each token, S = padding
@@ -181,12 +244,18 @@ class Plan:
 class Log:
   """The ledger verbs that a program ran, in order, so that another ledger can follow it.
 
-  At each of K steps every one of `verbs` ran, with its operands of that step:
+  At each of K steps all of `verbs` ran, with their operands of that step:
 
       # verbs     ("extend", "trim")
       # operands  ((i32[K,S],), (i32[K,S],))
 
   A step that did not happen has operands that ask for nothing.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> log = pj.Log(operands=((jnp.array([[6, 0], [1, 0]]),),), verbs=("extend",))
+  >>> pj.jitted.ledger.replay(pj.jitted.ledger.init(config), log).tables.lengths.tolist()
+  [7, 0]
   """
 
   operands: tuple[tuple[jax.Array, ...], ...]

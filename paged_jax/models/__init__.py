@@ -11,7 +11,17 @@ from paged_jax.models.loading import save as save
 from paged_jax.models.loading import tokenizer as tokenizer
 from paged_jax.models.ropes import Rope as Rope
 
+__all__ = [
+  "Decoder", "DecoderConfig", "Rope", "cache_config", "embedded", "eos_tokens", "load", "save",
+  "tokenizer",
+]  # fmt: skip
+
 
 def embedded() -> Path:
-  """The folder of the model that comes with the package."""
+  """The folder of the model that comes with the package.
+
+  >>> from paged_jax import models
+  >>> (models.embedded() / "config.json").exists()
+  True
+  """
   return Path(__file__).parent / "embedded"

@@ -24,7 +24,17 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximat
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Everything that varies between families. Frozen and hashable."""
+  """Everything that varies between families. Frozen and hashable.
+
+  Raises:
+    ValueError: Fields do not fit together; the message names them.
+
+  >>> from paged_jax import models
+  >>> config = models.DecoderConfig(
+  ...   vocab_size=50, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2,
+  ...   num_kv_heads=1, head_dim=4, max_length=64, windows=(None,), ropes=(models.Rope(),),
+  ... )
+  """
 
   vocab_size: int
   hidden_size: int
@@ -165,7 +175,18 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """A decoder-only language model. `layers` holds every layer's parameters, [L, ...]."""
+  """A decoder-only language model. `layers` holds the parameters of all layers, [L, ...].
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> from paged_jax import models
+  >>> decoder = models.load(models.embedded())
+  >>> config = models.cache_config(decoder.config, num_pages=4, num_rows=1, max_length=32)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([3]))
+  >>> plan = pj.jitted.plan(cache, jnp.array([0, 0, 0]), jnp.array([0, 1, 2]))
+  >>> hidden, cache = decoder(jnp.array([5, 6, 7]), cache, plan)
+  >>> decoder.logits(hidden[-1:]).shape  # of the token that follows
+  (1, 512)
+  """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     @nnx.split_rngs(splits=config.num_layers)

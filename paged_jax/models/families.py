@@ -1,6 +1,6 @@
 """What `config.json` says about a model, to and from a `DecoderConfig`.
 
-The judge is `transformers`: what a field means, and what holds where it is missing or null.
+`transformers` decides what a field means, and which value a missing or null field has.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ GEMMA = COMMON | {
   "sliding_window": 4096,
   "tie_word_embeddings": True,
 }
-FAMILIES = {  # what holds where a configuration leaves a field out
+FAMILIES = {  # values of fields that a configuration leaves out
   "llama": LARGE
   | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
   "mistral": LARGE
@@ -69,24 +69,18 @@ MAX_LAYERS = 10_000
 def read(raw: dict[str, Any]) -> DecoderConfig:
   """The decoder that a `config.json` describes, in its older and newer forms.
 
-  Where a field is missing or null, it is as `transformers` has it. Of a multimodal Gemma 3 it is
-  the text part, tied as the whole says and without a cap on its logits, which that class ignores.
-  With a `dynamic` or `longrope` scaling `max_length` is the length up to which it is not scaled.
+  A missing or null field has the value that `transformers` gives it. Of a multimodal Gemma 3 only
+  the text part is read: it is tied if the whole model is, and has no cap on its logits, because
+  that class ignores the cap. With a `dynamic` or `longrope` scaling `max_length` is the length up
+  to which nothing is scaled.
 
   Raises:
     ValueError: The model is not one of ours, or a field is wrong; the message names the field.
   """
-  family = raw.get("model_type")
-  if quantised := fields.mapping(raw, "quantization_config"):
-    method = quantised.get("quant_method")
-    raise ValueError(f"quantization_config: quantised checkpoints are not supported: {method!r}")
-  if family == "gemma3":
+  _check_not_quantised(raw)
+  if raw.get("model_type") == "gemma3":
     return read(_text_part(raw))
-  if not isinstance(family, str) or family not in FAMILIES:
-    raise ValueError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-  for name in UNSUPPORTED[family]:
-    if raw.get(name):
-      raise ValueError(f"{name} is not supported for model_type {family!r}, got {raw[name]!r}")
+  family = _family(raw)
   raw = _completed(raw, family)
   gemma = family.startswith("gemma")
   num_heads, num_kv_heads, head_dim = _heads(raw, family)
@@ -114,7 +108,7 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     tied=fields.flag(raw, "tie_word_embeddings"),
     embed_scale=fields.whole(raw, "hidden_size") ** 0.5 if gemma else 1.0,
     attention_scale=fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None,
-    # Gemma 3 has the field, and its attention does not look at it
+    # Gemma 3 has the field, but its attention ignores it
     attention_softcap=_cap(raw, "attn_logit_softcapping") if family == "gemma2" else None,
     logit_softcap=_cap(raw, "final_logit_softcapping") if gemma else None,
   )
@@ -149,6 +143,23 @@ def write(config: DecoderConfig) -> dict[str, Any]:
   return raw
 
 
+def _family(raw: dict[str, Any]) -> str:
+  """The family of a model, if we support all of it."""
+  family = raw.get("model_type")
+  if not isinstance(family, str) or family not in FAMILIES:
+    raise ValueError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+  for name in UNSUPPORTED[family]:
+    if raw.get(name):
+      raise ValueError(f"{name} is not supported for model_type {family!r}, got {raw[name]!r}")
+  return family
+
+
+def _check_not_quantised(raw: dict[str, Any]) -> None:
+  if quantised := fields.mapping(raw, "quantization_config"):
+    method = quantised.get("quant_method")
+    raise ValueError(f"quantization_config: quantised checkpoints are not supported: {method!r}")
+
+
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
   """The configuration of the language model in a multimodal Gemma 3."""
   tied = raw.get("tie_word_embeddings", True)
@@ -160,7 +171,7 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(raw: dict[str, Any], family: str) -> dict[str, Any]:
-  """With what holds where a field is missing."""
+  """The configuration with the family's values for missing fields."""
   completed = FAMILIES[family] | raw
   num_heads = fields.whole(completed, "num_attention_heads")
   num_kv_heads = FAMILIES[family].get("num_key_value_heads", 1)
@@ -189,7 +200,7 @@ def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
 
 
 def _activation(raw: dict[str, Any], name: str) -> str:
-  """Our name of an activation."""
+  """Our name of the activation that a field states."""
   activation = fields.text(raw, name)
   if activation not in ACTIVATIONS:
     known = ", ".join(ACTIVATIONS)
@@ -207,7 +218,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
   match family:
     case "llama":
       return [FULL for _ in layers]
-    case "mistral":  # these two do not look at layer_types
+    case "mistral":  # llama and mistral ignore layer_types
       return [_sliding(raw) if raw["sliding_window"] is not None else FULL for _ in layers]
     case "qwen2" | "qwen3":
       if not fields.flag(raw, "use_sliding_window"):
@@ -249,7 +260,7 @@ def _read_rope(raw: dict[str, Any], family: str, kind: str, head_dim: int) -> Ro
 
 
 def _stated_once(raw: dict[str, Any]) -> dict[str, Any]:
-  """What is said about the rope of all layers; `rope_scaling`, the older name, wins."""
+  """The rope of all layers as stated; `rope_scaling`, the older name, wins."""
   new, old = fields.mapping(raw, "rope_parameters"), fields.mapping(raw, "rope_scaling")
   stated = {"rope_theta": 10_000.0} | _top_level(raw, "rope_theta", "partial_rotary_factor")
   stated |= old or new
@@ -260,10 +271,10 @@ def _stated_once(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stated_per_kind(raw: dict[str, Any], kind: str) -> dict[str, Any]:
-  """What is said about the rope of one kind of layers: nested, or in older fields.
+  """The rope of one kind of layers as stated: nested, or in older fields.
 
-  As in `transformers`, flat `rope_parameters` say nothing (but for yarn's `truncate`), and an
-  older `rope_scaling` counts only under the name `rope_type`, not `type`.
+  As in `transformers`, flat `rope_parameters` are ignored (except yarn's `truncate`), and an older
+  `rope_scaling` counts only under the name `rope_type`, not `type`.
   """
   nested = fields.mapping(raw, "rope_parameters")
   stated = fields.mapping(nested, kind) or {"rope_type": "default"}
@@ -277,5 +288,5 @@ def _stated_per_kind(raw: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _top_level(raw: dict[str, Any], *names: str) -> dict[str, Any]:
-  """The fields of these names, where there are some."""
+  """The fields of these names that exist."""
   return {name: raw[name] for name in names if name in raw}

@@ -29,17 +29,21 @@ DTYPES = {  # of weights, by the names that `torch` has for them
 def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
   """The decoder saved in the folder `path`, read tensor by tensor.
 
-  What the files leave out, and which of them wins, is decided as in `transformers`.
+  As in `transformers`: the values of missing fields, and which file wins.
 
   Args:
     path: A folder with `config.json` and either `model.safetensors` or shards and their index.
-    dtype: Of the weights: float32, bfloat16 or float16; None = as `config.json` says, or else as
-      they are stored.
+    dtype: Of the weights: float32, bfloat16 or float16. None takes the dtype that `config.json`
+      states, or else the stored one.
 
   Raises:
     FileNotFoundError: A file is missing; the message names it.
-    ValueError: A file is damaged, the model is not one of ours, or a weight is too large for the
+    ValueError: A file is damaged, the model is not supported, or a weight is too large for the
       dtype; the message says which and how.
+
+  >>> from paged_jax import models
+  >>> models.load(models.embedded()).config.num_layers
+  4
   """
   path = Path(path)
   wanted = None if dtype is None else _dtype("dtype", dtype)
@@ -64,7 +68,19 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
 
 
 def save(decoder: Decoder, path: str | os.PathLike) -> None:
-  """Writes `config.json` and `model.safetensors` of a Llama into the folder `path`."""
+  """Writes `config.json` and `model.safetensors` of a Llama into the folder `path`.
+
+  Raises:
+    ValueError: The model is of another family.
+
+  >>> import tempfile
+  >>> from paged_jax import models
+  >>> decoder = models.load(models.embedded())
+  >>> with tempfile.TemporaryDirectory() as path:
+  ...   models.save(decoder, path)
+  ...   models.load(path).config == decoder.config
+  True
+  """
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   leaves = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
@@ -77,14 +93,19 @@ def save(decoder: Decoder, path: str | os.PathLike) -> None:
 
 
 def tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer | None:
-  """The tokenizer of the folder `path`, or None where there is none.
+  """The tokenizer of the folder `path`, or None if it has no `tokenizer.json`.
 
-  It neither truncates nor pads, whatever `tokenizer.json` says, and knows the tokens that only
+  It does not truncate or pad, even if `tokenizer.json` says so. It knows the tokens that only
   `tokenizer_config.json`, `added_tokens.json` or `special_tokens_map.json` name.
 
   Raises:
     ValueError: A file is damaged, or a token cannot have the id that it states; the message names
       the file.
+
+  >>> from paged_jax import models
+  >>> words = models.tokenizer(models.embedded())
+  >>> words.decode(words.encode("To be, or not to be").ids)
+  'To be, or not to be'
   """
   file = Path(path) / "tokenizer.json"
   if not file.exists():
@@ -100,14 +121,18 @@ def tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer | None:
 
 
 def eos_tokens(path: str | os.PathLike) -> tuple[int, ...]:
-  """Ids that end a text, from `generation_config.json`, or where it is missing from `config.json`.
+  """Ids of the tokens that end a text, from `generation_config.json`, or else from `config.json`.
 
-  As in `transformers`, a `generation_config.json` without them means that none does, and in
-  `config.json` those of a `text_config` count where the whole states none.
+  As in `transformers`: a `generation_config.json` without such ids means that no token ends a text,
+  and a `config.json` without them may have them in its `text_config`.
 
   Raises:
-    FileNotFoundError: There is neither file.
-    ValueError: A file is damaged, or the ids are none; the message names file and field.
+    FileNotFoundError: Both files are missing.
+    ValueError: A file is damaged, or an id is not a token; the message names file and field.
+
+  >>> from paged_jax import models
+  >>> models.eos_tokens(models.embedded())
+  ()
   """
   file = Path(path) / "generation_config.json"
   if file.exists():
@@ -130,11 +155,16 @@ def cache_config(
   config: DecoderConfig, *, num_pages: int, num_rows: int, page_size: int = 16,
   max_length: int | None = None, dtype: Any = jnp.bfloat16,
 ) -> CacheConfig:  # fmt: skip
-  """A cache for this model; its rows hold `max_length` tokens, by default all it was made for.
+  """A cache for this model; its rows hold `max_length` tokens, by default the model's longest text.
 
   Raises:
-    ValueError: `max_length` is beyond where a `dynamic` or `longrope` scaling begins, which turns
-      queries and keys by the length of the whole text: keys in a cache would be turned wrongly.
+    ValueError: `max_length` is above the length where a `dynamic` or `longrope` scaling begins.
+      From there on keys turn by the length of the whole text, and those in a cache do not.
+
+  >>> from paged_jax import models
+  >>> decoder = models.load(models.embedded())
+  >>> models.cache_config(decoder.config, num_pages=64, num_rows=4).max_length
+  512
   """
   if max_length and max_length > config.max_length:
     for rope in config.ropes:
@@ -158,7 +188,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _stated_dtype(raw: dict[str, Any]) -> np.dtype | None:
-  """The dtype that `config.json` states, under its newer or its older name; None where it is open."""
+  """The dtype that `config.json` states, by its newer or older name; None if it states none."""
   name = "torch_dtype" if raw.get("dtype") is None else "dtype"
   stated = raw.get(name)
   return None if stated in (None, "auto") else _dtype(name, stated)
@@ -178,13 +208,13 @@ def _dtype(name: str, stated: Any) -> np.dtype:
 def _untied(
   config: DecoderConfig, found: dict[str, tensors.Stored]
 ) -> tuple[DecoderConfig, dict[str, tensors.Stored]]:
-  """The configuration and tensors of a model that says it is tied: if they differ, it is not."""
+  """The configuration and tensors, not tied if the stored head and embedding differ."""
   head, embedding = tensors.HEAD, tensors.EMBEDDING
   if not config.tied or head not in found:
     return config, found
   if not tensors.tied(found):
     return dataclasses.replace(config, tied=False), found
-  found = {embedding: found[head]} | found  # where only the head is stored, it is both
+  found = {embedding: found[head]} | found  # if only the head is stored, it is both
   return config, {name: tensor for name, tensor in found.items() if name != head}
 
 

@@ -44,9 +44,13 @@ class Rope:
   """Rotary embedding of a layer.
 
   `linear` slows all pairs, `llama3` and `yarn` only those that turn slowly. `dynamic` and
-  `longrope` turn differently in texts beyond `original_length`. A cache holds keys turned at one
-  speed, so it must end there (see `max_length`); `Decoder.dense` knows how long its texts are and
-  takes longer ones.
+  `longrope` turn differently in texts longer than `original_length`. The keys in a cache turn at
+  one speed, so such a cache must end at that length (see `max_length`). `Decoder.dense` knows the
+  length of its texts and takes longer ones.
+
+  >>> from paged_jax import models
+  >>> models.Rope(base=100.0).frequencies(head_dim=4).round(3).tolist()  # radians per token
+  [1.0, 0.10000000149011612]
   """
 
   scaling: str = "default"  # default, linear, llama3, yarn, dynamic or longrope

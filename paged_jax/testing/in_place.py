@@ -1,4 +1,4 @@
-"""Proof that a function updates its donated cache in place, without running it."""
+"""Checks that a function updates its donated cache in place, without running it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +11,23 @@ from paged_jax.types import Cache
 def assert_in_place(fn: Callable, *args, factor: int = 8) -> None:
   """Raises `AssertionError` if `fn`, compiled with its cache donated, copies the page array.
 
-  It compiles `fn` for the arguments as they are and for a pool with `factor` times as many pages:
-  the temporary memory of the compiled programs must not grow with the pool (by more than 2% of
-  the pool, which leaves room for the ledger's integers).
+  It compiles `fn` for the arguments as they are, and for a pool with `factor` times as many pages.
+  The temporary memory of the programs must not grow with the pool: at most by 2% of it, which is
+  room for the ledger's integers.
 
   Args:
     fn: A function of `args`, for instance a verb or a whole decode loop.
     *args: Its arguments, arrays or `jax.ShapeDtypeStruct`s; the first that holds a `Cache` is
       donated. Caches may carry leading batch axes, as under `vmap`.
     factor: How much larger the second pool is.
+
+  Raises:
+    ValueError: No argument holds a `Cache`.
+    NotImplementedError: The backend does not say how much memory a program takes.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=64, num_rows=2, max_length=16)
+  >>> pj.testing.assert_in_place(pj.trim, pj.init(config), jnp.array([3, 0]))
   """
   caches = [i for i, arg in enumerate(args) if _num_caches(arg)]
   if not caches:

@@ -1,9 +1,11 @@
 """The cache in plain Python: lists, dicts and loops, one row and one page at a time.
 
-This is the meaning of the verbs. A token is any value; `None` is a slot granted and not written.
-Verbs take lists, return lists of bools (what `Info.ok` says), and change nothing they refuse.
+This is the meaning of the verbs. A token is any value; `None` is a slot that is not written yet.
+Verbs take lists and return lists of bools (the values of `Info.ok`). What they refuse changes
+nothing.
 """
 
+import collections
 import dataclasses
 
 from paged_jax.config import CacheConfig
@@ -11,7 +13,7 @@ from paged_jax.config import CacheConfig
 
 @dataclasses.dataclass
 class Row:
-  """One row: the page of each logical page, its live range, and the tokens it must read back."""
+  """A row: the page of each logical page, its live range, and the tokens that it must read back."""
 
   pages: dict[int, int] = dataclasses.field(default_factory=dict)
   start: int = 0
@@ -27,7 +29,14 @@ class Row:
 
 
 class Model:
-  """A cache's behaviour. Attributes are public: tests compare them with the arrays."""
+  """The behaviour of a cache. Attributes are public: tests compare them with the arrays.
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> model = pj.testing.Model(config)
+  >>> model.extend([6, 17]), model.rows[0].pages
+  ([True, False], {0: 0, 1: 1})
+  """
 
   def __init__(self, config: CacheConfig):
     self.size = config.page_size
@@ -62,12 +71,12 @@ class Model:
   # The verbs.
 
   def copies_tail(self, row: Row, count: int) -> bool:
-    """Whether extending the row would write into a page that others hold."""
+    """Whether extending the row writes into a page that others hold."""
     inside = count > 0 and row.length % self.size > 0
     return inside and self.refcount(row.pages[row.length // self.size]) > 1
 
   def extend(self, num_tokens: list[int]) -> list[bool]:
-    """Row by row in order; after the first one short of pages nobody takes any."""
+    """Row by row in order; after the first row that lacks pages no row takes any."""
     ok, waiting = [], False
     for row, count in zip(self.rows, num_tokens):
       if count < 0 or row.length + count > self.capacity:
@@ -103,7 +112,7 @@ class Model:
       self.clear_tail(row)
 
   def clear_tail(self, row: Row):
-    """Forgets whatever a row's last page holds beyond the row's length."""
+    """Forgets everything that a row's last page holds beyond the row's length."""
     kept = row.length % self.size
     page = row.pages.get(row.length // self.size)
     if kept and page is not None and self.refcount(page) == 1:
@@ -111,21 +120,16 @@ class Model:
 
   def pages_needed(self, num_tokens: list[int]) -> list[int]:
     """What `extend` takes for each row, counted row by row without a limit."""
-    turns: dict[int, int] = {}
+    turns: collections.Counter = collections.Counter()  # earlier rows that leave a tail page
     needed = []
     for row, count in zip(self.rows, num_tokens):
-      need = 0
-      if 0 < count <= self.capacity - row.length:
-        need = -(-(row.length + count) // self.size) - -(-row.length // self.size)
-        if row.length % self.size > 0:
-          page = row.pages[row.length // self.size]
-          shared = self.refcount(page) - turns.get(page, 0) > 1
-          if shared and not self.copy_on_write:
-            need = 0
-          else:
-            need += shared
-            turns[page] = turns.get(page, 0) + 1
-      needed.append(need)
+      fits = 0 < count <= self.capacity - row.length
+      tail = row.pages[row.length // self.size] if fits and row.length % self.size else None
+      shared = tail is not None and self.refcount(tail) - turns[tail] > 1
+      granted = fits and (self.copy_on_write or not shared)
+      new = -(-(row.length + count) // self.size) - -(-row.length // self.size)
+      needed.append(new + shared if granted else 0)
+      turns[tail] += granted
     return needed
 
   def writable(self, row: int, position: int) -> bool:
@@ -279,7 +283,7 @@ class Model:
     return ok
 
   def offload(self, pages: list[int]) -> list[list]:
-    """What each page holds, nothing where there is no such page."""
+    """The contents of each page; nothing where there is no such page."""
     known = range(self.num_pages)
     return [list(self.contents[p]) if p in known else [None] * self.size for p in pages]
 

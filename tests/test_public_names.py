@@ -1,0 +1,39 @@
+"""The public names: listed, versioned, documented, each with an example that others run."""
+
+import importlib
+import inspect
+import re
+from importlib import metadata
+
+import pytest
+
+import paged_jax
+
+FOLDERS = ["paged_jax", "paged_jax.models", "paged_jax.testing"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_public_function_and_class_has_a_docstring_with_an_example(folder):
+  module = importlib.import_module(folder)
+  for name in module.__all__:
+    value = getattr(module, name)
+    if not inspect.ismodule(value):
+      assert ">>> " in (value.__doc__ or ""), f"{folder}.{name}"
+
+
+def test_the_docstring_of_the_package_lists_each_verb_once_and_what_is_stable():
+  lines = re.findall(r"^  ([a-z_]+(?:, [a-z_]+)*)  ", paged_jax.__doc__, re.MULTILINE)
+  listed = [name for line in lines for name in line.split(", ")]
+  verbs = [name for name in paged_jax.__all__ if inspect.isfunction(getattr(paged_jax, name))]
+  assert sorted(listed) == sorted(verbs)
+  for word in ("Stable: ", "Provisional: ", "Experimental: "):
+    assert word in paged_jax.__doc__
+
+
+def test_each_verb_is_compiled_too_except_check_plan():
+  verbs = {name for name in paged_jax.__all__ if inspect.isfunction(getattr(paged_jax, name))}
+  assert {name for name in verbs if not hasattr(paged_jax.jitted, name)} == {"check_plan"}
+
+
+def test_the_installed_version_is_that_of_the_package():
+  assert metadata.version("paged_jax") == paged_jax.__version__

@@ -1,0 +1,102 @@
+"""The tail of the package may shrink, not grow: the longest file, function and parameter list, ...
+
+A limit that fails is a question: can the code be shorter? Where it shrank, lower the limit.
+"""
+
+import ast
+import io
+import pathlib
+import re
+import tokenize
+
+import pytest
+
+import paged_jax
+
+ROOT = pathlib.Path(paged_jax.__file__).parent
+LIMITS = {  # largest values: of the package, and of the kernels
+  "lines of a file": (1236, 325),
+  "lines of a function": (68, 149),
+  "parameters of a function": (16, 21),
+  "nested blocks of a function": (5, 2),
+  "public methods of a class": (60, 0),
+}
+COMMENTS = 4.95  # comments, and lines of pictures in docstrings, per 100 lines, at least
+PICTURE = re.compile(r"^ +# ", re.MULTILINE)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+TEXTS = {path.relative_to(ROOT): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+
+
+def is_kernel(path):
+  return path.parts[0] == "attention"
+
+
+def depth(node):
+  """How deep blocks are nested in a node; an `elif` is as deep as its `if`."""
+  deepest = 0
+  for child in ast.iter_child_nodes(node):
+    if not isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+      chained = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+      deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not chained))
+  return deepest
+
+
+def parameters(function):
+  every = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+  return sum(each.arg not in ("self", "cls") for each in every)
+
+
+def measures(text):
+  """Pairs of a limit's name and (value, where)."""
+  yield "lines of a file", (text.count("\n"), "")
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, FUNCTIONS):
+      yield "lines of a function", (node.end_lineno - node.lineno + 1, node.name)
+      yield "parameters of a function", (parameters(node), node.name)
+      yield "nested blocks of a function", (depth(node), node.name)
+    elif isinstance(node, ast.ClassDef):
+      methods = [each.name for each in node.body if isinstance(each, FUNCTIONS)]
+      public = sum(not name.startswith("_") for name in methods)
+      yield "public methods of a class", (public, node.name)
+
+
+VALUES = {path: list(measures(text)) for path, text in TEXTS.items()}
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["package", "kernels"])
+@pytest.mark.parametrize("what", LIMITS)
+def test_the_tail_does_not_grow(what, kernels):
+  found = [
+    (value, str(path), name)
+    for path, values in VALUES.items()
+    if is_kernel(path) == kernels
+    for measure, (value, name) in values
+    if measure == what
+  ]
+  assert max(found)[0] <= LIMITS[what][kernels], sorted(found)[-3:]
+
+
+def test_comments_do_not_become_fewer():
+  lines = comments = 0
+  for text in TEXTS.values():
+    lines += text.count("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+      comments += token.type == tokenize.COMMENT
+      comments += len(PICTURE.findall(token.string)) if token.type == tokenize.STRING else 0
+  assert 100 * comments / lines >= COMMENTS
+
+
+def test_depth_counts_blocks_once():
+  text = """
+def f():
+  if a:
+    pass
+  elif b:
+    for c in d:
+      pass
+  else:
+    with e:
+      pass
+"""
+  assert depth(ast.parse(text).body[0]) == 2
