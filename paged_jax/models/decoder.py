@@ -177,15 +177,11 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
   """A decoder-only language model. `layers` holds the parameters of all layers, [L, ...].
 
-  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> import jax.numpy as jnp
   >>> from paged_jax import models
   >>> decoder = models.load(models.embedded())
-  >>> config = models.cache_config(decoder.config, num_pages=4, num_rows=1, max_length=32)
-  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([3]))
-  >>> plan = pj.jitted.plan(cache, jnp.array([0, 0, 0]), jnp.array([0, 1, 2]))
-  >>> hidden, cache = decoder(jnp.array([5, 6, 7]), cache, plan)
-  >>> decoder.logits(hidden[-1:]).shape  # of the token that follows
-  (1, 512)
+  >>> decoder.dense(jnp.array([[5, 6, 7]])).shape
+  (1, 3, 512)
   """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
