@@ -1,4 +1,4 @@
-"""Checks of a verb's arguments while it is traced: rank, shape, dtype; never of their values."""
+"""Checks of the arguments of a verb while it is traced: rank, shape and dtype, never values."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def integers(name: str, value, shape: tuple[int | None, ...]) -> jax.Array:
-  """`value` as an i32 array of `shape`, where None stands for any size but 0."""
+  """`value` as an i32 array of `shape`, where None is any size except 0."""
   _check_range(name, value)
   _check(name, value, shape, jnp.integer, "an integer")
   return jnp.asarray(value).astype(jnp.int32)
@@ -40,7 +40,7 @@ def host_booleans(name: str, value, shape: tuple[int | None, ...]) -> np.ndarray
 
 
 def layer(value, num_layers: int) -> jax.Array:
-  """A layer index as i32[]: a number is checked, an array out of range becomes `num_layers`."""
+  """A layer index as i32[]. A number out of range raises; an array becomes `num_layers`."""
   if isinstance(value, int | np.integer):
     if not 0 <= value < num_layers:
       raise ValueError(f"layer must be in [0, {num_layers}), got {value}")

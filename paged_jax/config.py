@@ -14,13 +14,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class CacheConfig:
   """Sizes and dtypes of a cache. Frozen and hashable, so it can be a static argument.
 
-  >>> import paged_jax
-  >>> config = paged_jax.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=4, num_pages=8)
-  >>> config.page_bytes
-  512
-
   Raises:
     ValueError: A field is out of range; the message names the field and its value.
+
+  >>> import paged_jax as pj
+  >>> config = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=4, num_pages=8)
+  >>> config.page_bytes, config.pages_per_row
+  (512, 256)
   """
 
   num_layers: int = 32
@@ -31,7 +31,7 @@ class CacheConfig:
   num_rows: int = 32  # sequences that live in the cache at once
   max_length: int = 4096  # tokens per row, rounded up to whole pages
   dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
-  storage_dtype: DTypeLike | None = None  # how values are kept: None = as `dtype`, or uint16 bits
+  storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16 for bits
   copy_on_write: bool = True  # False: only whole pages are shared
 
   def __post_init__(self):
@@ -51,7 +51,7 @@ class CacheConfig:
     object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
-    products = {  # they are computed in int32; slots of dropped tokens come on top
+    products = {  # computed in int32, with room for the slots of dropped tokens
       "num_pages * page_size": self.num_pages * self.page_size,
       "max_length": self.pages_per_row * self.page_size,
       "num_rows * pages_per_row": self.num_rows * self.pages_per_row,
@@ -62,7 +62,7 @@ class CacheConfig:
 
   @property
   def array_dtype(self) -> np.dtype:
-    """Dtype of the page array: `storage_dtype`, or `dtype` where there is none."""
+    """Dtype of the page array: `storage_dtype`, or `dtype` if it is None."""
     return np.dtype(self.dtype if self.storage_dtype is None else self.storage_dtype)
 
   @property
@@ -77,10 +77,10 @@ class CacheConfig:
     return values * self.array_dtype.itemsize
 
   def stored_for(self, platform: str) -> "CacheConfig":
-    """The same cache stored as `platform` updates it fastest.
+    """The same cache, with the `storage_dtype` that a `platform` ("cpu", "gpu", ...) updates fastest.
 
-    XLA's CPU backend up to jax 0.10 rewrites the whole pool when it scatters 16-bit floats
-    other than float16; their bits in uint16 are updated in place.
+    On CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16. It updates the same
+    bits in place if they are kept as uint16.
     """
     bits = platform == "cpu" and self.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
     return dataclasses.replace(self, storage_dtype=np.dtype("uint16") if bits else None)

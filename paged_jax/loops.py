@@ -1,4 +1,4 @@
-"""Loops whose trip count is data: they cost what there is to do, and stay in place under `vmap`."""
+"""Loops that turn as often as the data needs, and stay in place under `vmap`."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,9 +12,9 @@ Carry = TypeVar("Carry")
 def any_of(flag: jax.Array) -> jax.Array:
   """`flag` bool[]; under `vmap`, whether it is set for any element of the batch.
 
-  As the condition of a loop it keeps the loop scalar: a batched condition would make `vmap`
-  select between the old and the next carry, which copies it whole, at every turn. The body must
-  therefore do nothing when its own part is done.
+  As the condition of a loop it keeps the condition scalar. With a batched condition `vmap` selects
+  between the old and the next carry at every turn, which copies the whole carry. The price: an
+  element that is done goes on turning with the others, and its body must then change nothing.
   """
   return _any_of(flag)
 
@@ -29,13 +29,13 @@ _any_of.def_vmap(_any_of_batch)
 
 
 def locate(counts: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The owners of things numbered through all rows, when row r has `counts[r]` of them.
+  """The rows of things that are numbered through all rows, if row r has `counts[r]` of them.
 
       # counts  2 0 3
       # ranks   0 1 2 3 4 5        rows  0 0 2 2 2 3        nth  0 1 0 1 2 -
 
   Returns:
-    rows i32, S past the end, and each one's number within its row.
+    rows i32, S past the end; and nth i32, the number of each thing within its row.
   """
   ends = jnp.cumsum(counts, dtype=jnp.int32)
   rows = jnp.searchsorted(ends, ranks, side="right", method="scan_unrolled").astype(jnp.int32)
@@ -52,7 +52,7 @@ def fold(
 ) -> Carry:
   """Folds `step(carry, rows, nth)` over `counts[r]` things of each row, `chunk` at a time.
 
-  Past the end `rows` is S, and the step must leave the carry as it is.
+  Past the end `rows` is S, and the step must not change the carry.
   """
   total = jnp.sum(counts, dtype=jnp.int32)
 

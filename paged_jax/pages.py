@@ -1,4 +1,7 @@
-"""The page array: write, gather, copy, clear. Only this module and the kernels know its layout."""
+"""The page array: write, gather, copy, clear. Only this module and the kernels know its layout.
+
+Axis letters: N pages, L layers, H KV heads, T tokens per page, D head dim, B entries in a call.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ def stored(values: jax.Array, pages: Pages) -> jax.Array:
 
 
 def values(bits: jax.Array, pages: Pages) -> jax.Array:
-  """What `bits` of the page array mean, in the pages' dtype."""
+  """The values of `bits` of the page array, in the pages' dtype."""
   return _as(bits, pages.dtype)
 
 
@@ -55,7 +58,12 @@ def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array
 
 @jax.custom_jvp
 def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
-  """Makes the pages that `copies` lists, in place, one page per turn."""
+  """Makes the pages that `copies` lists, in place, one page per turn.
+
+  # copy of a shared tail   source [0 1 2 .]  ──▶  target [0 1 . .]     kept 2, then zero
+  # new page                no source         ──▶  target [. . . .]     all zero
+  # stale tail, in place    source = target        [0 1 x x] ──▶ [0 1 . .]
+  """
   n, t = pages.kv.shape[0], pages.kv.shape[3]
 
   def step(kv, rows, nth):
@@ -74,7 +82,7 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
 
 @renew.defjvp
 def _renew_jvp(primals, tangents):
-  """The same, of tangents: all pages at once, since a loop has no transpose."""
+  """The same for tangents: all pages at once, since such a loop has no transpose."""
   pages, block_tables, copies = primals
   n, t = pages.kv.shape[0], pages.kv.shape[3]
   check_differentiable(pages)
@@ -96,7 +104,7 @@ def _renew_jvp(primals, tangents):
 
 
 def check_differentiable(pages: Pages) -> None:
-  """Raises where the page array keeps bits, through which no gradient would come."""
+  """Raises if the page array keeps bits, because no gradient passes through them."""
   if not jnp.issubdtype(pages.kv.dtype, jnp.floating):
     raise NotImplementedError(
       f"gradients do not pass through pages that keep {pages.dtype} as {pages.kv.dtype}: use a"
@@ -110,7 +118,7 @@ def read(pages: Pages, ids: jax.Array) -> Pages:
 
 
 def read_one(pages: Pages, page: jax.Array) -> Pages:
-  """The bytes of one page i32[], kv [L,H,T,2D], zero if there is no such one."""
+  """The bytes of one page i32[], kv [L,H,T,2D], zero if there is no such page."""
   kv = jnp.where(page < pages.kv.shape[0], _page(pages.kv, page), jnp.zeros((), pages.kv.dtype))
   return Pages(kv=kv, dtype=pages.dtype)
 
@@ -149,11 +157,11 @@ def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
 
 
 def _page(kv: jax.Array, page: jax.Array) -> jax.Array:
-  """One page [L,H,T,2D]; some page if there is no such one."""
+  """One page [L,H,T,2D]; any page if there is no such page."""
   return jax.lax.dynamic_index_in_dim(kv, page, axis=0, keepdims=False)
 
 
 def _set_page(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
-  """Replaces one page, or none: a dynamic slice, because a scatter of pages is not in place on TPU."""
+  """Replaces one page, or none. By dynamic slices: a scatter of pages is not in place on TPU."""
   values = jnp.where(page < kv.shape[0], values, _page(kv, page))
   return jax.lax.dynamic_update_index_in_dim(kv, values, page, axis=0)

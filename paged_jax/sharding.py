@@ -1,4 +1,4 @@
-"""Placement of a cache on a mesh: KV heads split, the ledger everywhere."""
+"""Placement of a cache on a mesh: KV heads split, the ledger on every device."""
 
 import warnings
 
@@ -13,25 +13,27 @@ from paged_jax.types import Cache
 def shardings(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
   """A cache of `NamedSharding`s: the H axis of the page array over `axis`, all else replicated.
 
-  Attention and writes then need no collectives, and every device runs the same ledger. KV heads
-  that the mesh axis does not divide are replicated, with a warning.
+  Attention and writes then need no collectives, and every device runs the same ledger. If the size
+  of the mesh axis does not divide the KV heads, they are replicated, with a warning.
 
   Args:
     config: The cache.
     mesh: The mesh; its axes may be Auto or Explicit.
-    axis: Name of the mesh axis, its last one by default.
+    axis: Name of a mesh axis, the last one by default.
 
   Returns:
     A pytree like the cache, for `jax.device_put`, `jit(..., out_shardings=)` or, as
     `specs(config, mesh)`, for `jax.shard_map`.
 
-  >>> import jax, paged_jax
-  >>> mesh = jax.make_mesh((1,), ("model",))
-  >>> config = paged_jax.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=8)
-  >>> where = paged_jax.sharding.shardings(config, mesh)
-  >>> where.pages.kv.spec[2]
+  Raises:
+    ValueError: The mesh has no such axis.
+
+  >>> import jax, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> where = pj.sharding.shardings(config, jax.make_mesh((1,), ("model",)))
+  >>> cache = jax.jit(pj.init, static_argnums=0, out_shardings=where)(config)
+  >>> cache.pages.kv.sharding.spec[2]
   'model'
-  >>> cache = jax.jit(paged_jax.init, static_argnums=0, out_shardings=where)(config)
   """
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec),
@@ -41,7 +43,13 @@ def shardings(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Ca
 
 
 def specs(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
-  """The same as `PartitionSpec`s."""
+  """The same as `PartitionSpec`s.
+
+  >>> import jax, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> pj.sharding.specs(config, jax.make_mesh((1,), ("model",))).pages.kv[2]
+  'model'
+  """
   axis = mesh.axis_names[-1] if axis is None else axis
   if axis not in mesh.axis_names:
     raise ValueError(f"axis must be one of {list(mesh.axis_names)}, got {axis!r}")
@@ -50,7 +58,7 @@ def specs(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
     warnings.warn(
       f"{config.num_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
       "the pages are replicated",
-      stacklevel=3,  # who called `shardings`
+      stacklevel=3,  # the caller of `shardings`
     )
     axis = None
   cache = jax.eval_shape(lambda: cache_lib.init(config))

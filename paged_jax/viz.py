@@ -1,4 +1,4 @@
-"""Pictures of a cache: which row holds which page, in a terminal (rich) and as a plot (matplotlib)."""
+"""Pictures of a cache: the rows of each page, in a terminal (rich) and as a plot (matplotlib)."""
 
 import colorsys
 import string
@@ -17,15 +17,23 @@ _INK = "#202020"
 
 
 class Page(NamedTuple):
-  """What a picture shows of one page."""
+  """The part of one page that a picture shows."""
 
-  rows: tuple[int, ...]  # that map it
-  refcount: int  # the host's holds counted
+  rows: tuple[int, ...]  # rows that map it
+  refcount: int  # rows and holds of the host
   fill: float  # part of its slots that hold a token
 
 
 def pages(cache: Cache) -> list[Page]:
-  """Every page of the pool, in order of id."""
+  """Every page of the pool, in order of id.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> from paged_jax import viz
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> viz.pages(cache)[1]
+  Page(rows=(0,), refcount=1, fill=0.5)
+  """
   size, tables = cache.ledger.page_size, np.asarray(cache.block_tables)
   lengths, refcounts = np.asarray(cache.lengths), np.asarray(cache.ledger.pool.refcount)
   rows: list[list[int]] = [[] for _ in refcounts]
@@ -34,26 +42,43 @@ def pages(cache: Cache) -> list[Page]:
     page = tables[row, logical]
     rows[page].append(int(row))
     tokens[page] = max(tokens[page], min(size, lengths[row] - logical * size))
-  return [Page(tuple(r), int(c), n / size) for r, c, n in zip(rows, refcounts, tokens)]
+  return [Page(tuple(r), int(c), float(n / size)) for r, c, n in zip(rows, refcounts, tokens)]
 
 
 def colour(row: int) -> str:
-  """A colour for each row; neighbours differ most."""
+  """A colour for each row; those of neighbours differ most.
+
+  >>> from paged_jax import viz
+  >>> viz.colour(0)
+  '#62a1da'
+  """
   hue = (0.58 + row * 0.618034) % 1
   rgb = colorsys.hls_to_rgb(hue, 0.62, 0.62)
   return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
 
 
 def label(row: int) -> str:
-  """A letter for each row."""
+  """A letter for each row.
+
+  >>> from paged_jax import viz
+  >>> viz.label(0), viz.label(27)
+  ('a', 'B')
+  """
   return string.ascii_letters[row % len(string.ascii_letters)]
 
 
 def page_map(cache: Cache, columns: int = 24) -> "Text":
   """The pool as rich text, legible without colours too.
 
-  A letter is a page of that row, a number one with so many holders, `*` one that only the host
-  holds, and a dot a free one.
+  A letter is a page of that row. A number is a page with that many holders. `*` is a page that
+  only the host holds, and a dot is a free page.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> from paged_jax import viz
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> viz.page_map(cache).plain.strip()
+  'a  a  b  ·  ·  ·  ·  ·'
   """
   from rich.text import Text
 
@@ -78,10 +103,16 @@ def _cell(page: Page) -> tuple[str, str]:
 
 
 def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
-  """The pool as a plot: a cell for each page, filled as far as it holds tokens.
+  """The pool as a plot: a cell for each page, filled by the part that holds tokens.
 
-  A shared page has a stripe for each row that maps it, and the number of its holders; one that
-  only the host holds is grey.
+  A shared page has a stripe for each row that maps it, and shows the number of its holders. A page
+  that only the host holds is grey.
+
+  >>> import jax.numpy as jnp, paged_jax as pj
+  >>> from paged_jax import viz
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache, _ = pj.jitted.extend(pj.init(config), jnp.array([6, 3]))
+  >>> viz.draw(cache).figure.savefig("/dev/null", format="png")
   """
   from matplotlib import pyplot as plt
   from matplotlib.patches import Patch

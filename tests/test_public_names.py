@@ -9,16 +9,19 @@ import pytest
 
 import paged_jax
 
-FOLDERS = ["paged_jax", "paged_jax.models", "paged_jax.testing"]
+MODULES = ["", ".models", ".testing", ".testing.invariants", ".sharding", ".viz"]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_each_public_function_and_class_has_a_docstring_with_an_example(folder):
-  module = importlib.import_module(folder)
-  for name in module.__all__:
-    value = getattr(module, name)
-    if not inspect.ismodule(value):
-      assert ">>> " in (value.__doc__ or ""), f"{folder}.{name}"
+@pytest.mark.parametrize("name", MODULES)
+def test_each_public_function_and_class_has_an_example(name):
+  module = importlib.import_module(f"paged_jax{name}")
+  names = [
+    name for name, value in vars(module).items()
+    if not name.startswith("_") and inspect.isfunction(value) and value.__module__ == module.__name__
+  ]  # fmt: skip
+  for public in getattr(module, "__all__", names):
+    value = getattr(module, public)
+    assert inspect.ismodule(value) or ">>> " in (value.__doc__ or ""), public
 
 
 def test_the_docstring_of_the_package_lists_each_verb_once_and_what_is_stable():

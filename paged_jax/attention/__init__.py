@@ -1,4 +1,4 @@
-"""Paged attention: one meaning (`reference`), several backends, and the plan's blocks of queries."""
+"""Paged attention: one meaning (`reference`), several backends. Experimental: the kernels."""
 
 import importlib
 from types import ModuleType

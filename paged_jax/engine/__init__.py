@@ -1,4 +1,4 @@
-"""Continuous batching on a paged cache: requests in, tokens out, pages managed on the device."""
+"""Continuous batching on a paged cache; pages are managed on the device. Provisional."""
 
 from paged_jax.engine.audit import EngineAudit as EngineAudit
 from paged_jax.engine.config import Counts as Counts

@@ -1,7 +1,4 @@
-"""The host's side of a cache: requests, handles, prefix cache, swap, pressure, statistics.
-
-Provisional: names may change between minor versions.
-"""
+"""The host's side of a cache: requests, handles, prefix cache, swap, pressure, statistics. Provisional."""
 
 from paged_jax.host import errors as errors
 from paged_jax.host import eviction as eviction

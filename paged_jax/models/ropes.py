@@ -206,7 +206,7 @@ def _llama3(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _yarn(rope: Rope, head_dim: int) -> np.ndarray:
-  """f32[D/2], as `_llama3` but blended by the index of the pair (https://arxiv.org/abs/2309.00071)."""
+  """f32[D/2] like `_llama3`, blended by the index of the pair (https://arxiv.org/abs/2309.00071)."""
   plain = _plain(rope.base, head_dim)
   low, high = (_pair_with(rope, head_dim, turns) for turns in (rope.beta_fast, rope.beta_slow))
   if rope.truncate:

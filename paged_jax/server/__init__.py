@@ -1,4 +1,4 @@
-"""An HTTP server in OpenAI's format, on top of an engine. Needs the `serve` extra.
+"""An HTTP server in OpenAI's format, on an engine. Needs the `serve` extra. Experimental.
 
 # client   POST /v1/completions ──▶ CompletionRequest  ──▶ Engine.submit
 #          one body, or events  ◀── CompletionResponse ◀── on_token, from the engine's thread

@@ -135,7 +135,7 @@ def compare(cache: Cache, model: Model) -> None:
 
 
 def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
-  """What is written for `tokens` [B] in a layer (`~layer` for V): float32 [B,H,D], exact in 16 bits."""
+  """The values of `tokens` [B] in a layer (`~layer` for V): float32 [B,H,D], exact in 16 bits."""
   own = np.asarray(tokens, np.float32)[:, None, None] * np.ones(shape, np.float32)
   signs = 1 - 2 * ((np.arange(shape[0])[:, None] + np.arange(shape[1]) + layer) % 2)
   return own * signs * (1.0 if layer >= 0 else 0.5)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: configurations of caches, and histories of verbs, about half of them granted.
+"""Hypothesis strategies: configurations, and histories of verbs, about half of them granted.
 
 A history is a list of steps `(verb, operands)` in plain Python. While it is drawn the plain-Python
 model runs it, so that it often names busy rows, held pages and full pools, and wrong ones too.
@@ -16,8 +16,8 @@ FORKS, PAGES, ADOPTED, TOKENS, IMAGES = 3, 4, 2, 6, 3  # entries of a request: o
 
 VERBS = (
   "extend", "extend", "extend", "write", "write", "write", "fork", "fork", "reorder", "unshare",
-  "trim", "slide", "free", "hold", "hold", "drop", "adopt", "adopt", "offload", "restore", "restore",
-  "swap_out", "swap_in",
+  "trim", "slide", "free", "hold", "hold", "drop", "adopt", "adopt", "offload", "restore",
+  "restore", "swap_out", "swap_in",
 )  # fmt: skip
 
 
