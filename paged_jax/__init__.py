@@ -55,20 +55,17 @@ from paged_jax.cache import (
   gather,
   hold,
   init,
-  offload,
   pages_needed,
   plan,
   reorder,
-  restore,
   scrub,
   slide,
-  swap_in,
-  swap_out,
   trim,
   unshare,
   write,
 )
 from paged_jax.config import CacheConfig
+from paged_jax.images import offload, restore, swap_in, swap_out
 from paged_jax.types import (
   Audit,
   Cache,

@@ -17,6 +17,7 @@ import types
 import jax
 
 from paged_jax import cache as cache_lib
+from paged_jax import images
 from paged_jax import ledger as ledger_lib
 
 
@@ -52,16 +53,16 @@ free = _compiled(cache_lib.free, donate=True)
 hold = _compiled(cache_lib.hold, donate=True)
 drop = _compiled(cache_lib.drop, donate=True)
 adopt = _compiled(cache_lib.adopt, donate=True)
-restore = _compiled(cache_lib.restore, donate=True)
+restore = _compiled(images.restore, donate=True)
 scrub = _compiled(cache_lib.scrub, donate=True)
-swap_out = _compiled(cache_lib.swap_out, donate=True, static=("num_pages",))
-swap_in = _compiled(cache_lib.swap_in, donate=True)
+swap_out = _compiled(images.swap_out, donate=True, static=("num_pages",))
+swap_in = _compiled(images.swap_in, donate=True)
 
 pages_needed = _compiled(cache_lib.pages_needed)
 plan = _compiled(cache_lib.plan, static=("implementation",))
 attend = _compiled(cache_lib.attend, static=("softcap", "return_lse"))
 gather = _compiled(cache_lib.gather, static=("num_tokens",))
-offload = _compiled(cache_lib.offload)
+offload = _compiled(images.offload)
 audit = _compiled(cache_lib.audit)
 
 # The same decisions on a ledger alone. It is not donated, so a caller can look at the result first.

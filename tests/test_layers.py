@@ -21,7 +21,7 @@ TABLES = {
     host models testing
     __init__
     jitted sharding
-    cache
+    cache images
     attention plans
     ledger pages
     types config arguments loops interrupts
