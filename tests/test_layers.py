@@ -1,4 +1,4 @@
-"""Imports go down only, through the package and inside each folder; the core needs jax alone."""
+"""Imports go down only, between folders and inside each; the core needs only jax."""
 
 import ast
 import dataclasses
@@ -159,7 +159,7 @@ print(*({name.split('.')[0] for name in sys.modules} - before - {'paged_jax'}))
   assert extra <= {"absl", "jaxlib", "ml_dtypes", "opt_einsum", "scipy", "etils"}, extra
 
 
-def test_only_the_pool_and_its_twin_in_numpy_write_its_leaves():
+def test_only_the_pool_and_the_ledger_on_the_host_write_its_leaves():
   leaves = {field.name for field in dataclasses.fields(paged_jax.Pool)}
   for path in MODULES.values():
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

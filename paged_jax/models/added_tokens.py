@@ -13,11 +13,11 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def add(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
-  """Adds those that state an id, by their ids, then those with a role, then all others.
+  """Adds the tokens that state an id, in order, then those with a role, then all others.
 
   Raises:
     ValueError: A file is damaged, or a token gets another id than it states; the message names
-      the file and what is wrong in it.
+      the file and the fault.
   """
   config = _read(folder / CONFIG)
   special = {} if "added_tokens_decoder" in config else _read(folder / SPECIAL)
@@ -30,7 +30,7 @@ def add(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
   further = [*_further(config, folder / CONFIG), *_further(special, folder / SPECIAL)]
   if "added_tokens_decoder" in config:
     file, numbered = folder / CONFIG, _decoder(config, folder / CONFIG)
-  else:  # as files were before 2023: what `tokenizer.json` says of an id wins
+  else:  # files from before 2023: if ids differ, `tokenizer.json` wins
     file, control = folder / ADDED, {token.content for token in (*roles, *further)}
     numbered = _encoder(file, control) | tokenizer.get_added_tokens_decoder()
   _add_numbered(tokenizer, numbered, {token.content for token in roles}, file)
@@ -45,7 +45,7 @@ def _add_numbered(
   tokenizer: tokenizers.Tokenizer, numbered: dict[int, tokenizers.AddedToken],
   roles: set[str], file: Path,
 ) -> None:  # fmt: skip
-  """Adds tokens in the order of their ids. The library gives ids by itself: they must agree."""
+  """Adds tokens in the order of their ids. The library chooses ids itself; they must agree."""
   for stated, token in sorted(numbered.items()):
     token.special = token.special or token.content in roles
     tokenizer.add_tokens([token])
@@ -55,7 +55,7 @@ def _add_numbered(
 
 
 def _read(file: Path) -> dict[str, Any]:
-  """The object in a file, empty where there is no file."""
+  """The object in a file, empty if there is no file."""
   return fields.read(file) if file.exists() else {}
 
 
@@ -85,13 +85,13 @@ def _encoder(file: Path, control: set[str]) -> dict[int, tokenizers.AddedToken]:
 
 
 def _roles(raw: dict[str, Any], file: Path) -> dict[str, tokenizers.AddedToken]:
-  """Tokens by what they are for; a model may have roles of its own, `image_token` for one."""
+  """Tokens by role; a model may have its own roles, such as `image_token`."""
   named = {name: value for name, value in raw.items() if name.endswith("_token")}
   if isinstance(raw.get("extra_special_tokens"), dict):
     named |= raw["extra_special_tokens"]
   roles = {}
   for name, value in named.items():
-    own = name not in ROLES and not isinstance(value, str | dict)  # `add_bos_token` is no token
+    own = name not in ROLES and not isinstance(value, str | dict)  # `add_bos_token` is not a token
     if value is not None and not own:
       roles[name] = _token(value, name, file)
       roles[name].special = True

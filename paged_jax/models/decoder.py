@@ -152,7 +152,7 @@ class Layer(nnx.Module):
   def qkv(
     self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of the residual stream `x` [B,E]; `rotate` says the rest."""
+    """Queries, keys and values of the residual stream `x` [B,E]; see `rotate`."""
     return self.self_attn.qkv(self.input_layernorm(x), angles, factor)
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
@@ -223,7 +223,7 @@ class Decoder(nnx.Module):
 
     Args:
       tokens: i32[M,C] tokens, from position 0 on. Ropes that depend on the length of a text
-        (`dynamic`, `longrope`) turn as they do in one of C tokens.
+        (`dynamic`, `longrope`) turn as in a text of C tokens.
 
     Returns:
       f32[M,C,V] logits.
@@ -250,11 +250,11 @@ class Decoder(nnx.Module):
     """Embeds, scans the layers with `attend(state, layer, window, q, k, v)`, normalises."""
     config = self.config
     graph, layers = nnx.split(self.layers)
-    windows = None  # a static "sees all", unless some layer has one
+    windows = None  # None: every layer sees all tokens
     if any(config.windows):
       windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
     frequencies = np.stack([rope.frequencies(config.head_dim, length) for rope in config.ropes])
-    factors = None  # a static 1, unless some layer has another one
+    factors = None  # None: 1 in every layer
     if any(rope.attention_factor != 1 for rope in config.ropes):
       factors = jnp.array([rope.attention_factor for rope in config.ropes], jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Fields of the JSON files of a checkpoint. What is wrong is named, with the value that it has."""
+"""Fields of the JSON files of a checkpoint. Errors name the field and its value."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ def read(file: Path) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
-    FileNotFoundError: It does not exist.
-    ValueError: It holds something else; the message names the file.
+    FileNotFoundError: The file does not exist.
+    ValueError: It holds no JSON object; the message names the file.
   """
   try:
     raw = json.loads(file.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def flag(raw: Mapping[str, Any], name: str) -> bool:
 
 
 def mapping(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """An object; empty where the field is missing or null."""
+  """An object; empty if the field is missing or null."""
   value = raw.get(name)
   if value is None:
     return {}
@@ -77,7 +77,7 @@ def numbers(raw: Mapping[str, Any], name: str, count: int, unit: str) -> tuple[f
 
 
 def wrong(name: str, wanted: str, value: Any) -> ValueError:
-  """The error for a field that is not what it must be."""
+  """The error for a wrong field."""
   shown = repr(value)
   shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
   return ValueError(f"{name} must be {wanted}, got {shown}")

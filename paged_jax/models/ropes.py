@@ -94,7 +94,7 @@ def read(stated: dict[str, Any], max_length: int, head_dim: int) -> Rope:
   Args:
     stated: Its `rope_parameters`, with `rope_theta`.
     max_length: Its `max_position_embeddings`.
-    head_dim: Of the heads that turn.
+    head_dim: Size of a head.
 
   Raises:
     ValueError: A field is missing, wrong or not supported; the message names it.
@@ -129,7 +129,7 @@ def _read_linear(stated: dict[str, Any], max_length: int, head_dim: int) -> dict
 
 
 def _read_dynamic(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
-  """`dynamic` takes the model's length as the original one, whatever else is stated."""
+  """`dynamic` always takes the length of the model as the original one."""
   if head_dim == 2:
     raise fields.wrong("head_dim", "above 2 with rope scaling 'dynamic'", head_dim)
   return {"factor": fields.number(stated, "factor"), "original_length": max_length}
@@ -149,7 +149,7 @@ def _read_llama3(stated: dict[str, Any], max_length: int, head_dim: int) -> dict
 
 
 def _read_yarn(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
-  """Models of DeepSeek state both `mscale`s. What is null, or 0 in these four, has a default."""
+  """Models of DeepSeek state both `mscale`s. A null field, or 0 in these four, means the default."""
   del head_dim
   names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
   stated = stated | {name: stated.get(name) or None for name in names}
@@ -183,7 +183,7 @@ def _read_longrope(stated: dict[str, Any], max_length: int, head_dim: int) -> di
 
 
 def _optional(stated: dict[str, Any], name: str) -> float | None:
-  """A number, or None where it is missing or null."""
+  """A number, or None if it is missing or null."""
   return None if stated.get(name) is None else fields.number(stated, name)
 
 
@@ -197,7 +197,7 @@ def _plain(base: float, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: Rope, head_dim: int) -> np.ndarray:
-  """f32[D/2], divided by the factor where a pair turns slowly, blended in between."""
+  """f32[D/2], divided by the factor if a pair turns slowly, blended in between."""
   plain = _plain(rope.base, head_dim)
   turns = rope.original_length * plain / (2 * math.pi)  # over the original length
   kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

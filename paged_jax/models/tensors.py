@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: which files hold them, under which names, and what is in them."""
+"""The tensors of a checkpoint: their files, names and values."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ class Stored(NamedTuple):
 def find(folder: Path) -> dict[str, Stored]:
   """The decoder's tensors in a folder, by their names in a text-only checkpoint.
 
-  `model.safetensors` wins over an index of shards, and of two tensors of one name the later file's.
-  The first entry is the first tensor of the first file.
+  `model.safetensors` wins over an index of shards. If two tensors have one name, the one in the
+  later file wins. The first entry is the first tensor of the first file.
 
   Raises:
     FileNotFoundError: A file is missing; the message names it.
@@ -46,7 +46,7 @@ def find(folder: Path) -> dict[str, Stored]:
 
 
 def tied(found: Mapping[str, Stored]) -> bool:
-  """Whether a head may be the embedding: one of both is missing, or they hold the same."""
+  """Whether the head can be the embedding: one is missing, or both hold the same values."""
   if HEAD not in found or EMBEDDING not in found:
     return True
   head, embedding = found[HEAD], found[EMBEDDING]
@@ -56,7 +56,7 @@ def tied(found: Mapping[str, Stored]) -> bool:
 
 
 def dtype(folder: Path, found: Mapping[str, Stored]) -> str:
-  """What the weights are stored in: as an index says, or as the first of them."""
+  """The stored dtype of the weights: as the index states, or else of the first tensor."""
   index = folder / "model.safetensors.index.json"
   if not (folder / "model.safetensors").exists() and index.exists():
     stated = fields.read(index).get("metadata")
@@ -102,7 +102,7 @@ def opened(file: Path) -> Iterator[Any]:
   """An open safetensors file.
 
   Raises:
-    ValueError: It is damaged; the message names it.
+    ValueError: The file is damaged; the message names it.
   """
   try:
     with safetensors.safe_open(file, framework="np") as tensors:
@@ -117,7 +117,7 @@ def _array(tensor: Stored) -> np.ndarray:
 
 
 def _files(folder: Path) -> list[Path]:
-  """The one file of tensors, or else the shards that an index lists."""
+  """The single file of tensors, or else the shards that an index lists."""
   whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
   files = [whole]
   if not whole.exists() and index.exists():
@@ -163,6 +163,6 @@ def _text_name(name: str) -> str:
 
 
 def _ignored(name: str) -> bool:
-  """Whether a tensor is none of the decoder's: a buffer, the vision part."""
+  """Whether a tensor is not part of the decoder: a buffer, or the vision part."""
   vision = ("vision_tower.", "multi_modal_projector.")
   return name.endswith("rotary_emb.inv_freq") or name.removeprefix("model.").startswith(vision)
