@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from paged_jax import cache as cache_lib
+from paged_jax.models import ropes
 from paged_jax.models.ropes import Rope
 from paged_jax.types import Cache, Plan
 
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
     q, k, v = (project(x).reshape(len(x), -1, self.head_dim) for project in projections)
     if self.q_norm and self.k_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    return rotate(q, angles, factor), rotate(k, angles, factor), v
+    return ropes.rotate(q, angles, factor), ropes.rotate(k, angles, factor), v
 
 
 class MLP(nnx.Module):
@@ -152,7 +153,7 @@ class Layer(nnx.Module):
   def qkv(
     self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of the residual stream `x` [B,E]; see `rotate`."""
+    """Queries, keys and values of the residual stream `x` [B,E]; see `ropes.rotate`."""
     return self.self_attn.qkv(self.input_layernorm(x), angles, factor)
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
@@ -277,18 +278,6 @@ class Decoder(nnx.Module):
 def abstract(config: DecoderConfig) -> Decoder:
   """A decoder of shapes and dtypes, without weights."""
   return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-
-
-def rotate(x: jax.Array, angles: jax.Array, factor: jax.Array | None = None) -> jax.Array:
-  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32.
-
-  The result is `factor` (f32[], None = 1) times as long.
-  """
-  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-  if factor is not None:
-    cos, sin = cos * factor, sin * factor
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Rotary embeddings: how far each pair of a head turns per token.
+"""Rotary embeddings: how far each pair of a head turns per token, and the turn itself.
 
 The scalings and their names are those of Hugging Face's `modeling_rope_utils`. D is the head dim.
 """
@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from paged_jax.models import fields
@@ -86,6 +88,18 @@ class Rope:
       case _:
         frequencies = _plain(self.base, head_dim) / self.factor
     return frequencies.astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32.
+
+  The result is `factor` (f32[], None = 1) times as long.
+  """
+  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  if factor is not None:
+    cos, sin = cos * factor, sin * factor
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def read(stated: dict[str, Any], max_length: int, head_dim: int) -> Rope:

@@ -11,7 +11,7 @@ from flax import nnx
 
 import paged_jax
 from paged_jax import jitted, models
-from paged_jax.models import decoder as decoder_lib
+from paged_jax.models import ropes
 
 CONFIG = models.DecoderConfig(
   vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -90,7 +90,7 @@ def test_token_outside_the_vocabulary_shows_as_nan():
 
 def test_rotation_by_a_right_angle_swaps_the_halves():
   x = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
-  rotated = decoder_lib.rotate(x, jnp.full((1, 2), np.pi / 2))
+  rotated = ropes.rotate(x, jnp.full((1, 2), np.pi / 2))
   np.testing.assert_allclose(rotated, [[[-3.0, -4.0, 1.0, 2.0]]], atol=1e-6)
 
 
