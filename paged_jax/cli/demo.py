@@ -1,4 +1,4 @@
-"""The demo: Shakespeare goes on in several ways at once, and the pages of the cache are shown."""
+"""`paged-jax demo`: Shakespeare goes on in several ways at once, and the cache's pages are shown."""
 
 import contextlib
 import time
@@ -24,7 +24,7 @@ PROMPTS = (
   "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n",
   "GLOUCESTER:\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n",
 )
-NUM_SAMPLES = (4, 2, 4)  # of each prompt
+NUM_SAMPLES = (4, 2, 4)  # per prompt
 FORKED = "prompts forked into samples"
 PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 96, 8
 
@@ -39,9 +39,12 @@ def run() -> None:
   with console.status("loading and compiling"):
     updates = start(models.load(folder), tokenizer, prompts)
     last = next(updates)
+  rows = last.rows
   with _screen(console) as show:
     for update in updates:
-      happened = events(last, update)
+      copied = update.summary.copies > last.summary.copies
+      before, rows = rows, update.rows
+      happened = events(before, rows, copied)
       show(picture(update, ", ".join(happened)), happened)
       last = update
   console.print(PROMPTS[0] + "".join(last.texts[0]), markup=False, highlight=False)
@@ -86,12 +89,12 @@ def start(
   )  # fmt: skip
 
 
-def events(before: Update, after: Update) -> list[str]:
-  """What happened to the pages, besides filling up."""
+def events(before: dict[int, int], after: dict[int, int], copied: bool) -> list[str]:
+  """What happened to the pages, besides filling up, from one update's rows to the next one's."""
   happened = {
-    FORKED: after.rows.keys() - before.rows.keys(),
-    "shared pages copied on write": after.summary.copies > before.summary.copies,
-    "finished rows freed": before.rows.keys() - after.rows.keys(),
+    FORKED: after.keys() - before.keys(),
+    "shared pages copied on write": copied,
+    "finished rows freed": before.keys() - after.keys(),
   }
   return [event for event, true in happened.items() if true]
 

@@ -1,15 +1,17 @@
-"""The `paged-jax` command: an environment fit for it, and one line for whatever goes wrong."""
+"""The `paged-jax` command: an environment fit for it, and one line for any error."""
 
 import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from paged_jax import interrupts
 
 _EXTRAS = {  # that bring a package
-  **dict.fromkeys(("typer", "rich", "flax", "safetensors", "tokenizers"), "demo"),
+  **dict.fromkeys(
+    ("typer", "rich", "flax", "safetensors", "tokenizers", "filelock", "platformdirs"), "demo"
+  ),
   **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
 }
 
@@ -28,15 +30,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> NoReturn:
-  from paged_jax.cli import commands
+  import typer  # not earlier: these need the `demo` extra
 
+  from paged_jax.cli import bench, demo, doctor, generate, programs, serve
+
+  # The base class, which typer takes from its own click or from another, by version.
+  usage_error = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
+  app = typer.Typer(add_completion=False, rich_markup_mode=None, help="A paged KV cache for JAX.")
+  for name, module in {
+    "demo": demo, "doctor": doctor, "generate": generate, "serve": serve, "bench": bench,
+  }.items():  # fmt: skip
+    app.command(name)(module.run)
   try:
-    sys.exit(commands.run(argv))
-  except commands.UsageError as error:
+    programs.keep()
+    command = typer.main.get_command(app)
+    sys.exit(command.main(argv, prog_name="paged-jax", standalone_mode=False) or 0)
+  except usage_error as error:
     _fail(error.format_message())
   except (ValueError, OSError) as error:
     _fail(str(error))
-  except (KeyboardInterrupt, commands.Abort):
+  except (KeyboardInterrupt, typer.Abort):
     interrupts.end()
 
 

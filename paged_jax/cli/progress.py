@@ -1,11 +1,34 @@
-"""Requests on an engine, watched from round to round."""
+"""What is under way: a line or a spinner for the user, and an engine's requests round by round."""
 
+import contextlib
+import dataclasses
+import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from paged_jax.engine import Engine, Sampling
+import rich.console
+import rich.text
+
+from paged_jax.engine import Engine, RequestHandle, Sampling
 from paged_jax.types import Cache
+
+
+def say(line: str) -> None:
+  """Writes a line to standard error, which is no part of the result."""
+  print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+  """Says what is under way: on a terminal until it is done, elsewhere in a line of its own."""
+  if sys.stderr.isatty():
+    with rich.console.Console(stderr=True).status(rich.text.Text(text)):
+      yield
+  else:
+    say(text)
+    yield
 
 
 class Summary(NamedTuple):
@@ -14,7 +37,7 @@ class Summary(NamedTuple):
   num_tokens: int = 0  # drawn
   seconds: float = 0.0
   pages: int = 0  # most pages in use at once
-  unshared_pages: int = 0  # most that would have been, had no page been shared
+  unshared_pages: int = 0  # most that would have been in use if no page had been shared
   copies: int = 0  # pages copied on write
 
   @property
@@ -35,15 +58,32 @@ class Summary(NamedTuple):
     return f"{self.num_tokens} tokens in {speed}; {self.sharing}"
 
 
-class Update(NamedTuple):
-  """Where a run stands. Samples are numbered request by request."""
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """Where a run stands. Samples are numbered request by request.
 
-  tokens: list[list[int]]  # all new tokens of each sample so far, an end token included
-  texts: list[list[str]]  # what each of them added to the sample's text, in numbers if need be
+  All updates of a run share their lists, which grow in place: a round costs what it draws, and not
+  what was drawn before it.
+  """
+
+  tokens: list[list[int]]  # new tokens of each sample, an end token included
+  texts: list[
+    list[str]
+  ]  # what each token added to its sample's text, or numbers without a tokenizer
   done: list[bool]  # which samples are complete
-  rows: dict[int, int]  # sample in each busy row
+  handles: list[RequestHandle]
   cache: Cache  # valid until the next update is asked for
   summary: Summary
+
+  @property
+  def rows(self) -> dict[int, int]:
+    """The sample in each busy row at the moment. Looks at every sample."""
+    firsts = itertools.accumulate((len(handle.completions) for handle in self.handles), initial=0)
+    return {
+      row: first + nth
+      for first, handle in zip(firsts, self.handles)
+      for row, nth in handle.rows.items()
+    }
 
 
 def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -> Iterator[Update]:
@@ -55,38 +95,41 @@ def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -
   Raises:
     ValueError: A request could never run; the message says which, and why.
   """
-  handles = []
-  for number, (prompt, sampling) in enumerate(requests, start=1):
+  handles: list[RequestHandle] = []
+  firsts = [*itertools.accumulate((sampling.width for _, sampling in requests), initial=0)]
+  num_samples = firsts.pop()
+  tokens, texts = ([[] for _ in range(num_samples)] for _ in range(2))
+  done = [False] * num_samples
+  told: set[int] = set()  # requests with news since the last update
+
+  def listener(number: int):
+    def on_token(nth: int, new: list[int], logprobs: list[float]) -> None:
+      del logprobs
+      sample = firsts[number] + nth
+      tokens[sample] += new
+      texts[sample] += handles[number].pieces(nth, len(texts[sample]))
+      told.add(number)
+
+    return on_token
+
+  for number, (prompt, sampling) in enumerate(requests):
     try:
-      handles.append(engine.submit(prompt, sampling))
+      handles.append(engine.submit(prompt, sampling, on_token=listener(number)))
     except ValueError as error:
       for handle in handles:
         handle.cancel()
-      raise ValueError(f"request {number}: {error}") from None
-  widths = [sampling.width for _, sampling in requests]
-  firsts = [sum(widths[:n]) for n in range(len(widths))]
-  summary = Summary()
+      raise ValueError(f"request {number + 1}: {error}") from None
 
-  def update():
-    return Update(
-      tokens=[tokens for handle in handles for tokens in handle.tokens],
-      texts=[handle.pieces(nth) for handle, width in zip(handles, widths) for nth in range(width)],
-      done=[done is not None for handle in handles for done in handle.completions],
-      rows={
-        row: first + nth
-        for handle, first in zip(handles, firsts)
-        for row, nth in handle.rows.items()
-      },
-      cache=engine.manager.cache,
-      summary=summary,
-    )
-
-  yield update()
+  summary, manager = Summary(), engine.manager
+  yield Update(tokens, texts, done, handles, manager.cache, summary)
   began, drawn, copies = time.perf_counter(), engine.counts.drawn_tokens, engine.num_copies
   going = True
   while going:
     going = engine.step()
-    manager = engine.manager
+    for number in told:
+      for sample, completion in enumerate(handles[number].completions, firsts[number]):
+        done[sample] = completion is not None
+    told.clear()
     summary = Summary(
       num_tokens=engine.counts.drawn_tokens - drawn,
       seconds=time.perf_counter() - began,
@@ -94,4 +137,4 @@ def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -
       unshared_pages=max(summary.unshared_pages, manager.num_mapped),
       copies=engine.num_copies - copies,
     )
-    yield update()
+    yield Update(tokens, texts, done, handles, manager.cache, summary)

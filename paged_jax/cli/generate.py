@@ -1,81 +1,31 @@
-"""The subcommands of `paged-jax`: what they take, and what they print."""
+"""`paged-jax generate`: continues prompts, and writes their texts as they come."""
 
-import contextlib
 import dataclasses
-import enum
-import gc
 import json
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import jax
-import jax.numpy as jnp
-import rich.console
-import rich.progress
-import rich.text
 import tokenizers
 import typer
 
-import paged_jax
-from paged_jax import attention, interrupts, models
-from paged_jax.cli import demo, progress
+from paged_jax import models
+from paged_jax.cli import model as model_lib
+from paged_jax.cli import progress
 from paged_jax.cli.progress import Update
-from paged_jax.config import CacheConfig
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.engine import prompts as prompt_lib
 from paged_jax.host import ManagerConfig
 from paged_jax.models.decoder import Decoder
 
-# The base class, which typer takes from its own click or from another, by version.
-UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
-Abort = typer.Abort
-
 _MAX_NEW_TOKENS = 128  # unless another number is asked for, or fewer have room
 _MAX_ROWS = 32  # samples at once, unless one prompt asks for more
 _PROMPT_SIZES = (32, 128, 512)  # the smallest that takes all prompts, or the largest
-_MAX_LINES = 12  # of progress, where there is no terminal
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help="A paged KV cache for JAX.")
-app.command("demo")(demo.run)
 
 
-class Dtype(enum.StrEnum):
-  """Of weights and cache."""
-
-  float32 = "float32"
-  bfloat16 = "bfloat16"
-  float16 = "float16"
-
-
-def run(argv: Sequence[str] | None = None) -> int:
-  """Runs one command line and returns its exit code."""
-  command = typer.main.get_command(app)
-  return command.main(argv, prog_name="paged-jax", standalone_mode=False) or 0
-
-
-@app.command()
-def doctor() -> None:
-  """Shows versions, the platform, and what the cache would choose on it."""
-  platform = jax.default_backend()
-  config = paged_jax.CacheConfig(dtype=jnp.dtype("bfloat16")).stored_for(platform)
-  names = ("jax", "jaxlib", "flax")
-  print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
-  print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-  pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
-  print(f"attention: {attention.choose(None, pages)}, for {config.dtype} pages of 16 x 128")
-  for name in attention.implementations:
-    made_for = attention.platform(name)
-    elsewhere = None if made_for in (None, platform) else f"compiles for {made_for} only"
-    print(f"  {name}: {elsewhere or attention.refusal(name, pages) or 'can be asked for'}")
-  print(f"bfloat16 pages: stored as {config.array_dtype}")
-
-
-@app.command()
-def generate(
+def run(
   prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
   prompts_file: Annotated[
     Path | None, typer.Option("--prompts", help="File with a prompt on each line.")
@@ -106,13 +56,15 @@ def generate(
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
   ] = None,
-  dtype: Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")] = None,
+  dtype: Annotated[
+    model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
+  ] = None,
 ) -> None:
   """Continues prompts: arguments, or lines of a file or of standard input.
 
   Text goes to standard output as it comes, a summary to standard error.
   """
-  folder = _folder(model)
+  folder = model_lib.folder(model)
   tokenizer = models.tokenizer(folder)
   ids = _prompts(prompts, prompts_file, prompt_ids, tokenizer, special_tokens)
   if stop and (tokenizer is None or not all(stop)):
@@ -125,7 +77,7 @@ def generate(
   if output_ids:
     output_ids.touch()
 
-  with _status("loading and compiling"):
+  with progress.status("loading and compiling"):
     decoder = models.load(folder, dtype)
     longest = _longest(decoder.config.max_length, page_size, num_pages)
     counts = _new_tokens(ids, max_new_tokens, *longest)
@@ -143,72 +95,6 @@ def generate(
   if output_ids:
     output_ids.write_text(json.dumps(last.tokens) + "\n", encoding="utf-8")
   print(last.summary, file=sys.stderr)
-
-
-@app.command()
-def serve(
-  model: Annotated[
-    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
-  ] = None,
-  name: Annotated[str | None, typer.Option(help="The model's; default: the folder's.")] = None,
-  host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-  port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
-  num_pages: Annotated[
-    int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
-  ] = None,
-  num_host_pages: Annotated[
-    int, typer.Option(min=0, help="Pages in host memory, for samples that must wait.")
-  ] = 512,
-  num_rows: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
-  max_length: Annotated[
-    int | None, typer.Option(min=2, help="Longest text in tokens; default: the model's.")
-  ] = None,
-  num_steps: Annotated[int, typer.Option(min=1, help="Tokens per sample and call.")] = 8,
-  prompt_size: Annotated[
-    list[int], typer.Option(min=1, help="Prompt tokens of a call; repeatable.")
-  ] = [32, 128, 512],  # noqa: B006 (typer makes a list of its own)
-  max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
-  dtype: Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")] = None,
-) -> None:
-  """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
-  from paged_jax import server  # not earlier: it needs an extra of its own
-
-  folder = _folder(model)
-  name = name or folder.resolve().name
-  family = socket.AF_INET6 if ":" in host else socket.AF_INET
-  with socket.create_server((host, port), family=family) as listener:
-    tokenizer = models.tokenizer(folder)
-    with _status(f"loading {name}"):
-      decoder = models.load(folder, dtype)
-    max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
-    config = models.cache_config(
-      decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
-      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype,
-    )  # fmt: skip
-    if num_pages is None:
-      config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)
-    with _memory_for(config):
-      engine = Engine(
-        decoder,
-        EngineConfig(
-          config.stored_for(jax.default_backend()),
-          ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
-          prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
-        ),
-        tokenizer=tokenizer,
-      )  # fmt: skip
-    _warm_up(engine)
-    gc.collect()
-    gc.freeze()  # what is here stays: no later collection stops the tokens for long
-    application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
-    try:
-      server.run(application, listener)
-    finally:
-      engine.close()
-  interrupts.end()
 
 
 @dataclasses.dataclass
@@ -232,16 +118,6 @@ class Writer:
       added += "\n"
       self.current, self.num_written = self.current + 1, None
     return added
-
-
-def _folder(model: Path | None) -> Path:
-  """Where the model is."""
-  folder = models.embedded() if model is None else model
-  if not folder.is_dir():
-    raise ValueError(f"there is no model folder {folder}")
-  if not (folder / "config.json").is_file():
-    raise ValueError(f"{folder} is no checkpoint: it has no config.json")
-  return folder
 
 
 def _labels(num_prompts: int, num_samples: int) -> list[str]:
@@ -335,29 +211,11 @@ def _new_tokens(
   left = f"after prompt {number} of length {size}, {limit} has room for {least}"
   if asked is None:
     if least < _MAX_NEW_TOKENS:
-      _say(f"fewer than {_MAX_NEW_TOKENS} new tokens: {left}")
+      progress.say(f"fewer than {_MAX_NEW_TOKENS} new tokens: {left}")
     return [min(_MAX_NEW_TOKENS, room) for room in rooms]
   if asked > least:
     raise ValueError(f"--max-new-tokens is {asked}, but {left}")
   return [asked] * len(prompts)
-
-
-def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:
-  """Most tokens of a text to serve: as asked for, or by default what model and pages hold.
-
-  Raises:
-    ValueError: They do not hold what was asked for.
-  """
-  if asked is not None and asked > longest:
-    raise ValueError(f"--max-length is {asked}, but the model takes {longest}")
-  wanted = longest if asked is None else asked
-  held = wanted if num_pages is None else num_pages * page_size
-  if held >= wanted:
-    return wanted
-  if asked is not None:
-    raise ValueError(f"--max-length is {asked}, but --num-pages {num_pages} holds {held} tokens")
-  _say(f"texts of {held} tokens at most: --num-pages {num_pages} holds fewer than {longest}")
-  return held
 
 
 def _engine(
@@ -385,51 +243,9 @@ def _engine(
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
   options = ManagerConfig(0, swapping=False, prefix_cache=len(requests) > 1)
-  with _memory_for(config):
+  with model_lib.memory_for(config):
     return Engine(
       decoder,
       EngineConfig(config, options, prompt_sizes=(budget,), eos=tuple(eos)),
       tokenizer=tokenizer,
     )
-
-
-def _say(line: str) -> None:
-  """Writes a line that is no part of the result."""
-  print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-  """Says what is under way: on a terminal until it is done, elsewhere in a line of its own."""
-  if sys.stderr.isatty():
-    with rich.console.Console(stderr=True).status(rich.text.Text(text)):
-      yield
-  else:
-    _say(text)
-    yield
-
-
-def _warm_up(engine: Engine) -> None:
-  """Compiles the engine's programs behind a progress bar, or with a line for each or some."""
-  if not sys.stderr.isatty():
-    return engine.warm_up(_say_compiling)
-  with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
-    task = bar.add_task("compiling")
-    engine.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
-
-
-def _say_compiling(done: int, total: int) -> None:
-  if done < total and done % -(-total // _MAX_LINES) == 0:
-    _say(f"compiling {done + 1}/{total}")
-
-
-@contextlib.contextmanager
-def _memory_for(config: CacheConfig) -> Iterator[None]:
-  """Says how large a cache is that there is no memory for."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError:
-    size = config.num_pages * config.page_bytes
-    raise ValueError(
-      f"there is no memory for a cache of {size:,} bytes; --num-pages asks for a smaller one"
-    ) from None

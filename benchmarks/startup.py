@@ -1,0 +1,77 @@
+"""How long until the first token, and how long do our programs compile?
+
+`cold_s`, `warm_s`: seconds from `paged-jax generate`, a process of its own, to the first token of the
+embedded model: with an empty cache of compiled programs, and with what the first run left there.
+`extend_compile_s`: seconds to trace and compile `extend` for that model and 32 rows.
+`engine_compile_s`: seconds of `Engine.warm_up` for that model, nothing compiled before. Medians.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import measure  # first: it sets XLA's flags
+
+import jax  # isort: skip
+import jax.numpy as jnp
+
+import paged_jax
+from paged_jax import models
+from paged_jax.engine import Engine, EngineConfig
+
+COMMAND = [sys.executable, "-m", "paged_jax", "generate", "To be", "--max-new-tokens", "8"]
+
+
+def first_token(programs: str) -> float:
+  """Seconds from the command to its first output; compiled programs are kept in `programs`."""
+  env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+  env["XDG_CACHE_HOME"] = programs
+  streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  begin = time.perf_counter()
+  with subprocess.Popen(COMMAND, env=env, **streams) as process:
+    assert process.stdout.read(1), "no token came"
+    took = time.perf_counter() - begin
+    process.communicate()
+  return took
+
+
+def starts() -> dict[str, float]:
+  with tempfile.TemporaryDirectory() as programs:
+    return {"cold_s": first_token(programs), "warm_s": first_token(programs)}
+
+
+def extend_compile_s(config: paged_jax.CacheConfig) -> float:
+  cache = jax.eval_shape(lambda: paged_jax.init(config))
+  counts = jax.ShapeDtypeStruct((config.num_rows,), jnp.int32)
+  jax.clear_caches()
+  return measure.seconds(lambda: jax.jit(paged_jax.extend).lower(cache, counts).compile())
+
+
+def engine_compile_s(model: models.Decoder, config: paged_jax.CacheConfig) -> float:
+  engine = Engine(model, EngineConfig(config))
+  jax.clear_caches()
+  return measure.seconds(engine.warm_up)
+
+
+def main():
+  args = measure.arguments(__doc__.splitlines()[0])
+  jax.config.update("jax_enable_compilation_cache", False)  # of this process
+  model = models.load(models.embedded())
+  config = models.cache_config(
+    model.config, num_pages=512, num_rows=32, dtype=model.embed_tokens.weight.dtype
+  ).stored_for(jax.default_backend())
+  rows = [
+    starts()
+    | {"extend_compile_s": extend_compile_s(config)}
+    | {"engine_compile_s": engine_compile_s(model, config)}
+    for _ in range(max(1, args.rounds // 5))
+  ]
+  summary = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+  measure.report(rows, summary, as_json=args.json)
+
+
+if __name__ == "__main__":
+  main()

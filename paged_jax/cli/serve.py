@@ -1,0 +1,122 @@
+"""`paged-jax serve`: answers requests over HTTP in OpenAI's format."""
+
+import dataclasses
+import gc
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import rich.console
+import rich.progress
+import typer
+
+from paged_jax import interrupts, models
+from paged_jax.cli import model as model_lib
+from paged_jax.cli import progress
+from paged_jax.engine import Engine, EngineConfig
+from paged_jax.host import ManagerConfig
+
+_MAX_LINES = 12  # of progress, where there is no terminal
+
+
+def run(
+  model: Annotated[
+    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
+  ] = None,
+  name: Annotated[str | None, typer.Option(help="The model's; default: the folder's.")] = None,
+  host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+  port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  num_pages: Annotated[
+    int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
+  ] = None,
+  num_host_pages: Annotated[
+    int, typer.Option(min=0, help="Pages in host memory, for samples that must wait.")
+  ] = 512,
+  num_rows: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
+  max_length: Annotated[
+    int | None, typer.Option(min=2, help="Longest text in tokens; default: the model's.")
+  ] = None,
+  num_steps: Annotated[int, typer.Option(min=1, help="Tokens per sample and call.")] = 8,
+  prompt_size: Annotated[
+    list[int], typer.Option(min=1, help="Prompt tokens of a call; repeatable.")
+  ] = [32, 128, 512],  # noqa: B006 (typer makes a list of its own)
+  max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
+  dtype: Annotated[
+    model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
+  ] = None,
+) -> None:
+  """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
+  from paged_jax import server  # not earlier: it needs an extra of its own
+
+  folder = model_lib.folder(model)
+  name = name or folder.resolve().name
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  with socket.create_server((host, port), family=family) as listener:
+    tokenizer = models.tokenizer(folder)
+    with progress.status(f"loading {name}"):
+      decoder = models.load(folder, dtype)
+    max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
+    config = models.cache_config(
+      decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
+      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype,
+    )  # fmt: skip
+    if num_pages is None:
+      config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)
+    with model_lib.memory_for(config):
+      engine = Engine(
+        decoder,
+        EngineConfig(
+          config.stored_for(jax.default_backend()),
+          ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
+          prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
+        ),
+        tokenizer=tokenizer,
+      )  # fmt: skip
+    _warm_up(engine)
+    gc.collect()
+    gc.freeze()  # what is here stays: no later collection stops the tokens for long
+    application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
+    try:
+      server.run(application, listener)
+    finally:
+      engine.close()
+  interrupts.end()
+
+
+def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:
+  """Most tokens of a text to serve: as asked for, or by default what model and pages hold.
+
+  Raises:
+    ValueError: They do not hold what was asked for.
+  """
+  if asked is not None and asked > longest:
+    raise ValueError(f"--max-length is {asked}, but the model takes {longest}")
+  wanted = longest if asked is None else asked
+  held = wanted if num_pages is None else num_pages * page_size
+  if held >= wanted:
+    return wanted
+  if asked is not None:
+    raise ValueError(f"--max-length is {asked}, but --num-pages {num_pages} holds {held} tokens")
+  progress.say(
+    f"texts of {held} tokens at most: --num-pages {num_pages} holds fewer than {longest}"
+  )
+  return held
+
+
+def _warm_up(engine: Engine) -> None:
+  """Compiles the engine's programs behind a progress bar, or with a line for each or some."""
+  if not sys.stderr.isatty():
+    return engine.warm_up(_say_compiling)
+  with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
+    task = bar.add_task("compiling")
+    engine.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _say_compiling(done: int, total: int) -> None:
+  if done < total and done % -(-total // _MAX_LINES) == 0:
+    progress.say(f"compiling {done + 1}/{total}")
