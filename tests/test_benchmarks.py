@@ -1,9 +1,12 @@
-"""The benchmarks that decide and count, rather than time, run in small and count right."""
+"""The benchmarks that decide and count, rather than time, run in small and count right; the page
+that shows recorded runs is up to date."""
 
 import json
 
 import pytest
-from scripts import run
+from scripts import FOLDER, run
+
+from paged_jax.cli import bench
 
 
 @pytest.mark.once
@@ -41,3 +44,18 @@ def test_replay_preempts_only_where_pages_run_out(trace, tmp_path, pool, preempt
   assert {name for name in ("swaps", "recomputations") if found[name]} == {preempted} - {None}
   assert found["hit_rate"] == pytest.approx(20 * 512 / (24 * 600))
   assert (tmp_path / "it.png").stat().st_size > 0
+
+
+def test_the_page_and_the_readme_show_the_recorded_runs(monkeypatch):
+  monkeypatch.syspath_prepend(FOLDER)
+  import table
+
+  assert table.PAGE.read_text() == table.page(), "run benchmarks/table.py"
+  assert table.README.read_text() == table.readme(), "run benchmarks/table.py"
+
+
+def test_each_script_that_reports_has_a_row():
+  reporting = {path.stem for path in FOLDER.glob("*.py") if "measure.report(" in path.read_text()}
+  rows = bench.rows(FOLDER)
+  assert {row.script for row in rows} == reporting
+  assert len([row for row in rows if row.readme]) == 5

@@ -24,4 +24,4 @@ def run() -> None:
     elsewhere = None if made_for in (None, platform) else f"compiles for {made_for} only"
     print(f"  {name}: {elsewhere or attention.refusal(name, pages) or 'can be asked for'}")
   print(f"bfloat16 pages: stored as {config.array_dtype}")
-  print(f"compiled programs: {programs.where()}")
+  print(f"compiled programs: kept in {programs.folder() or 'memory only'}")

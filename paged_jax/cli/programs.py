@@ -31,25 +31,21 @@ def keep() -> None:
   """
   if _settings.jax_compilation_cache_dir or not _settings.jax_enable_compilation_cache:
     return
-  folder = platformdirs.user_cache_path("paged_jax", appauthor=False)
+  ours = platformdirs.user_cache_path("paged_jax", appauthor=False)
   try:
-    _prepare(folder)
+    _prepare(ours)
   except OSError as error:
     print(f"compiled programs are not kept: {error}", file=sys.stderr, flush=True)
     return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  _settings.update("jax_compilation_cache_dir", str(ours))
+  _settings.update("jax_compilation_cache_max_size", MAX_BYTES)
+  _settings.update("jax_persistent_cache_min_compile_time_secs", 0)
+  _settings.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def where() -> str:
-  """Where compiled programs are kept, in words."""
-  folder = _settings.jax_compilation_cache_dir
-  if not folder or not _settings.jax_enable_compilation_cache:
-    return "not kept"
-  size = sum(program.stat().st_size for program in Path(folder).glob("*-cache"))
-  return f"kept in {folder}, {size / 2**20:.1f} MiB"
+def folder() -> str | None:
+  """Where compiled programs are kept, None if they are not."""
+  return _settings.jax_compilation_cache_dir if _settings.jax_enable_compilation_cache else None
 
 
 def _prepare(folder: Path) -> None:

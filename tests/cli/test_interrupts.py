@@ -16,13 +16,18 @@ COMMANDS = {
 }
 
 
-def start(name, **streams):
-  """A command that compiles all its programs."""
-  pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture
+def start(tmp_path):
+  """Starts a command that compiles all its programs, and keeps them where nobody looks again."""
   env = {key: value for key, value in os.environ.items() if "CACHE" not in key}
-  return subprocess.Popen(
-    [sys.executable, "-m", "paged_jax.cli.main", *COMMANDS[name]], env=env, **(pipes | streams)
-  )
+  env["XDG_CACHE_HOME"] = str(tmp_path)
+  pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  def popen(name, **streams):
+    command = [sys.executable, "-m", "paged_jax", *COMMANDS[name]]
+    return subprocess.Popen(command, env=env, **(pipes | streams))
+
+  return popen
 
 
 def interrupt(process):
@@ -46,7 +51,7 @@ def interrupt(process):
     ("generate", b"loading and compiling\n", 2.0),
   ],
 )
-def test_loading_and_compiling_end_at_once(name, line, delay):
+def test_loading_and_compiling_end_at_once(start, name, line, delay):
   process = start(name)
   while (read := process.stderr.readline()) != line:
     assert read
@@ -57,7 +62,7 @@ def test_loading_and_compiling_end_at_once(name, line, delay):
 
 
 @pytest.mark.once
-def test_text_that_was_written_stays():
+def test_text_that_was_written_stays(start):
   process = start("generate")
   written = process.stdout.read(40)
   out, err = interrupt(process)
@@ -66,7 +71,7 @@ def test_text_that_was_written_stays():
   assert b"Traceback" not in err
 
 
-def test_the_terminal_gets_its_cursor_back():
+def test_the_terminal_gets_its_cursor_back(start):
   ours, theirs = pty.openpty()
   process = start("generate", stderr=theirs)
   os.close(theirs)

@@ -1,77 +1,18 @@
-import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
-from flax import nnx
+from command_line import assert_refused, byte_tokenizer, process, without_progress
 
-from paged_jax import interrupts, models
-from paged_jax.cli import commands, progress
-from paged_jax.cli.commands import Writer
-from paged_jax.cli.main import main as cli
+from paged_jax import models
+from paged_jax.cli import progress
+from paged_jax.cli.generate import Writer
 from paged_jax.cli.progress import Summary, Update
 
-# A model with one token per byte, small enough to compile in seconds.
-
-
-def byte_tokenizer():
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  vocabulary = {letter: i for i, letter in enumerate(alphabet)}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  return tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  path = tmp_path_factory.mktemp("model")
-  config = models.DecoderConfig(
-    vocab_size=256, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
-    num_kv_heads=1, head_dim=8, max_length=64, windows=(None,), ropes=(models.Rope(),), tied=True,
-  )  # fmt: skip
-  models.save(models.Decoder(config, rngs=nnx.Rngs(0)), path)
-  byte_tokenizer().save(str(path / "tokenizer.json"))
-  return path
-
-
-@pytest.fixture
-def paged_jax(monkeypatch, capsys):
-  """Runs a command line; returns its exit code, standard output and standard error."""
-
-  def run(*argv, stdin=""):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-    with pytest.raises(SystemExit) as stopped:
-      cli.main([str(arg) for arg in argv])
-    return stopped.value.code, *capsys.readouterr()
-
-  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
-  monkeypatch.setattr(interrupts, "end_at_once", lambda: None)  # this process goes on
-  monkeypatch.setattr(interrupts, "end", lambda: sys.exit(interrupts.CODE))
-  return run
-
-
-def without_progress(err):
-  """Standard error but for lines that say what is under way."""
-  progress = ("loading ", "fewer than 128 new tokens: ")
-  return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(progress))
-
-
-def command(*argv):
-  """The same in a process of its own."""
-  return subprocess.run(
-    [sys.executable, "-m", "paged_jax.cli.main", *map(str, argv)],
-    capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
-
-
-# Good input. Equal sizes, so that most runs share their compiled programs.
+# Equal sizes, so that most runs share their compiled programs.
 
 SIZES = ("--num-pages", 8, "--max-new-tokens", 20)
 
@@ -122,23 +63,6 @@ def test_few_pages_leave_room_for_few_tokens(paged_jax, folder):
   code, _, err = paged_jax("generate", "abc", *options, "--max-new-tokens", 30)
   assert code == 0
   assert without_progress(err).startswith("30 tokens in")
-
-
-def test_a_server_on_few_pages_says_how_long_texts_may_be(capsys):
-  assert commands._max_length(None, 64, 16, None) == 64
-  assert commands._max_length(None, 64, 16, 4) == 64
-  assert commands._max_length(32, 64, 16, 2) == 32
-  assert capsys.readouterr().err == ""
-  assert commands._max_length(None, 64, 16, 3) == 48
-  line = "texts of 48 tokens at most: --num-pages 3 holds fewer than 64\n"
-  assert capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize(("total", "shown"), [(5, [1, 2, 3, 4, 5]), (30, [*range(1, 31, 3)])])
-def test_progress_is_a_dozen_lines_at_most(capsys, total, shown):
-  for done in range(total + 1):
-    commands._say_compiling(done, total)
-  assert capsys.readouterr().err == "".join(f"compiling {n}/{total}\n" for n in shown)
 
 
 def test_the_tokenizers_own_tokens_can_be_left_out(paged_jax, folder, tmp_path):
@@ -210,31 +134,6 @@ def test_a_long_prompt_gets_the_room_that_is_left_in_the_dtype_asked_for(paged_j
   assert summary.startswith("4 tokens in")
 
 
-def test_doctor_shows_what_would_be_chosen(paged_jax):
-  code, out, _ = paged_jax("doctor")
-  assert code == 0
-  for word in ("jax", "jaxlib", "platform: cpu", "attention: ", "bfloat16 pages: stored as "):
-    assert word in out
-  for line in (
-    "  xla: can be asked for",
-    "  tpu: compiles for tpu only",
-    "  gpu: compiles for gpu",
-  ):
-    assert line in out
-
-
-@pytest.mark.once
-def test_demo_prints_a_few_frames_and_a_summary(paged_jax):
-  code, out, _ = paged_jax("demo")
-  assert code == 0
-  for event in ("prompts forked into samples", "shared pages copied", "finished rows freed"):
-    assert event in out
-  assert "96 of 96 pages are free again" in out
-
-
-# Bad input.
-
-
 BAD = [
   (["generate", "a", "--model", "nowhere"], "there is no model folder nowhere"),
   (["generate", "x" * 64], "prompt 1 has 64 tokens, but the model takes 64, new ones included"),
@@ -285,18 +184,11 @@ BAD = [
   (["generate", "a", "--stop", ""], "--stop needs a text"),
   (["generate", "a", "--dtype", "int4"], "Invalid value for '--dtype'"),
   (["generate", "a", "--colour"], "No such option"),
-  (["serve", "--model", "nowhere"], "there is no model folder nowhere"),
-  (["serve", "--model", "."], ". is no checkpoint: it has no config.json"),
-  (["serve", "--port", "0", "--max-length", "65"], "--max-length is 65, but the model takes 64"),
-  (
-    ["serve", "--port", "0", "--max-length", "33", "--num-pages", "2"],
-    "--max-length is 33, but --num-pages 2 holds 32 tokens",
-  ),
-  (["serve", "--port", "65536"], "Invalid value for '--port'"),
-  (["serve", "--port", "1", "--host", "192.0.2.1"], "[Errno 99] Cannot assign requested address"),
-  (["dance"], "No such command 'dance'"),
-  ([], "Missing command"),
 ]
+FILES = {
+  "broken.json": "[[1, 2", "flat.json": "[1, 2]", "text.json": '[["a"]]', "none.json": "[]",
+  "empty.json": "[[1], []]", "large.json": "[[256]]", "negative.json": "[[1], [3, -1]]",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD)
@@ -305,18 +197,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-  files = {
-    "broken": "[[1, 2", "flat": "[1, 2]", "text": '[["a"]]', "none": "[]", "empty": "[[1], []]",
-    "large": "[[256]]", "negative": "[[1], [3, -1]]",
-  }  # fmt: skip
-  for name, content in files.items():
-    (tmp_path / f"{name}.json").write_text(content)
-  if argv[:1] in (["generate"], ["serve"]) and "--model" not in argv:
-    argv = [*argv, "--model", folder]
-  code, out, err = paged_jax(*argv)
-  assert (code, out) == (2, "")
-  assert without_progress(err).startswith(f"error: {message}")
-  assert without_progress(err).count("\n") == 1 and err.endswith("\n")
+  for name, content in FILES.items():
+    (tmp_path / name).write_text(content)
+  model = () if "--model" in argv else ("--model", folder)
+  assert_refused(paged_jax(*argv, *model), message)
 
 
 def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp_path):
@@ -335,45 +219,13 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp
   assert "no tokenizer.json; give tokens with --prompt-ids" in err
 
 
-def test_an_interrupt_ends_without_traceback(paged_jax, monkeypatch):
-  def interrupt():
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(models, "embedded", interrupt)
-  code, _, err = paged_jax("demo")
-  assert code == 130
-  assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-  ("command", "missing"),
-  [
-    *(("demo", package) for package in ("typer", "rich", "flax", "tokenizers")),
-    *(("serve", package) for package in ("starlette", "uvicorn", "prometheus_client")),
-  ],
-)
-def test_a_missing_extra_is_named_with_its_cure(command, missing):
-  code = (
-    f"import sys; sys.modules[{missing!r}] = None; from paged_jax import cli; "
-    f"cli.main([{command!r}])"
-  )
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert result.returncode == 2
-  assert result.stderr == (
-    f"error: {missing} is not installed; try: pip install 'paged_jax[{command}]'\n"
-  )
-
-
-# A real process.
-
-
 def test_a_process_gives_the_tokens_of_transformers(tmp_path):
-  golden = Path(__file__).parent / "models" / "goldens" / "llama3"
+  golden = Path(__file__).parents[1] / "models" / "goldens" / "llama3"
   tokens = np.load(golden / "golden.npz")["tokens"].tolist()
   prompt, expected = tokens[:24], tokens[24:]
   (tmp_path / "in.json").write_text(json.dumps([prompt]))
   (end,) = models.eos_tokens(golden)
-  result = command(
+  result = process(
     "generate", "--model", golden, "--prompt-ids", tmp_path / "in.json",
     "--output-ids", tmp_path / "out.json", "--max-new-tokens", len(expected),
   )  # fmt: skip
@@ -386,18 +238,11 @@ def test_a_process_gives_the_tokens_of_transformers(tmp_path):
   assert summary.count("\n") == 1 and summary.startswith(f"{len(expected)} tokens in")
 
 
-def test_a_process_fails_with_code_2_and_no_traceback(folder):
-  result = command("generate", "", "--model", folder)
-  assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr == "error: prompt 1 is empty\n"
-
-
 def test_the_first_unfinished_sample_is_written_as_it_grows():
   writer = Writer(["[1]\n", "[2]\n", "[3]\n"])
-  start = Update([], [], [], {}, None, Summary())
 
   def add(texts, done):
-    return writer.add(start._replace(texts=list(map(list, texts)), done=list(map(bool, done))))
+    return writer.add(Update([], [*map(list, texts)], [*map(bool, done)], [], None, Summary()))
 
   assert add(["", "", ""], [0, 0, 0]) == "[1]\n"
   assert add(["a", "b", "c"], [0, 0, 1]) == "a"
