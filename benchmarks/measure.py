@@ -1,6 +1,7 @@
 """Fair timing on a shared machine: contenders take turns, medians are compared, one run prints all."""
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -71,7 +72,8 @@ def report(rows: list[dict], summary: dict, *, as_json: bool) -> None:
   }
   print(f"\n{' '.join(f'{k}={v}' for k, v in where.items())}")
   if as_json:
-    print(json.dumps({**summary, "rows": rows, "where": where}))
+    date = datetime.date.today().isoformat()
+    print(json.dumps({**summary, "rows": rows, "where": where, "date": date}))
   sys.stdout.flush()
 
 

@@ -1,17 +1,20 @@
 """How long until the first token, and how long do our programs compile?
 
-`cold_s`, `warm_s`: seconds from `paged-jax generate`, a process of its own, to the first token of the
-embedded model: with an empty cache of compiled programs, and with what the first run left there.
-`extend_compile_s`: seconds to trace and compile `extend` for that model and 32 rows.
-`engine_compile_s`: seconds of `Engine.warm_up` for that model, nothing compiled before. Medians.
+`cold_s`, `warm_s`: from `paged-jax generate`, a process of its own, to the first token of the embedded
+model: with an empty cache of compiled programs, and with what the first run left there.
+`extend_compile_s`: to trace and compile `extend` for that model and 32 rows. `engine_compile_s`:
+`Engine.warm_up` for that model, nothing compiled before. Medians of seconds; `..._cpu_s` are those
+of all cores, which other processes on the machine hardly change (of a command, to its end).
 """
 
+import functools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import measure  # first: it sets XLA's flags
 
@@ -38,19 +41,26 @@ def first_token(programs: str) -> float:
   return took
 
 
+def both(name: str, run: Callable[[], float]) -> dict[str, float]:
+  """The seconds that `run` returns, and those of all cores meanwhile, its own children's included."""
+  begin = sum(os.times()[:4])
+  return {f"{name}_s": run(), f"{name}_cpu_s": sum(os.times()[:4]) - begin}
+
+
 def starts() -> dict[str, float]:
   with tempfile.TemporaryDirectory() as programs:
-    return {"cold_s": first_token(programs), "warm_s": first_token(programs)}
+    run = functools.partial(first_token, programs)
+    return both("cold", run) | both("warm", run)
 
 
-def extend_compile_s(config: paged_jax.CacheConfig) -> float:
+def compile_extend(config: paged_jax.CacheConfig) -> float:
   cache = jax.eval_shape(lambda: paged_jax.init(config))
   counts = jax.ShapeDtypeStruct((config.num_rows,), jnp.int32)
   jax.clear_caches()
   return measure.seconds(lambda: jax.jit(paged_jax.extend).lower(cache, counts).compile())
 
 
-def engine_compile_s(model: models.Decoder, config: paged_jax.CacheConfig) -> float:
+def compile_engine(model: models.Decoder, config: paged_jax.CacheConfig) -> float:
   engine = Engine(model, EngineConfig(config))
   jax.clear_caches()
   return measure.seconds(engine.warm_up)
@@ -65,8 +75,8 @@ def main():
   ).stored_for(jax.default_backend())
   rows = [
     starts()
-    | {"extend_compile_s": extend_compile_s(config)}
-    | {"engine_compile_s": engine_compile_s(model, config)}
+    | both("extend_compile", lambda: compile_extend(config))
+    | both("engine_compile", lambda: compile_engine(model, config))
     for _ in range(max(1, args.rounds // 5))
   ]
   summary = {name: statistics.median(row[name] for row in rows) for name in rows[0]}

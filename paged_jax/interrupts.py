@@ -1,8 +1,7 @@
-"""Ctrl-C: it ends a command at once, whatever the process is in, and no round of an engine is left half
-done by it.
+"""Ctrl-C: it ends a command at once, and never stops an engine in the middle of a round.
 
-Python's own KeyboardInterrupt waits for compiled code to return, may be lost in a callback from it,
-and then takes the interpreter apart while XLA's threads still compile, which can crash.
+Python's own KeyboardInterrupt comes only after compiled code has returned, and a callback from such
+code can lose it. It then shuts the interpreter down while XLA's threads compile, which can crash.
 """
 
 import contextlib
@@ -20,18 +19,17 @@ _SHOW_CURSOR = b"\x1b[?25h\n"  # spinners and bars hide it
 
 
 def end_at_once() -> None:
-  """From here on an interrupt ends the process with exit code 130, without cleaning up.
+  """From here on an interrupt ends the process with exit code 130, without any cleaning up.
 
-  Nothing changes outside the main thread, or in a process that ignores interrupts or has a handler
-  of its own.
+  Does nothing outside the main thread, or if the process ignores interrupts or has its own handler.
   """
   main = threading.current_thread() is threading.main_thread()
   if not main or signal.getsignal(signal.SIGINT) not in _DEFAULTS:
     return
   reader, writer = socket.socketpair()
   writer.setblocking(False)
-  # The handler runs between two bytecodes of the main thread. While that one is in compiled code,
-  # the signal's number gets through: it is written without the interpreter's lock.
+  # The handler runs between two bytecodes of the main thread, so not while compiled code runs there.
+  # The signal's number arrives in both cases: Python writes it without the interpreter's lock.
   signal.signal(signal.SIGINT, _handle)
   signal.set_wakeup_fd(writer.detach())
   threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
@@ -40,7 +38,7 @@ def end_at_once() -> None:
 def end() -> NoReturn:
   """Ends the process as an interrupt does.
 
-  Streams are not flushed: another thread may hold a lock of theirs. Text is flushed when written.
+  It does not flush streams: another thread may hold their locks. Commands flush what they write.
   """
   terminal = next(filter(os.isatty, (2, 1)), None)
   if terminal is not None:
@@ -52,7 +50,7 @@ def end() -> NoReturn:
 def held_back() -> Iterator[None]:
   """Raises Python's KeyboardInterrupt only after the block, unless a second one comes.
 
-  Nothing changes outside the main thread, or where somebody else handles interrupts.
+  Does nothing outside the main thread, or if the process has its own handler.
   """
   main = threading.current_thread() is threading.main_thread()
   if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -80,7 +78,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(reader: socket.socket) -> None:
-  """Ends the process after an interrupt, unless somebody else handles it now, as a server does."""
+  """Ends the process after an interrupt, unless a handler was set since, as a server does."""
   while signal.SIGINT not in reader.recv(64) or signal.getsignal(signal.SIGINT) is not _handle:
     pass
   end()

@@ -19,7 +19,7 @@ from paged_jax.cli import progress
 
 
 class Row(NamedTuple):
-  """A question that a benchmark answers, see `benchmarks/headlines.toml`."""
+  """A question, and how a script answers it; `benchmarks/headlines.toml` has them all."""
 
   script: str
   question: str
@@ -28,7 +28,11 @@ class Row(NamedTuple):
   readme: bool = False
 
   def answer(self, found: dict[str, Any]) -> str:
-    """The answer in a script's JSON, "" if it is not there."""
+    """The answer in a script's JSON, "" if it is not there.
+
+    >>> Row("allocator", "How flat?", "{flatness:.1f}").answer({"flatness": 1.57})
+    '1.6'
+    """
     try:
       return self.value.format_map(found)
     except (KeyError, IndexError, TypeError):  # another version's JSON, or a part that was not run
@@ -36,13 +40,13 @@ class Row(NamedTuple):
 
   def recorded(self, folder: Path) -> dict[str, str]:
     """The newest recorded answer for each series of jax, "0.10" for instance."""
-    files = folder.glob(f"results/{self.results or self.script}-*.json")
-    runs = [json.loads(file.read_text()) for file in files]
-    answers = {
-      ".".join(run["where"]["jax"].split(".")[:2]): self.answer(run)
-      for run in sorted(runs, key=lambda run: run.get("date", ""))
+    files = sorted(folder.glob(f"results/{self.results or self.script}-*.json"))
+    runs = sorted((json.loads(file.read_text()) for file in files), key=lambda run: run["date"])
+    return {
+      ".".join(run["where"]["jax"].split(".")[:2]): answer
+      for run in runs
+      if (answer := self.answer(run))
     }
-    return {series: answer for series, answer in answers.items() if answer}
 
 
 def run(

@@ -58,7 +58,7 @@ def run() -> None:
 def start(
   decoder: models.Decoder, tokenizer: tokenizers.Tokenizer, prompts: Sequence[Sequence[int]]
 ) -> Iterator[Update]:
-  """Generates several samples of each prompt, which end with a speech at the latest."""
+  """Starts several samples of each prompt; each goes on to the end of its speech at most."""
   config = models.cache_config(
     decoder.config, num_pages=NUM_PAGES, num_rows=NUM_ROWS, page_size=PAGE_SIZE, max_length=256,
     dtype=decoder.embed_tokens.weight.dtype,

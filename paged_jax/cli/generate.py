@@ -135,7 +135,7 @@ def _prompts(
   tokenizer: tokenizers.Tokenizer | None,
   special_tokens: bool,
 ) -> list[tuple[int, ...]]:
-  """Tokens of each prompt, from wherever it is given."""
+  """The tokens of each prompt, given as text or as tokens."""
   if ids_file is None:
     given = _read_texts(texts, texts_file)
     if tokenizer is None:
@@ -182,7 +182,7 @@ def _read_ids(file: Path) -> list[tuple[int, ...]]:
 
 
 def _longest(max_length: int, page_size: int, num_pages: int | None) -> tuple[int, str]:
-  """Most tokens of a prompt with its new ones, and what allows no more."""
+  """Most tokens of a prompt and its new ones together, and what sets this limit."""
   model = max_length, "the model"
   if num_pages is None:
     return model
@@ -195,10 +195,10 @@ def _new_tokens(
 ) -> list[int]:
   """How many tokens to add to each prompt, at most.
 
-  As many as asked for. By default 128, or else what has room, which is said.
+  As many as asked for; by default 128, or as many as have room, which a line then says.
 
   Raises:
-    ValueError: A prompt has no room, or not for as many as asked for.
+    ValueError: A prompt has no room, or too little for the number asked for.
   """
   rooms = [longest - len(prompt) for prompt in prompts]
   least = min(rooms)
@@ -226,7 +226,7 @@ def _engine(
   eos: Sequence[int],
   tokenizer: tokenizers.Tokenizer | None,
 ) -> Engine:
-  """An engine on a cache that is large enough for as many of these requests as have rows at once."""
+  """An engine on a cache with pages for all samples that can run at once."""
   num_samples = requests[0][1].num_samples
   at_once = max(1, min(len(requests), _MAX_ROWS // num_samples))
   lengths = [len(prompt) - 1 + sampling.max_new_tokens for prompt, sampling in requests]

@@ -1,4 +1,4 @@
-"""What is under way: a line or a spinner for the user, and an engine's requests round by round."""
+"""What a command is doing: a line or a spinner, and an engine's requests round by round."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,11 @@ def status(text: str) -> Iterator[None]:
 
 
 class Summary(NamedTuple):
-  """What a run came to."""
+  """What a run came to.
+
+  >>> print(Summary(num_tokens=60, seconds=0.5, pages=6, unshared_pages=9, copies=2))
+  60 tokens in 0.50 s (120 tokens/s); 6 pages used at most, 9 without sharing; 2 copied on write
+  """
 
   num_tokens: int = 0  # drawn
   seconds: float = 0.0

@@ -77,7 +77,7 @@ def run(
       )  # fmt: skip
     _warm_up(engine)
     gc.collect()
-    gc.freeze()  # what is here stays: no later collection stops the tokens for long
+    gc.freeze()  # later collections skip what is here, so none stops the tokens for long
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
     shown = f"[{host}]" if ":" in host else host
     print(f"{name} is at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
@@ -89,10 +89,10 @@ def run(
 
 
 def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:
-  """Most tokens of a text to serve: as asked for, or by default what model and pages hold.
+  """Most tokens of a text: as asked for; by default as many as the model and the pages hold.
 
   Raises:
-    ValueError: They do not hold what was asked for.
+    ValueError: They hold fewer than asked for.
   """
   if asked is not None and asked > longest:
     raise ValueError(f"--max-length is {asked}, but the model takes {longest}")
@@ -109,7 +109,7 @@ def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int 
 
 
 def _warm_up(engine: Engine) -> None:
-  """Compiles the engine's programs behind a progress bar, or with a line for each or some."""
+  """Compiles the engine's programs: behind a bar on a terminal, elsewhere with a few lines."""
   if not sys.stderr.isatty():
     return engine.warm_up(_say_compiling)
   with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
