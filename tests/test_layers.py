@@ -15,6 +15,7 @@ ROOT = pathlib.Path(paged_jax.__file__).parent
 # A table per folder. A module imports from the rows below its own, never from its own row.
 TABLES = {
   "paged_jax": """
+    __main__
     cli
     server
     engine viz
@@ -28,8 +29,10 @@ TABLES = {
   """,
   "paged_jax.ledger": """
     __init__
-    verbs
-    on_host pool tables
+    on_host
+    log
+    laws verbs
+    pool tables
   """,
   "paged_jax.attention": """
     hopper tpu xla
@@ -37,7 +40,7 @@ TABLES = {
     reference softmax splits tpu_write
   """,
   "paged_jax.models": """
-    __init__ train
+    __init__
     loading
     families
     decoder
@@ -50,13 +53,17 @@ TABLES = {
     in_place invariants model
   """,
   "paged_jax.host": """
-    __init__
-    handle metrics
+    __init__ metrics
     manager
+    tensors
+    forecast report sharing swap
+    admission
+    prefixes
+    sequences
+    reclaim turn
     kept
-    prefix
-    config holds
-    canary errors eviction events pressure state stats
+    config prefix
+    errors events eviction holds pressure state
   """,
   "paged_jax.engine": """
     __init__
@@ -81,11 +88,9 @@ TABLES = {
     metrics requests
   """,
   "paged_jax.cli": """
-    __init__
     main
-    commands
-    demo
-    progress
+    bench demo doctor generate serve
+    __init__ model programs progress
   """,
 }
 

@@ -36,7 +36,7 @@ class Ledgers:
     if verb == "take_held":
       self.device, pages, info = jitted.ledger.take_held(self.device, *arrays, size=N)
       on_host, report = self.host.take_held(*arrays, size=N)
-      taken, ok = self.model.put_pages([[None] * 4] * N, *operands)
+      taken, ok = self.model.restore([[None] * 4] * N, *operands)
       assert pages.tolist() == on_host.tolist() == taken
     else:
       self.device, info, *_ = getattr(jitted.ledger, verb)(self.device, *arrays)
@@ -261,7 +261,7 @@ def test_every_history_goes_the_same_way(copy_on_write):
   def run(history):
     ledgers = Ledgers(**fields)
     for step in history:
-      if step.verb == "put_pages":
+      if step.verb == "restore":
         ledgers.ask("take_held", step.operands[1])
       elif step.verb in log_lib.VERBS:
         ledgers.ask(step.verb, *step.operands)

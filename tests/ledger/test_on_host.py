@@ -18,7 +18,7 @@ from paged_jax.testing import replay, strategies
 def run(ledger, history):
   """Asks for each step, and checks that the host hears of each held page that changes."""
   for step in history:
-    if step.verb in (*log_lib.VERBS, "put_pages"):
+    if step.verb in (*log_lib.VERBS, "restore"):
       with hearing(ledger):
         replay.on_host(ledger, [], step)
 
