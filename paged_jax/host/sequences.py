@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from paged_jax.host import errors
@@ -136,7 +135,7 @@ class Handle:
       return self._desk.live(self).place is None
 
   @property
-  def device(self) -> jax.Device:
+  def device(self):
     """Where its pages are; the first device of several."""
     with self._desk.turn.lock:
       self._desk.live(self)
@@ -205,9 +204,10 @@ class Sequences:
 
   def place(self, handle: Handle) -> int:
     """A running sequence's row; to ask is no access."""
-    if self.live(handle).place is None:
+    row = self.live(handle).place
+    if row is None:
       raise errors.SwappedOut(handle.request_id)
-    return handle.place
+    return row
 
   def running(self, handle: Handle) -> int:
     """A running sequence's row, for somebody who uses it."""

@@ -105,7 +105,7 @@ class State:
   def _put(self, images: list[Pages], count: int) -> list[int]:
     """The first `count` of a batch of images into fresh pages."""
     self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
-    pages, info = self.ledger.take_held(np.int32(count), len(images))
+    pages, info = self.ledger.take_held(np.array(count), len(images))
     if not info.ok:
       raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
     return pages[:count].tolist()
