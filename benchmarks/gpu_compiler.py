@@ -43,7 +43,6 @@ warnings.filterwarnings("ignore", "JAX plugin jax_cuda13_plugin", RuntimeWarning
 warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import measure  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
@@ -175,11 +174,8 @@ def compiled(step: Step, device) -> dict:
   )
 
   def run(q, pages, layer, tables, plan):
-    return gpu.attend(
-      q, pages, layer, tables, plan, scale=jnp.float32(step.head_dim**-0.5),
-      window=jnp.int32(step.window or 2**31 - 1), sinks=None,
-      softcap=None if step.softcap is None else jnp.float32(step.softcap),
-    )  # fmt: skip
+    options = attention.options.make(q, window=step.window, softcap=step.softcap)
+    return gpu.attend(q, pages, layer, tables, plan, options)
 
   args = arguments(step, jax.sharding.SingleDeviceSharding(device))
   with jax.sharding.use_abstract_mesh(mesh):

@@ -123,10 +123,8 @@ def ours(case: Case, d: Data, implementation: str):
 
   def step(q, kv, table):
     tables = Tables(table, starts, d.lengths, jnp.zeros(b, bool))
-    return attend(
-      q, Pages(kv[:, None], np.dtype(case.dtype)), jnp.int32(0), tables, plan,
-      scale=jnp.float32(case.head_dim**-0.5), window=jnp.int32(2**31 - 1), softcap=None, sinks=None,
-    )[0]  # fmt: skip
+    pages = Pages(kv[:, None], np.dtype(case.dtype))
+    return attend(q, pages, jnp.int32(0), tables, plan, attention.options.make(q))[0]
 
   return step, d.kv
 

@@ -1,18 +1,20 @@
 """Paged attention: one meaning (`reference`), several backends. Experimental: the kernels."""
 
+import functools
 import importlib
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
+from paged_jax.attention import options as options_lib
+from paged_jax.attention.backend import Backend as Backend
+from paged_jax.attention.options import Options as Options
 from paged_jax.attention.softmax import merge as merge
 from paged_jax.types import Pages, Plan, Tables
 
 _KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best first
-_MAX_BLOCK_SIZE = 64
 
 implementations = ("reference", "xla", "tpu", "gpu", "hopper")
 
@@ -50,17 +52,14 @@ def refusal(implementation: str, pages: Pages) -> str | None:
   return backend.refusal(pages)
 
 
-def _backend(implementation: str) -> ModuleType:
-  """A backend's module, imported when first asked for: kernels bring their compilers along."""
-  return importlib.import_module(f"paged_jax.attention.{implementation}")
+def _backend(implementation: str) -> Backend:
+  """A backend, its module imported when first asked for: kernels bring their compilers along."""
+  return importlib.import_module(f"paged_jax.attention.{implementation}").BACKEND
 
 
 def block_size(implementation: str, num_tokens: int, num_rows: int) -> int:
-  """Most tokens in a block of queries: a backend's own choice, or as many as rows have on average."""
-  backend = _backend(implementation)
-  if hasattr(backend, "block_size"):
-    return backend.block_size(num_tokens, num_rows)
-  return min(_MAX_BLOCK_SIZE, 1 << max(0, (num_tokens // num_rows).bit_length() - 1))
+  """Most tokens in a block of queries."""
+  return _backend(implementation).block_size(num_tokens, num_rows)
 
 
 def schedule(rows: jax.Array, num_rows: int, block_size: int) -> tuple[jax.Array, jax.Array]:
@@ -127,33 +126,25 @@ def attend(
   q = arguments.floats("q", q, (plan.rows.shape[0], None, d))
   if q.shape[1] % h:
     raise ValueError(f"q must have a multiple of {h} heads, got {q.shape[1]}")
-  if sinks is not None:
-    sinks = arguments.floats("sinks", sinks, (q.shape[1],)).astype(jnp.float32)
-  if softcap is not None:
-    softcap = _positive("softcap", softcap, jnp.float32)
-  options = dict(
-    scale=_scalar("scale", d**-0.5 if scale is None else scale, jnp.float32),
-    window=_positive("window", jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32),
-    softcap=softcap,
-    sinks=sinks,
-  )
-  return _attend(q, pages, arguments.layer(layer, num_layers), tables, plan, options)
+  options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks)
+  backend, layer = _backend(plan.implementation), arguments.layer(layer, num_layers)
+  return _attend(backend, q, pages, layer, tables, plan, options)
 
 
-@jax.custom_jvp
-def _attend(q, pages, layer, tables, plan, options):
-  return _backend(plan.implementation).attend(q, pages, layer, tables, plan, **options)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(backend: Backend, q, pages, layer, tables, plan, options):
+  return backend.attend(q, pages, layer, tables, plan, options)
 
 
-@_attend.defjvp
-def _attend_jvp(primals, tangents):
+@_differentiable.defjvp
+def _attend_jvp(backend, primals, tangents):
   """Derivatives are those of the reference, whatever computes the values."""
+  _, tangent = jax.jvp(_backend("reference").attend, primals, tangents)
+  return _differentiable(backend, *primals), tangent
 
-  def meaning(q, pages, layer, tables, plan, options):
-    return _backend("reference").attend(q, pages, layer, tables, plan, **options)
 
-  _, tangent = jax.jvp(meaning, primals, tangents)
-  return _attend(*primals), tangent
+# Compiled on its own, so that all layers of an unrolled model are traced and lowered once.
+_attend = jax.jit(_differentiable, static_argnums=0)
 
 
 @jax.custom_jvp
@@ -162,10 +153,7 @@ def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan
 
   By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
   """
-  backend = _backend(plan.implementation)
-  if hasattr(backend, "write"):
-    return backend.write(pages, layer, k, v, plan)
-  return pages_lib.write(pages, layer, k, v, plan.slots)
+  return _backend(plan.implementation).write(pages, layer, k, v, plan)
 
 
 @write.defjvp
@@ -175,23 +163,3 @@ def _write_jvp(primals, tangents):
   pages_lib.check_differentiable(pages)
   moved, _, k, v, _ = tangents
   return write(*primals), pages_lib.write(moved, layer, k, v, plan.slots)
-
-
-def _positive(name: str, value, dtype) -> jax.Array:
-  """`value` as a scalar array; a static one must be positive, and represented by the dtype."""
-  scalar = _scalar(name, value, dtype)
-  if not isinstance(value, jax.Array):
-    if not value > 0:
-      raise ValueError(f"{name} must be positive, got {value}")
-    if dtype == jnp.int32 and value != int(value):
-      raise ValueError(f"{name} must be an integer, got {value}")
-  return scalar
-
-
-def _scalar(name: str, value, dtype) -> jax.Array:
-  if jnp.shape(value):
-    raise ValueError(f"{name} must be a scalar, got shape {list(jnp.shape(value))}")
-  try:
-    return jnp.asarray(value, dtype)
-  except OverflowError:
-    raise ValueError(f"{name} must fit in {jnp.dtype(dtype)}, got {value}") from None

@@ -27,6 +27,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax, splits
+from paged_jax.attention.backend import Backend
+from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Plan, Tables
 
 CHUNK_BYTES = 2**15
@@ -82,11 +84,8 @@ def attend(
   layer: jax.Array,
   tables: Tables,
   plan: Plan,
+  options: Options,
   *,
-  scale: jax.Array,
-  window: jax.Array,
-  softcap: jax.Array | None,
-  sinks: jax.Array | None,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
@@ -124,7 +123,8 @@ def attend(
     interpret=interpret,
     name="paged_attention",
   )(
-    layer[None], window[None], scale[None], None if softcap is None else softcap[None], sinks,
+    layer[None], options.window[None], options.scale[None],
+    None if options.softcap is None else options.softcap[None], options.sinks,
     plan.blocks, plan.block_lengths, plan.rows, plan.positions, plan.ok,
     tables.starts, tables.block_tables, q, pages.kv,
   )  # fmt: skip
@@ -198,12 +198,9 @@ def _kernel(
 
     channels = jnp.arange(d, dtype=jnp.int32)
     k, v = load(channels), load(channels + d)
-    logits = _dot(q, k, 1) * scale_ref[0]
-    if softcap_ref is not None:
-      logits = softcap_ref[0] * jnp.tanh(logits / softcap_ref[0])
     seen = (at[None] >= first[:, None]) & (at[None] <= last[:, None]) & mapped[None]
-    logits = jnp.where(seen, logits, -jnp.inf)
-    return softmax.step(sums, logits, lambda weights: _dot(weights.astype(dtype), v, 0))
+    softcap = None if softcap_ref is None else softcap_ref[0]
+    return softmax.step(sums, softmax.logits(q, k, seen, scale_ref[0], softcap), v)
 
   top = jnp.full(tile_size, -jnp.inf, jnp.float32)
   if sinks_ref is not None:  # they count once
@@ -219,9 +216,4 @@ def _kernel(
   plgpu.store(lse_ref.at[place], lse, mask=ours[:, None])
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-  """[I,K] times b, over its `axis`, in float32."""
-  precision = "highest" if b.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-  )
+BACKEND = Backend(attend, refusal)

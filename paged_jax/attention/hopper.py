@@ -25,6 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax, splits
+from paged_jax.attention.backend import Backend
+from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Plan, Tables
 
 ROWS = 64  # of a wgmma
@@ -67,11 +69,8 @@ def attend(
   layer: jax.Array,
   tables: Tables,
   plan: Plan,
+  options: Options,
   *,
-  scale: jax.Array,
-  window: jax.Array,
-  softcap: jax.Array | None,
-  sinks: jax.Array | None,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`.
@@ -80,7 +79,7 @@ def attend(
   """
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   dtype = pages.kv.dtype
-  blocks = blocks_lib.make(q, h, tables, plan, window)
+  blocks = blocks_lib.make(q, h, tables, plan, options.window)
   g, _, m, _ = blocks.queries.shape
   x, stages, w = CHUNKS[d]
   w = min(w, -(-m // ROWS))
@@ -96,6 +95,7 @@ def attend(
   box = min(t, x)  # positions per copy
   most = -(-tables.block_tables.shape[1] * t // x)
   z = splits.count(g * h * y, most, splits.num_sms())
+  scale, softcap = options.scale, options.softcap
   if softcap is None:
     factors = jnp.stack([scale * LOG2E, jnp.float32(0)])
   else:
@@ -133,6 +133,7 @@ def attend(
   )  # fmt: skip
   out = out.reshape(z, g, h, -1, d)[:, :, :, :m]
   lse = lse.reshape(z, g, h, -1)[:, :, :, :m]
+  sinks = options.sinks
   if sinks is not None:
     sinks = jnp.tile(sinks.reshape(h, -1), (1, plan.block_size))[None]
   out, lse = splits.combine(out, lse, sinks)
@@ -323,3 +324,6 @@ def _column(x: jax.Array, width: int) -> jax.Array:
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+BACKEND = Backend(attend, refusal)

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from paged_jax import pages as pages_lib
+from paged_jax.attention import softmax
+from paged_jax.attention.backend import Backend
+from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Plan, Tables
-
-
-def refusal(pages: Pages) -> None:
-  """Nothing: every cache is served."""
-  del pages
 
 
 def attend(
@@ -21,11 +19,7 @@ def attend(
   layer: jax.Array,
   tables: Tables,
   plan: Plan,
-  *,
-  scale: jax.Array,
-  window: jax.Array,
-  softcap: float | jax.Array | None,
-  sinks: jax.Array | None,
+  options: Options,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   n, num_layers, h, t, d = pages_lib.sizes(pages)
@@ -36,21 +30,21 @@ def attend(
   i = plan.positions[:, None]
   starts = tables.starts.at[plan.rows].get(mode="fill", fill_value=0)[:, None]
   live = plan.ok & (plan.rows < tables.lengths.shape[0]) & (layer < num_layers)
-  seen = (j >= jnp.maximum(starts, i - window + 1)) & (j <= i) & live[:, None]
+  seen = (j >= jnp.maximum(starts, i - options.window + 1)) & (j <= i) & live[:, None]
   seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
 
   queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, d)
-  k = jnp.where(seen[:, :, None, None], k, 0)  # in gradients, too, 0 * NaN is NaN
-  logits = jnp.einsum("bhrd,bxhd->bhrx", queries, k, precision="highest") * scale
-  if softcap is not None:
-    logits = softcap * jnp.tanh(logits / softcap)
-  logits = jnp.where(seen[:, None, None], logits, -jnp.inf).reshape(*q.shape[:2], -1)
+  k, v = (jnp.where(seen[:, None, :, None], x.swapaxes(1, 2), 0) for x in (k, v))  # 0 * NaN is NaN
+  logits = softmax.logits(queries, k, seen[:, None, None], options.scale, options.softcap)
+  logits = logits.reshape(*q.shape[:2], -1)
 
   lse = jax.nn.logsumexp(logits, axis=-1)
-  if sinks is not None:
-    lse = jnp.where(live[:, None], jnp.logaddexp(lse, sinks[None]), -jnp.inf)
+  if options.sinks is not None:
+    lse = jnp.where(live[:, None], jnp.logaddexp(lse, options.sinks[None]), -jnp.inf)
   weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
-  weights = weights.reshape(q.shape[0], h, -1, k.shape[1])
-  v = jnp.where(seen[:, :, None, None], v, 0)  # 0 * NaN is NaN
-  out = jnp.einsum("bhrx,bxhd->bhrd", weights, v, precision="highest")
+  weights = weights.reshape(q.shape[0], h, -1, k.shape[2])
+  out = jnp.einsum("bhrx,bhxd->bhrd", weights, v, precision="highest")
   return out.reshape(q.shape).astype(q.dtype), lse
+
+
+BACKEND = Backend(attend)

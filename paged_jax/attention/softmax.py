@@ -1,9 +1,8 @@
-"""The online softmax: sums over any number of pieces, in any order, in float32.
+"""Products, and the online softmax: sums over any number of pieces, in any order, in float32.
 
 Online normalizer: Milakov and Gimelshein 2018; with values: Rabe and Staats 2021.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,28 @@ class Sums(NamedTuple):
   acc: jax.Array  # f32[...,D] sum of exp(logit - top) * value
 
 
-def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> Sums:
-  """Adds a piece: `logits` f32[...,X], -inf where masked; `weigh` sums values f32[...,X] -> [...,D].
+def operands(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """What is multiplied: the arrays as they are if all have one dtype, else all in float32."""
+  same = len({x.dtype for x in arrays}) == 1
+  return arrays if same else tuple(x.astype(jnp.float32) for x in arrays)
+
+
+def logits(
+  q: jax.Array,
+  k: jax.Array,
+  seen: jax.Array,
+  scale: jax.Array,
+  softcap: jax.Array | None,
+) -> jax.Array:
+  """Logits f32[...,M,X] of queries [...,M,D] and keys [...,X,D], -inf where not `seen`."""
+  out = _dot(q, k, -1) * scale
+  if softcap is not None:
+    out = softcap * jnp.tanh(out / softcap)
+  return jnp.where(seen, out, -jnp.inf)
+
+
+def step(sums: Sums, logits: jax.Array, v: jax.Array) -> Sums:
+  """Adds a piece: logits f32[...,M,X], -inf where masked, and its values [...,X,D].
 
   A piece that is masked everywhere changes nothing.
   """
@@ -30,7 +49,7 @@ def step(sums: Sums, logits: jax.Array, weigh: Callable[[jax.Array], jax.Array])
   return Sums(
     top=top,
     total=sums.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
-    acc=sums.acc * decay + weigh(weights),
+    acc=sums.acc * decay + _dot(weights.astype(v.dtype), v, -2),
   )
 
 
@@ -67,3 +86,13 @@ def merge(
 
 def _finite(top: jax.Array) -> jax.Array:
   return jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is NaN
+
+
+def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """[...,M,K] times b, over its `axis`, in float32."""
+  batch = tuple(range(a.ndim - 2))
+  precision = "highest" if b.dtype == jnp.float32 else None  # a GPU would take TF32
+  return jax.lax.dot_general(
+    a, b, (((a.ndim - 1,), (b.ndim + axis,)), (batch, batch)), precision=precision,
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip

@@ -23,6 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax, tpu_write
+from paged_jax.attention.backend import Backend
+from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Plan, Tables
 
 CHUNK_TOKENS = 512
@@ -48,16 +50,13 @@ def attend(
   layer: jax.Array,
   tables: Tables,
   plan: Plan,
+  options: Options,
   *,
-  scale: jax.Array,
-  window: jax.Array,
-  softcap: jax.Array | None,
-  sinks: jax.Array | None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   _, num_layers, h, t, d = pages_lib.sizes(pages)
-  blocks = blocks_lib.make(q, h, tables, plan, window)
+  blocks = blocks_lib.make(q, h, tables, plan, options.window)
   g, _, m, _ = blocks.queries.shape
   begin, end = jnp.min(blocks.first, axis=1), jnp.max(blocks.last, axis=1) + 1
   end = jnp.where(layer < num_layers, end, 0)
@@ -69,8 +68,9 @@ def attend(
     4 * 2 * h * t * d * pages.kv.dtype.itemsize
   )  # two chunks, half the space
   c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
-  sums = blocks_lib.start(queries[0, ..., :1], sinks)
-  scalars = jnp.stack([scale, jnp.float32(0) if softcap is None else softcap])
+  sums = blocks_lib.start(queries[0, ..., :1], options.sinks)
+  softcap = options.softcap
+  scalars = jnp.stack([options.scale, jnp.float32(0) if softcap is None else softcap])
 
   def block(*shape):
     return pl.BlockSpec((1, *shape), lambda i, *_: (i, *[0] * len(shape)))
@@ -261,20 +261,14 @@ def _kernel(
       k, v = (kv, kv) if size % 128 else (kv[:, :size], kv[:, size:])
       return (k, v) if k.dtype == q_ref.dtype else (k.astype(jnp.float32), v.astype(jnp.float32))
 
-    def masked_logits(head):
+    def logits(head):
       k, _ = keys_and_values(head)
-      logits = _dot(q_ref[0, head].astype(k.dtype), k, 1) * scalars_ref[0]
-      if softcapped:
-        logits = scalars_ref[1] * jnp.tanh(logits / scalars_ref[1])
-      return jnp.where(seen, logits, -jnp.inf)
-
-    def weigh(head, weights):
-      _, v = keys_and_values(head)
-      return _dot(weights.astype(v.dtype), v, 0)
+      softcap = scalars_ref[1] if softcapped else None
+      return softmax.logits(q_ref[0, head].astype(k.dtype), k, seen, scalars_ref[0], softcap)
 
     # all logits first: one head's softmax then overlaps with another's products
-    logits = [masked_logits(i) for i in range(h)]
-    return tuple(softmax.step(sums[i], logits[i], functools.partial(weigh, i)) for i in range(h))
+    found = [logits(i) for i in range(h)]
+    return tuple(softmax.step(sums[i], found[i], keys_and_values(i)[1]) for i in range(h))
 
   zeros = jnp.zeros((q_ref.shape[2], q_ref.shape[3]), jnp.float32)
   start = tuple(softmax.Sums(top_ref[i], total_ref[i], zeros) for i in range(h))
@@ -291,9 +285,4 @@ def _wait(there, sem):
   pltpu.make_async_copy(there, there, sem).wait()
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-  """[M,K] times b, over its `axis`, in float32."""
-  precision = "highest" if b.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-  )
+BACKEND = Backend(attend, refusal, write)

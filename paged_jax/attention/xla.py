@@ -5,7 +5,7 @@ online softmax, from the first that its window reaches to the last that causalit
 ragged batch costs the pages that it sees:
 
     # pages    0 1 2 3 4 5 6 7 8 9 a b c d
-    # chunks  [. . . . . . . .][. .][. .][. .]    as many large ones as fit, then small ones
+    # chunks      [. . . .][. . . .][. . .]
 
 A chunk of pages is one gather of (page, layer) pairs, small enough to stay in the processor's cache.
 Several blocks at once (2 to 8, as one batch) took on CPU 0.8-1.2x the time for rows of one length
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
+from paged_jax.attention.backend import Backend
+from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Plan, Tables
 
 # A block computes the least of these numbers of tokens that holds its own: 1 for a row that
@@ -33,20 +35,13 @@ from paged_jax.types import Pages, Plan, Tables
 # own, takes 1.5x the time.
 QUERIES = (1, 16, 32, 64)
 
-# Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on an AMD EPYC (Zen 4, 1 MB
-# L2 per core), jax 0.10.2 and 0.12.0: on one core half as much is as fast and twice is 1.1-1.4x
-# slower; on two, from half to twice makes 0.9-1.2x, in no one direction.
-CHUNK_TOKENS = 512
+# Most positions, and most bytes of K and V, in a chunk. Measured 2026-11 on two busy cores (AMD EPYC),
+# beside chunks of 512 and then of 128 at a row's end: rows of 30 to 500 positions take 0.5-1.1x the
+# processor time, of 2,048 and more 0.8-1.2x. One loop compiles in half the time of two.
+CHUNK_TOKENS = 128
 CHUNK_BYTES = 2**21
 
-# Most positions in the chunks at a row's end. Rows of 20 to 110 positions take 0.3-0.45x the time
-# that they take in large chunks alone.
-LAST_CHUNK_TOKENS = 128
-
-
-def refusal(pages: Pages) -> None:
-  """Nothing: every cache is served."""
-  del pages
+_NEVER = jnp.iinfo(jnp.int32).max
 
 
 def block_size(num_tokens: int, num_rows: int) -> int:
@@ -60,102 +55,107 @@ def attend(
   layer: jax.Array,
   tables: Tables,
   plan: Plan,
-  *,
-  scale: jax.Array,
-  window: jax.Array,
-  softcap: float | jax.Array | None,
-  sinks: jax.Array | None,
+  options: Options,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, num_layers, h, t, _ = pages_lib.sizes(pages)
-  b, num_heads, _ = q.shape
-  large, small = _chunks(pages, tables)
-  dtype = pages.dtype if q.dtype == pages.dtype else jnp.float32  # of the operands of products
-
-  def attend_block(m: int, g: jax.Array, outs: tuple[jax.Array, jax.Array]):
-    """Block `g`, of at most `m` tokens, over its row."""
-    at = jnp.minimum(plan.blocks[g], b - m)
-    nth = at + jnp.arange(m, dtype=jnp.int32) - plan.blocks[g]
-
-    def of_block(x):
-      return jax.lax.dynamic_slice_in_dim(x, at, m)
-
-    live = (nth >= 0) & (nth < plan.block_lengths[g]) & of_block(plan.ok)
-    row = plan.rows.at[plan.blocks[g]].get(mode="clip")
-    start = tables.starts.at[row].get(mode="clip")
-    first, last = blocks_lib.seen(live, of_block(plan.positions), start, window)
-    begin, end = jnp.min(first), jnp.max(last) + 1
-    first, last = (jnp.repeat(x, num_heads // h)[:, None] for x in (first, last))
-    queries = blocks_lib.by_head(of_block(q), h)
-
-    def add_chunk(first_page, chunk, c, sums):
-      """Adds the `c`-th `chunk` pages from the row's `first_page` i32[] on."""
-      columns = first_page + c * chunk + jnp.arange(chunk, dtype=jnp.int32)
-      ids = tables.block_tables.at[row, columns].get(mode="fill", fill_value=n)
-      j = (columns[:, None] * t + jnp.arange(t, dtype=jnp.int32)[None]).reshape(-1)
-      there = (j >= begin) & (j < end) & jnp.repeat(ids < n, t) & (layer < num_layers)
-      k, v = _load(pages, layer, ids, there)
-      logits = _dot("hmd,hxd->hmx", queries.astype(dtype), k.astype(dtype)) * scale
-      if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-      seen = (j[None] >= first) & (j[None] <= last) & there[None]
-      logits = jnp.where(seen[None], logits, -jnp.inf)
-      return softmax.step(
-        sums, logits, lambda p: _dot("hmx,hxd->hmd", p.astype(dtype), v.astype(dtype))
-      )
-
-    sums, page = blocks_lib.start(queries, sinks), begin // t
-    if large > small:
-      num_large = jnp.maximum(end - page * t + t - 1, 0) // t // large
-      sums = jax.lax.fori_loop(0, num_large, functools.partial(add_chunk, page, large), sums)
-      page += num_large * large
-    num_small = -(-(end - page * t) // (small * t))
-    sums = jax.lax.fori_loop(0, num_small, functools.partial(add_chunk, page, small), sums)
-
-    def updated(out, new):
-      new = blocks_lib.by_query(new, m).reshape(m, *out.shape[1:])
-      mask = live.reshape(-1, *[1] * (out.ndim - 1))
-      new = jnp.where(mask, new.astype(out.dtype), of_block(out))
-      return jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)
-
-    return tuple(updated(*pair) for pair in zip(outs, softmax.finish(sums)))
-
-  outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
-  smaller = 0
+  b, s = q.shape[0], tables.lengths.shape[0]
+  live = plan.ok & (plan.rows < s) & (layer < pages.kv.shape[1])
+  starts = tables.starts.at[plan.rows].get(mode="clip", wrap_negative_indices=False)
+  spans = blocks_lib.seen(live, plan.positions, starts, options.window)
   largest = min(plan.block_size, b)
   # Sizes that are more than half of the largest are not worth a loop of their own.
-  for m in sorted({largest, *(size for size in QUERIES if size == 1 or 2 * size <= largest)}):
-    mine = (plan.block_lengths > smaller) & (plan.block_lengths <= m)
-    (blocks,) = jnp.nonzero(mine, size=len(mine), fill_value=0)
-    outs = jax.lax.fori_loop(
-      0, jnp.sum(mine), lambda i, outs, m=m, blocks=blocks: attend_block(m, blocks[i], outs), outs
-    )
-    smaller = m
-  return outs
+  sizes = sorted({largest, *(size for size in QUERIES if size == 1 or 2 * size <= largest)})
+
+  def attend_block(size, g, outs):
+    return _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs)
+
+  def attend_any(g, outs):
+    """Block `g`, by the least size that holds it: each loop has one turn or none.
+
+    A turn needs the loop's number, or XLA would take it out of the loop.
+    """
+    length = plan.block_lengths[g]
+    for smaller, size in zip([0, *sizes], sizes):
+      mine = (length > smaller) & (length <= size)
+      turn = functools.partial(attend_block, size)
+      outs = jax.lax.fori_loop(g, g + mine.astype(jnp.int32), turn, outs)
+    return outs
+
+  one = attend_any if len(sizes) > 1 else functools.partial(attend_block, largest)
+  outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
+  return jax.lax.fori_loop(0, jnp.sum(plan.block_lengths > 0, dtype=jnp.int32), one, outs)
 
 
-def _chunks(pages: Pages, tables: Tables) -> tuple[int, int]:
-  """Pages of a large chunk and of a small one."""
+def _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs):
+  """`outs` with block `g`, of at most `size` tokens, attended; `spans` as of `blocks.seen`."""
+  n, _, h, t, _ = pages_lib.sizes(pages)
+  b, num_heads, _ = q.shape
+  chunk = _chunk(pages, tables)
+  begin_token, length = plan.blocks[g], plan.block_lengths[g]
+  at = jnp.minimum(begin_token, b - size)
+  nth = at - begin_token + jnp.arange(size, dtype=jnp.int32)
+  own = (nth >= 0) & (nth < length)
+
+  def of_block(x):
+    return jax.lax.dynamic_slice_in_dim(x, at, size, allow_negative_indices=False)
+
+  first, last = (jnp.where(own, of_block(x), none) for x, none in zip(spans, (_NEVER, -1)))
+  begin, end, live = jnp.min(first), jnp.max(last) + 1, last >= 0
+  first, last = (jnp.repeat(x, num_heads // h)[:, None] for x in (first, last))
+  queries = blocks_lib.by_head(of_block(q), h)
+  row = jnp.minimum(plan.rows[begin_token], tables.lengths.shape[0] - 1)
+  # wide enough for a chunk that begins with the row's last page
+  ids = jnp.pad(tables.block_tables, ((0, 0), (0, chunk)), constant_values=n)
+  page = begin // t
+
+  def add_chunk(number, sums):
+    column = page + number * chunk
+    mine = jax.lax.dynamic_slice(ids, (row, column), (1, chunk), allow_negative_indices=False)[0]
+    j = column * t + jnp.arange(chunk * t, dtype=jnp.int32)
+    there = (j >= begin) & (j < end) & jnp.repeat(mine < n, t)
+    seen = (j[None] >= first) & (j[None] <= last) & there[None]
+    q, k, v = softmax.operands(queries, *_load(pages, layer, mine, there))
+    logits = softmax.logits(q, k, seen[None], options.scale, options.softcap)
+    return softmax.step(sums, logits, v)
+
+  count = jax.lax.div(jnp.maximum(end - page * t, 0) + chunk * t - 1, chunk * t)
+  sums = jax.lax.fori_loop(0, count, add_chunk, blocks_lib.start(queries, options.sinks))
+
+  def updated(out, new):
+    new = blocks_lib.by_query(new, size).reshape(size, *out.shape[1:])
+    mask = live.reshape(-1, *[1] * (out.ndim - 1))
+    new = jnp.where(mask, new.astype(out.dtype), of_block(out))
+    return jax.lax.dynamic_update_slice_in_dim(out, new, at, 0, allow_negative_indices=False)
+
+  return tuple(updated(*pair) for pair in zip(outs, softmax.finish(sums)))
+
+
+def _chunk(pages: Pages, tables: Tables) -> int:
+  """Pages of a chunk."""
   page_bytes = math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
   page_size, max_pages = pages.kv.shape[3], tables.block_tables.shape[1]
-  wanted = min(CHUNK_TOKENS // page_size, CHUNK_BYTES // page_bytes, max_pages)
-  large = max(1, wanted)
-  return large, max(1, min(LAST_CHUNK_TOKENS // page_size, large))
+  return max(1, min(CHUNK_TOKENS // page_size, CHUNK_BYTES // page_bytes, max_pages))
 
 
 def _load(
   pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """K and V [H,X,D] of pages `ids` i32[C]. V is zero where not `live` bool[X]: 0 * NaN is NaN."""
-  _, _, h, t, d = pages_lib.sizes(pages)
-  ids, live = jax.lax.optimization_barrier((ids, live))  # once, not for every element of K and V
-  bits = pages.kv.at[ids, layer].get(mode="clip")  # [C,H,T,2D]
-  k, v = bits[..., :d], bits[..., d:]
-  v = jnp.where(live.reshape(-1, 1, t, 1), v, jnp.zeros((), v.dtype))
-  k, v = (pages_lib.values(x.swapaxes(0, 1).reshape(h, -1, d), pages) for x in (k, v))
+  n, num_layers, h, t, d = pages_lib.sizes(pages)
+  kv = pages.kv.reshape(n * num_layers, h, t, 2 * d)
+  rows = jnp.minimum(ids, n - 1) * num_layers + layer
+  by_head = jax.lax.GatherDimensionNumbers(
+    offset_dims=(0, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3)
+  )
+
+  def part(channel):
+    where = jnp.stack([rows, jnp.full_like(rows, channel)], axis=-1)
+    return jax.lax.gather(kv, where, by_head, (1, h, t, d), mode="clip")  # [H,C,T,D]
+
+  k, v = part(0), part(d)
+  v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))
+  k, v = (pages_lib.values(x.reshape(h, -1, d), pages) for x in (k, v))
   return k, v
 
 
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  precision = "highest" if b.dtype == jnp.float32 else None  # a GPU would take TF32
-  return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+BACKEND = Backend(attend, block_size=block_size)

@@ -47,7 +47,8 @@ FEW = [c for c in CASES if c.name in ("several chunks", "window far behind", "ev
 
 
 def as_backend(monkeypatch, **options):
-  monkeypatch.setattr(gpu, "attend", functools.partial(gpu.attend, **options))
+  attend = functools.partial(gpu.attend, **options)
+  monkeypatch.setattr(gpu, "BACKEND", gpu.BACKEND._replace(attend=attend))
   cases.forget()
 
 

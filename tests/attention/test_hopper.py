@@ -66,7 +66,8 @@ _wgmma = plgpu.wgmma
 def interpreted(monkeypatch):
   """Lets the backend "hopper" run interpreted; a race raises, and what is not set is NaN."""
   params = plgpu.InterpretGPUParams(detect_races=True)
-  monkeypatch.setattr(hopper, "attend", functools.partial(hopper.attend, interpret=params))
+  attend = functools.partial(hopper.attend, interpret=params)
+  monkeypatch.setattr(hopper, "BACKEND", hopper.BACKEND._replace(attend=attend))
   cases.forget()
   monkeypatch.setattr(plgpu, "wgmma", checked)
 

@@ -23,14 +23,14 @@ def attend_in_pieces(logits, values, sizes):
   sums, cuts = nothing(*logits.shape[:-1], d=values.shape[-1]), np.cumsum([0, *sizes])
   for low, high in itertools.pairwise(cuts):
     part = values[low:high]
-    sums = softmax.step(sums, logits[..., low:high], lambda p, part=part: p @ part)
+    sums = softmax.step(sums, logits[..., low:high], part)
   out, lse = softmax.finish(sums)
   return out, lse[..., 0]
 
 
 def test_one_step_by_hand():
   logits, values = jnp.log(jnp.array([1.0, 3.0])), jnp.array([[8.0], [4.0]])
-  out, lse = softmax.finish(softmax.step(nothing(d=1), logits, lambda p: p @ values))
+  out, lse = softmax.finish(softmax.step(nothing(d=1), logits, values))
   np.testing.assert_allclose(out, [5.0], rtol=1e-6)  # (1*8 + 3*4) / 4
   np.testing.assert_allclose(lse, np.log(4.0), rtol=1e-6)
 
@@ -91,3 +91,31 @@ def test_merge_keeps_the_dtype_of_the_output():
   merged, lse = softmax.merge(out, lse, out, lse)
   assert merged.dtype == jnp.bfloat16
   assert lse.dtype == jnp.float32
+
+
+def test_logits_are_scaled_then_capped_then_masked():
+  q, k = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [1.0, 0.0], [5.0, 5.0]])  # 11, 1, 15
+  seen = jnp.array([[True, True, False]])
+  plain = softmax.logits(q, k, seen, jnp.float32(0.5), None)
+  np.testing.assert_allclose(plain, [[5.5, 0.5, -np.inf]])
+  capped = softmax.logits(q, k, seen, jnp.float32(0.5), jnp.float32(2))
+  np.testing.assert_allclose(capped, [[2 * np.tanh(2.75), 2 * np.tanh(0.25), -np.inf]], rtol=1e-6)
+
+
+def test_heads_are_multiplied_side_by_side():
+  rng = np.random.default_rng(2)
+  q, k, v = (jnp.asarray(rng.standard_normal((2, n, 4)), jnp.float32) for n in (3, 5, 5))
+  seen = jnp.ones((3, 5), bool)
+  together = softmax.logits(q, k, seen[None], jnp.float32(1), None)
+  out, _ = softmax.finish(softmax.step(nothing(2, 3, d=4), together, v))
+  for head in range(2):
+    logits = softmax.logits(q[head], k[head], seen, jnp.float32(1), None)
+    np.testing.assert_allclose(together[head], logits, rtol=1e-6, atol=1e-6)
+    alone, _ = softmax.finish(softmax.step(nothing(3, d=4), logits, v[head]))
+    np.testing.assert_allclose(out[head], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_operands_of_two_dtypes_are_multiplied_in_float32():
+  half, single = jnp.ones(1, jnp.bfloat16), jnp.ones(1)
+  assert [x.dtype for x in softmax.operands(half, half)] == [jnp.bfloat16] * 2
+  assert [x.dtype for x in softmax.operands(half, single)] == [jnp.float32] * 2

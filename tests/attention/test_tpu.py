@@ -37,9 +37,8 @@ def interpreted(monkeypatch):
   """Lets the backend "tpu" run interpreted."""
 
   def use(interpret):
-    for name in ("attend", "write"):
-      function = functools.partial(getattr(tpu, name), interpret=interpret)
-      monkeypatch.setattr(tpu, name, function)
+    attend, write = (functools.partial(f, interpret=interpret) for f in (tpu.attend, tpu.write))
+    monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
     cases.forget()
 
   return use
