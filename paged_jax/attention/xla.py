@@ -104,17 +104,18 @@ def _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs):
   first, last = (jnp.repeat(x, num_heads // h)[:, None] for x in (first, last))
   queries = blocks_lib.by_head(of_block(q), h)
   row = jnp.minimum(plan.rows[begin_token], tables.lengths.shape[0] - 1)
-  # wide enough for a chunk that begins with the row's last page
-  ids = jnp.pad(tables.block_tables, ((0, 0), (0, chunk)), constant_values=n)
   page = begin // t
 
   def add_chunk(number, sums):
-    column = page + number * chunk
-    mine = jax.lax.dynamic_slice(ids, (row, column), (1, chunk), allow_negative_indices=False)[0]
+    wanted = page + number * chunk
+    column = jnp.minimum(wanted, tables.block_tables.shape[1] - chunk)  # the table ends there
+    ids = jax.lax.dynamic_slice(
+      tables.block_tables, (row, column), (1, chunk), allow_negative_indices=False
+    )[0]
     j = column * t + jnp.arange(chunk * t, dtype=jnp.int32)
-    there = (j >= begin) & (j < end) & jnp.repeat(mine < n, t)
+    there = (j >= jnp.maximum(begin, wanted * t)) & (j < end) & jnp.repeat(ids < n, t)
     seen = (j[None] >= first) & (j[None] <= last) & there[None]
-    q, k, v = softmax.operands(queries, *_load(pages, layer, mine, there))
+    q, k, v = softmax.operands(queries, *_load(pages, layer, ids, there))
     logits = softmax.logits(q, k, seen[None], options.scale, options.softcap)
     return softmax.step(sums, logits, v)
 
