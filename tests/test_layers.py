@@ -35,9 +35,9 @@ TABLES = {
     pool tables
   """,
   "paged_jax.attention": """
-    hopper tpu xla
-    __init__ blocks gpu
-    reference softmax splits tpu_write
+    __init__ gpu hopper reference tpu xla
+    backend blocks
+    options softmax splits tpu_write
   """,
   "paged_jax.models": """
     __init__
