@@ -26,7 +26,7 @@ import measure
 
 import paged_jax
 from paged_jax.engine import PromptLookup, sampling
-from paged_jax.engine.device import program
+from paged_jax.engine.device import draws, program, records
 from paged_jax.models import decoder as decoder_lib
 
 NUM_ROWS = 32
@@ -93,16 +93,16 @@ def call(
 
   def state():
     row = jnp.zeros(s, jnp.int32)
-    rows = program.Rows(
+    rows = records.Rows(
       tokens=row,
       remaining=row,
       stop_tokens=jnp.zeros((s, 2 * sampling.MAX_STOP_TOKENS), jnp.int32),
       groups=row,
       scores=jnp.zeros(s, jnp.float32),
-      draws=jax.tree.map(jnp.asarray, sampling.draws({}, s, vocab)),
+      draws=jax.tree.map(jnp.asarray, draws.draws({}, s, vocab)),
     )
     longest = cache.pages_per_row * cache.page_size + 1 if variant.drafter else 0
-    past = program.Past(
+    past = records.Past(
       seen=jnp.zeros((s, vocab), bool),
       texts=jnp.zeros((s, longest), jnp.int32),
       logits=jnp.zeros((s, vocab), jnp.float32),
@@ -110,8 +110,8 @@ def call(
     prompts = None
     if variant.num_prompt_tokens is not None:
       token = jnp.zeros(variant.num_prompt_tokens, jnp.int32)
-      prompts = program.Prompts(token, token, token, jnp.zeros(s, bool), row)
-    edits = program.Edits(changed=jnp.zeros(s, bool), rows=rows)
+      prompts = records.Prompts(token, token, token, jnp.zeros(s, bool), row)
+    edits = records.Edits(changed=jnp.zeros(s, bool), rows=rows)
     return rows, past, edits, prompts
 
   args = jax.eval_shape(lambda: paged_jax.init(cache)), Model(weights, backend)

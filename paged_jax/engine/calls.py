@@ -21,7 +21,8 @@ import paged_jax
 from paged_jax.config import CacheConfig
 from paged_jax.engine import sampling
 from paged_jax.engine.config import Counts
-from paged_jax.engine.device import program
+from paged_jax.engine.device import draws as draws_lib
+from paged_jax.engine.device import program, records
 from paged_jax.engine.device.drafts import Drafter
 from paged_jax.engine.requests import Queue, Sample
 from paged_jax.host import Manager, Ticket
@@ -75,7 +76,7 @@ class _Parts:
 
 class _Call(NamedTuple):
   ticket: Ticket  # with its packed report
-  like: program.Report  # what that unpacks to
+  like: records.Report  # what that unpacks to
   samples: dict[int, Sample]  # those that draw, by row
   num_steps: int
 
@@ -117,7 +118,7 @@ class Calls:
     self._longest = self._config.pages_per_row * self._config.page_size + 1  # text of a row
     self._rows = jax.device_put(self._row_arrays({}), self._where)
     self._past = jax.device_put(
-      program.Past(
+      records.Past(
         seen=jnp.zeros((s, self.vocab_size), bool),
         texts=jnp.zeros((s, self._longest if drafter else 0), jnp.int32),
         logits=jnp.zeros((s, self.vocab_size), jnp.float32),
@@ -158,7 +159,7 @@ class Calls:
     self._calls.append(_Call(ticket, like, samples, num_steps))
 
   def run(
-    self, prompts: program.Prompts | None, num_steps: int, *, searching: bool = False
+    self, prompts: records.Prompts | None, num_steps: int, *, searching: bool = False
   ) -> Ticket:
     """One call, rows that have changed edited first; its packed report is in the ticket."""
     edits = self._edits()
@@ -180,7 +181,7 @@ class Calls:
     """Until all that was dispatched has run."""
     jax.block_until_ready(self._rows.tokens)
 
-  def prompts(self, pieces: list[Piece], size: int) -> program.Prompts:
+  def prompts(self, pieces: list[Piece], size: int) -> records.Prompts:
     """Pieces of prompts, padded to `size` tokens."""
     s = self._config.num_rows
     tokens, rows, positions = np.zeros((3, size), np.int32)
@@ -195,9 +196,9 @@ class Calls:
         starts[[beam.row for beam in sample.beams]] = True
         last[sample.row] = at - 1 if count else size
     arrays: Any = (tokens, rows, positions, starts, last)
-    return program.Prompts(*arrays)
+    return records.Prompts(*arrays)
 
-  def _edits(self) -> program.Edits:
+  def _edits(self) -> records.Edits:
     """The rows whose sample has changed since the last call."""
     changed: Any = np.zeros(self._config.num_rows, bool)
     changed[list(self.changed)] = True
@@ -211,9 +212,9 @@ class Calls:
         self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
         sample.handle.last_logits = None
     self.changed.clear()
-    return program.Edits(changed, self._row_arrays(samples))
+    return records.Edits(changed, self._row_arrays(samples))
 
-  def _row_arrays(self, samples: dict[int, Sample]) -> program.Rows:
+  def _row_arrays(self, samples: dict[int, Sample]) -> records.Rows:
     s, vocab = self._config.num_rows, self.vocab_size
     arrays: dict[str, Any] = dict(
       tokens=np.zeros(s, np.int32),
@@ -230,7 +231,7 @@ class Calls:
       if sample.searching:
         arrays["groups"][row], arrays["scores"][row] = sample.beams[0].row, sample.score
     drawn = {row: (sample.sampling, sample.nth) for row, sample in samples.items()}
-    return program.Rows(**arrays, draws=sampling.draws(drawn, s, vocab))
+    return records.Rows(**arrays, draws=draws_lib.draws(drawn, s, vocab))
 
   # Reports
 
@@ -243,7 +244,7 @@ class Calls:
   def collect(self) -> list[Drawn]:
     """Reads the oldest report."""
     call = self._calls.popleft()
-    report = program.unpack(np.asarray(call.ticket.result), call.like)
+    report = records.unpack(np.asarray(call.ticket.result), call.like)
     self._counts.copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
@@ -282,13 +283,13 @@ def _compilable(model: Any) -> Any:
 
 
 @functools.cache
-def _like(num_steps: int, width: int, num_rows: int, searching: bool) -> program.Report:
+def _like(num_steps: int, width: int, num_rows: int, searching: bool) -> records.Report:
   """Shapes and dtypes of a report."""
-  made = functools.partial(program.blank, num_steps, width, num_rows, searching=searching)
+  made = functools.partial(records.blank, num_steps, width, num_rows, searching=searching)
   return jax.eval_shape(made)
 
 
-def _texts(report: program.Report) -> list[tuple[list[int], list[float]]]:
+def _texts(report: records.Report) -> list[tuple[list[int], list[float]]]:
   """The new tokens of each row, and their log-probabilities."""
   nth = np.arange(report.tokens.shape[1])
   taken = (nth[:, None] < report.counts[:, None]).transpose(2, 0, 1)  # [S,K,W]
@@ -300,7 +301,7 @@ def _texts(report: program.Report) -> list[tuple[list[int], list[float]]]:
   return [(tokens[part], logprobs[part]) for part in parts]
 
 
-def _searched(report: program.Report, beams: dict[int, Sample]) -> list[Drawn]:
+def _searched(report: records.Report, beams: dict[int, Sample]) -> list[Drawn]:
   """The texts of beams, by row: at each step a row goes on with the text of its source."""
   if report.beams is None:
     return []

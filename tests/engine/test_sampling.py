@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import tiny
 
-from paged_jax.engine import Engine, EngineConfig, Sampling, sampling
+from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.engine.device import draws as draws_lib
 
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
 
 def draws(**fields):
-  return sampling.draws({0: (Sampling(**fields), 0)}, 1, 4)
+  return draws_lib.draws({0: (Sampling(**fields), 0)}, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def draws(**fields):
   ],
 )
 def test_the_tokens_kept(fields, kept):
-  assert {*np.flatnonzero(sampling.likely(LOGITS, draws(**fields))[0]).tolist()} == kept
+  assert {*np.flatnonzero(draws_lib.likely(LOGITS, draws(**fields))[0]).tolist()} == kept
 
 
 def reference(logits, top_k, top_p, min_p):
@@ -49,8 +50,8 @@ def test_ties_go_by_the_lowest_id(seed):
     dict(top_k=int(random.integers(1, 24)), top_p=float(random.choice([0.03, 0.31, 0.77, 1.0])),
          min_p=float(random.choice([0.0, 0.05, 0.5]))) for _ in logits
   ]  # fmt: skip
-  each = sampling.draws({i: (Sampling(**rule), 0) for i, rule in enumerate(rules)}, 40, 23)
-  got = sampling.likely(jnp.array(logits), each)
+  each = draws_lib.draws({i: (Sampling(**rule), 0) for i, rule in enumerate(rules)}, 40, 23)
+  got = draws_lib.likely(jnp.array(logits), each)
   with np.errstate(divide="ignore"):
     for row, rule, mine in zip(logits, rules, got):
       assert {*np.flatnonzero(mine).tolist()} == reference(row, **rule), rule
@@ -58,7 +59,7 @@ def test_ties_go_by_the_lowest_id(seed):
 
 @pytest.mark.parametrize("top_p", [1e-6, 1e-37, 1e-38, 1e-300])
 def test_the_most_likely_token_is_always_kept(top_p):
-  assert {*np.flatnonzero(sampling.likely(LOGITS, draws(top_p=top_p))[0]).tolist()} == {1}
+  assert {*np.flatnonzero(draws_lib.likely(LOGITS, draws(top_p=top_p))[0]).tolist()} == {1}
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,11 @@ def draw(logits, *rules, num_draws=512):
   """Tokens drawn from the same logits at many positions, [num_draws, rows], a row for each rule."""
   logits = jnp.broadcast_to(jnp.array(logits, jnp.float32), (len(rules), len(logits)))
   rows = {row: (Sampling(**rule), 0) for row, rule in enumerate(rules)}
-  each = sampling.draws(rows, len(rules), logits.shape[1])
+  each = draws_lib.draws(rows, len(rules), logits.shape[1])
   positions = jnp.arange(num_draws, dtype=jnp.int32)[:, None] + jnp.zeros(
     (1, len(rules)), jnp.int32
   )
-  return np.asarray(jax.lax.map(lambda p: sampling.draw(logits, each, p), positions))
+  return np.asarray(jax.lax.map(lambda p: draws_lib.draw(logits, each, p), positions))
 
 
 def test_draws_follow_the_distribution_of_each_row():
@@ -113,11 +114,11 @@ def test_a_draw_depends_on_seed_and_position_alone():
 def test_bias_and_repetition_penalty_change_logits_by_hand():
   logits, seen = jnp.array([[2.0, -2.0, 1.0, 0.0]]), jnp.array([[True, True, False, False]])
   rules = draws(repetition_penalty=2.0, logit_bias={3: 5.0, 2: -1.0})
-  np.testing.assert_allclose(sampling.adjust(logits, rules, seen), [[1.0, -4.0, 0.0, 5.0]])
+  np.testing.assert_allclose(draws_lib.adjust(logits, rules, seen), [[1.0, -4.0, 0.0, 5.0]])
 
 
 def test_logprob_is_that_of_the_model():
-  got = sampling.logprob(LOGITS + 3, jnp.array([2]))
+  got = draws_lib.logprob(LOGITS + 3, jnp.array([2]))
   np.testing.assert_allclose(got, np.log([0.2]), rtol=1e-5)
 
 

@@ -14,112 +14,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import paged_jax
-from paged_jax.engine import sampling
 from paged_jax.engine.device import beams
+from paged_jax.engine.device import draws as draws_lib
 from paged_jax.engine.device.drafts import Drafter
+from paged_jax.engine.device.records import (
+  BeamReport,
+  Edits,
+  Past,
+  Prompts,
+  Report,
+  Rows,
+  blank,
+  pack,
+)
 from paged_jax.ledger import tables
 from paged_jax.types import Cache, Log
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """What each row decodes. Lives on the device from call to call."""
-
-  tokens: jax.Array  # i32[S] the row's last token, not in the cache yet
-  remaining: jax.Array  # i32[S] tokens still to draw, 0 = idle
-  stop_tokens: jax.Array  # i32[S,E] V = none
-  groups: jax.Array  # i32[S] rows with the same number are the beams of one search, S = none
-  scores: jax.Array  # f32[S] log-probability of a beam's new tokens, -inf = it has no text
-  draws: sampling.Draws
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Past:
-  """What rows have read. Lives on the device from call to call."""
-
-  seen: jax.Array  # bool[S,V] tokens in the row's text, kept where there is a repetition penalty
-  texts: jax.Array  # i32[S,X] the row's text, kept for a drafter; X = 0 without one
-  logits: jax.Array  # f32[S,V] after the row's prompt
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Edits:
-  """Rows that the host changes before a call."""
-
-  changed: jax.Array  # bool[S]
-  rows: Rows
-
-
-class Prompts(NamedTuple):
-  """Pieces of prompts, each row's in one piece, whose pages are there; S pads `rows`."""
-
-  tokens: jax.Array  # i32[C]
-  rows: jax.Array  # i32[C]
-  positions: jax.Array  # i32[C]
-  starts: jax.Array  # bool[S] rows whose prompt ends here: they draw their first token
-  last: jax.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
-
-
-class BeamReport(NamedTuple):
-  """What a call tells of beams."""
-
-  sources: jax.Array  # i32[K,S] the row whose text it went on with
-  scores: jax.Array  # f32[S]
-
-
-class Report(NamedTuple):
-  """What a call tells the host."""
-
-  tokens: jax.Array  # i32[K,W,S]
-  logprobs: jax.Array  # f32[K,W,S]
-  counts: jax.Array  # i32[K,S] tokens that the row drew in that step
-  remaining: jax.Array  # i32[S] tokens still to draw
-  broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
-  copies: jax.Array  # i32[] pages copied on write
-  beams: BeamReport | None  # None: nobody searches
-
-
-def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Report:
-  """A report of nothing."""
-  k, w, s = num_steps, width, num_rows
-  own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (k, s))
-  return Report(
-    tokens=jnp.zeros((k, w, s), jnp.int32),
-    logprobs=jnp.zeros((k, w, s), jnp.float32),
-    counts=jnp.zeros((k, s), jnp.int32),
-    remaining=jnp.zeros(s, jnp.int32),
-    broken=jnp.zeros(s, bool),
-    copies=jnp.zeros((), jnp.int32),
-    beams=BeamReport(own, jnp.zeros(s, jnp.float32)) if searching else None,
-  )
-
-
-def pack(report: Report) -> jax.Array:
-  """A report as one array i32[X], since the host pays for each array that it reads."""
-
-  def bits(x):
-    real = x.dtype == jnp.float32
-    return jax.lax.bitcast_convert_type(x, jnp.int32) if real else x.astype(jnp.int32)
-
-  return jnp.concatenate([bits(x).reshape(-1) for x in jax.tree.leaves(report)])
-
-
-def unpack(packed: np.ndarray, like: Report) -> Report:
-  """The report, as NumPy arrays of the shapes and dtypes of those of `like`."""
-  leaves, structure = jax.tree.flatten(like)
-  ends = np.cumsum([x.size for x in leaves])
-  parts = np.split(packed, ends[:-1])
-  values = [
-    (part.view(x.dtype) if x.dtype == np.float32 else part.astype(x.dtype)).reshape(x.shape)
-    for part, x in zip(parts, leaves)
-  ]
-  return jax.tree.unflatten(structure, values)
 
 
 class _State(NamedTuple):
@@ -265,7 +176,7 @@ def _search(
 ) -> tuple[beams.Choice, Cache, Rows, Past, _Pass]:
   """Rows that search become those that they go on with; the tokens to draw are in the choice."""
   searches = rows.groups < cache.ledger.num_rows
-  adjusted = sampling.adjust(made.logits[:, 0], rows.draws, past.seen)
+  adjusted = draws_lib.adjust(made.logits[:, 0], rows.draws, past.seen)
   ended = searches & (rows.scores > -jnp.inf) & ~made.draws
   choice = beams.choose(
     jax.nn.log_softmax(adjusted), rows.groups, rows.scores, ended, num_beams=num_beams
@@ -301,17 +212,17 @@ def _draw(
     if nth:
       draws &= (nth < made.widths) & (rows.remaining > 0) & (made.tokens[:, nth] == rows.tokens)
     logits = made.logits[:, nth]
-    adjusted = sampling.adjust(logits, rows.draws, past.seen)
+    adjusted = draws_lib.adjust(logits, rows.draws, past.seen)
     sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
     broken |= draws & ~sane
     draws &= sane
-    new = sampling.draw(adjusted, rows.draws, first + nth)
+    new = draws_lib.draw(adjusted, rows.draws, first + nth)
     if choice is not None:
       new = jnp.where(rows.groups < rows.groups.shape[0], choice.tokens, new)
     new = jnp.where(draws, new, rows.tokens)
     rows, past = _taken(rows, past, new, draws, first + nth)
     tokens.append(new)
-    logprobs.append(sampling.logprob(logits, new))
+    logprobs.append(draws_lib.logprob(logits, new))
     counts += draws.astype(jnp.int32)
   rows = dataclasses.replace(rows, remaining=jnp.where(broken, 0, rows.remaining))
   return rows, past, jnp.stack(tokens), jnp.stack(logprobs), counts, broken

@@ -1,0 +1,112 @@
+"""What the device keeps of rows, what a call takes along, and what it reports.
+
+Axis letters: S rows, V vocabulary, C prompt tokens of a call, K steps of a call, E stop tokens, W
+tokens of a row in a step, X longest text.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_jax.engine.device.draws import Draws
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What each row decodes. Lives on the device from call to call."""
+
+  tokens: jax.Array  # i32[S] the row's last token, not in the cache yet
+  remaining: jax.Array  # i32[S] tokens still to draw, 0 = idle
+  stop_tokens: jax.Array  # i32[S,E] V = none
+  groups: jax.Array  # i32[S] rows with the same number are the beams of one search, S = none
+  scores: jax.Array  # f32[S] log-probability of a beam's new tokens, -inf = it has no text
+  draws: Draws
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Past:
+  """What rows have read. Lives on the device from call to call."""
+
+  seen: jax.Array  # bool[S,V] tokens in the row's text, kept where there is a repetition penalty
+  texts: jax.Array  # i32[S,X] the row's text, kept for a drafter; X = 0 without one
+  logits: jax.Array  # f32[S,V] after the row's prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edits:
+  """Rows that the host changes before a call."""
+
+  changed: jax.Array  # bool[S]
+  rows: Rows
+
+
+class Prompts(NamedTuple):
+  """Pieces of prompts, each row's in one piece, whose pages are there; S pads `rows`."""
+
+  tokens: jax.Array  # i32[C]
+  rows: jax.Array  # i32[C]
+  positions: jax.Array  # i32[C]
+  starts: jax.Array  # bool[S] rows whose prompt ends here: they draw their first token
+  last: jax.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
+
+
+class BeamReport(NamedTuple):
+  """What a call tells of beams."""
+
+  sources: jax.Array  # i32[K,S] the row whose text it went on with
+  scores: jax.Array  # f32[S]
+
+
+class Report(NamedTuple):
+  """What a call tells the host."""
+
+  tokens: jax.Array  # i32[K,W,S]
+  logprobs: jax.Array  # f32[K,W,S]
+  counts: jax.Array  # i32[K,S] tokens that the row drew in that step
+  remaining: jax.Array  # i32[S] tokens still to draw
+  broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
+  copies: jax.Array  # i32[] pages copied on write
+  beams: BeamReport | None  # None: nobody searches
+
+
+def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Report:
+  """A report of nothing."""
+  k, w, s = num_steps, width, num_rows
+  own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (k, s))
+  return Report(
+    tokens=jnp.zeros((k, w, s), jnp.int32),
+    logprobs=jnp.zeros((k, w, s), jnp.float32),
+    counts=jnp.zeros((k, s), jnp.int32),
+    remaining=jnp.zeros(s, jnp.int32),
+    broken=jnp.zeros(s, bool),
+    copies=jnp.zeros((), jnp.int32),
+    beams=BeamReport(own, jnp.zeros(s, jnp.float32)) if searching else None,
+  )
+
+
+def pack(report: Report) -> jax.Array:
+  """A report as one array i32[X], since the host pays for each array that it reads."""
+
+  def bits(x):
+    real = x.dtype == jnp.float32
+    return jax.lax.bitcast_convert_type(x, jnp.int32) if real else x.astype(jnp.int32)
+
+  return jnp.concatenate([bits(x).reshape(-1) for x in jax.tree.leaves(report)])
+
+
+def unpack(packed: np.ndarray, like: Report) -> Report:
+  """The report, as NumPy arrays of the shapes and dtypes of those of `like`."""
+  leaves, structure = jax.tree.flatten(like)
+  ends = np.cumsum([x.size for x in leaves])
+  parts = np.split(packed, ends[:-1])
+  values = [
+    (part.view(x.dtype) if x.dtype == np.float32 else part.astype(x.dtype)).reshape(x.shape)
+    for part, x in zip(parts, leaves)
+  ]
+  return jax.tree.unflatten(structure, values)
