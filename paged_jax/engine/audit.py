@@ -34,7 +34,8 @@ def reconcile(
     live: Samples that have not ended.
     coming: Those of them that the next round looks at.
   """
-  running, waiting, ended = scheduler.queue.running, scheduler.queue.waiting, scheduler.ended
+  running, waiting = scheduler.queue.running, scheduler.queue.waiting
+  ended = scheduler.ended
   holders = {*running.values(), *waiting, *ended}
   holders |= {beam for sample in holders for beam in sample.beams}
   held = {id(sample.handle) for sample in holders}

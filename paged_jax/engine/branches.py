@@ -7,26 +7,16 @@ them writes.
     # branch 0     [prompt | a b c | d e ...
     # branch 1     [prompt | a b c | f ...      commit: the request goes on with "a b c f ..."
 
-A command changes what a sample is to be, at once; each sees what those before it have made. Only the
-outcome is carried out, by the next round, when all reports have been read (`apply`).
+A command changes at once what a sample is to be (`Change`), and each command sees what those before
+it have made. Only the outcome is carried out, by the next round, after all reports are read (`apply`).
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from paged_jax.engine.requests import Change, Entry, Sample
+from paged_jax.engine.requests import Change, Request, Sample
 from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
-
-
-def change(sample: Sample) -> Change:
-  """What a sample is to be; so far what it is."""
-  if sample.change is None:
-    sample.change = Change(
-      list(sample.tokens), list(sample.logprobs), sample.sampling, sample.resting, source=sample,
-      reader=sample.reader,
-    )  # fmt: skip
-  return sample.change
 
 
 def ending(sample: Sample) -> str | None:
@@ -47,40 +37,42 @@ def seeds(sampling: Sampling, count: int) -> list[Sampling]:
   return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
 
 
-def fork(sample: Sample, samplings: Sequence[Sampling], numbers: Iterator[int]) -> list[Entry]:
+def fork(sample: Sample, samplings: Sequence[Sampling], numbers: Iterator[int]) -> list[Request]:
   """Branches that begin as `sample` is to be; it rests."""
-  now = change(sample)
-  now.resting, now.reason = True, None
-  entries = []
+  sample.ask(resting=True, reason=None)
+  now, made = sample.change or sample, []
   for sampling in samplings:
-    entry = dataclasses.replace(sample.entry, samples=[], on_token=None, parent=sample)
+    request = dataclasses.replace(sample.request, samples=[], on_token=None, parent=sample)
     own = (list(now.tokens), list(now.logprobs))
-    entry.samples.append(Sample(next(numbers), 0, entry, sampling, *own, origin=sample))
-    entries.append(entry)
-  sample.branches += entries
-  return entries
+    request.samples.append(Sample(next(numbers), 0, request, sampling, *own, origin=sample))
+    made.append(request)
+  sample.branches.extend(made)
+  return made
 
 
 def roll_back(sample: Sample, num_tokens: int, sampling: Sampling) -> None:
   """A sample goes on from its first `num_tokens` new tokens, even if it had ended or rested."""
-  now = change(sample)
-  now.resting, now.reason, now.sampling, now.reader = False, None, sampling, None
-  del now.tokens[num_tokens:], now.logprobs[num_tokens:]
+  now = sample.change or sample
+  sample.ask(
+    resting=False, reason=None, sampling=sampling, reader=None,
+    tokens=now.tokens[:num_tokens], logprobs=now.logprobs[:num_tokens],
+  )  # fmt: skip
 
 
-def commit(branch: Entry, parent: Sample) -> list[Sample]:
+def commit(branch: Request, parent: Sample) -> list[Sample]:
   """The parent goes on as the branch, on its pages; returns the samples that change."""
   (source,) = branch.samples
-  now, chosen = change(parent), source.change or source
-  stopped = ending(source) == "stop"
-  now.tokens, now.logprobs = list(chosen.tokens), list(chosen.logprobs)
-  now.reader = chosen.reader if stopped else None
-  now.source = source.change.source if source.change else source
-  full = len(now.tokens) >= now.sampling.max_new_tokens
-  now.resting, now.reason = False, "stop" if stopped else "length" if full else None
-  ended = cancel([entry.samples[0] for entry in parent.branches])
+  chosen, stopped = source.change or source, ending(source) == "stop"
+  full = len(chosen.tokens) >= (parent.change or parent).sampling.max_new_tokens
+  parent.ask(
+    tokens=list(chosen.tokens), logprobs=list(chosen.logprobs),
+    reader=chosen.reader if stopped else None,
+    source=source.change.source if source.change else source,
+    resting=False, reason="stop" if stopped else "length" if full else None,
+  )  # fmt: skip
+  ended = cancel([request.samples[0] for request in parent.branches])
   if source.change is not None:
-    source.change.source = None  # the parent has it
+    source.ask(source=None)  # the parent has it
   parent.branches.clear()
   return [parent, *ended]
 
@@ -89,7 +81,7 @@ def cancel(samples: Sequence[Sample]) -> list[Sample]:
   """Those of `samples` that have not ended do so; returns them."""
   going = [sample for sample in samples if ending(sample) is None]
   for sample in going:
-    change(sample).reason = "cancelled"
+    sample.ask(reason="cancelled")
   return going
 
 
@@ -101,7 +93,8 @@ def apply(scheduler: Scheduler, changed: Sequence[tuple[Sample, Change]]) -> Non
   """
   holders = [holder for sample, now in changed for holder in (sample, now.source) if holder]
   bodies = {holder: scheduler.detach(holder) for holder in dict.fromkeys(holders)}
+  unused = []
   for sample, now in changed:
     body = bodies.pop(now.source, None) if now.source else None
-    scheduler.attach(sample, body, ends=now.reason is not None)
-  scheduler.give_back(list(bodies.values()))
+    unused.append(scheduler.attach(sample, body, ends=now.reason is not None))
+  scheduler.give_back([*unused, *bodies.values()])

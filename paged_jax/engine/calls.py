@@ -20,11 +20,11 @@ import numpy as np
 import paged_jax
 from paged_jax.config import CacheConfig
 from paged_jax.engine import sampling
-from paged_jax.engine.config import Counts
+from paged_jax.engine.config import Counts, EngineConfig
 from paged_jax.engine.device import draws as draws_lib
 from paged_jax.engine.device import program, records
-from paged_jax.engine.device.drafts import Drafter
-from paged_jax.engine.requests import Queue, Sample
+from paged_jax.engine.queue import Queue
+from paged_jax.engine.requests import Sample
 from paged_jax.host import Manager, Ticket
 from paged_jax.types import Cache, Plan
 
@@ -47,8 +47,10 @@ class Drawn(NamedTuple):
   sample: Sample
   tokens: list[int]  # those of this call; of a beam all of its text's
   logprobs: list[float]
-  ended: bool
+  ended: bool  # it, or all of its search
   broken: bool  # its logits were not numbers
+  score: float = 0.0  # of a beam
+  text_ended: bool = False  # of a beam: its own text does not go on
 
 
 @jax.tree_util.register_dataclass
@@ -85,42 +87,32 @@ class Calls:
   """Calls dispatched and not yet read, and what the program keeps on the device.
 
   Args:
-    manager: Whose cache the program runs on.
-    model: What it runs.
+    manager: The program runs on its cache.
+    model: What the program runs.
     queue: Who is in which row.
-    eos: Tokens that end every sample.
-    drafter: Guesses tokens, None for none.
-    max_beams: The widest beam search.
+    config: Of the engine.
     counts: What is counted here, too.
   """
 
   def __init__(
-    self,
-    manager: Manager,
-    model: Any,
-    queue: Queue,
-    *,
-    eos: tuple[int, ...],
-    drafter: Drafter | None,
-    max_beams: int,
-    counts: Counts,
+    self, manager: Manager, model: Any, queue: Queue, config: EngineConfig, counts: Counts
   ):
     self._manager, self._model, self._queue = manager, _compilable(model), queue
-    self._counts = counts
-    self._eos, self._drafter, self._max_beams = eos, drafter, max_beams
-    self._config: CacheConfig = manager.config
+    self._config, self._counts = config, counts
+    self._cache: CacheConfig = manager.config
+    self.num_copies = 0  # pages that calls copied on write
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
     # Placed for good from the start: what is placed later compiles everything again.
     self._where = manager.cache.num_free.sharding
-    s = self._config.num_rows
-    self._longest = self._config.pages_per_row * self._config.page_size + 1  # text of a row
+    s = self._cache.num_rows
+    self._longest = self._cache.pages_per_row * self._cache.page_size + 1  # text of a row
     self._rows = jax.device_put(self._row_arrays({}), self._where)
     self._past = jax.device_put(
       records.Past(
         seen=jnp.zeros((s, self.vocab_size), bool),
-        texts=jnp.zeros((s, self._longest if drafter else 0), jnp.int32),
+        texts=jnp.zeros((s, self._longest if config.drafter else 0), jnp.int32),
         logits=jnp.zeros((s, self.vocab_size), jnp.float32),
       ),
       self._where,
@@ -129,33 +121,23 @@ class Calls:
   def __len__(self) -> int:
     return len(self._calls)
 
-  @property
-  def width(self) -> int:
-    """Most tokens that a row draws in a step, W."""
-    return 1 if self._drafter is None else 1 + self._drafter.num_drafts
-
   # Dispatch
 
   def dispatch(self, pieces: list[Piece], prompt_size: int | None, num_steps: int) -> None:
-    """Runs the program for everyone who draws, with pieces of prompts if `prompt_size` is given."""
-    starting = [piece.sample for piece in pieces if piece.starts]
+    """Runs the program for all samples that draw, with pieces of prompts if `prompt_size` is given."""
     prompts = None if prompt_size is None else self.prompts(pieces, prompt_size)
-    for piece in pieces:
-      piece.sample.prefilled += piece.num_tokens
-    for sample in starting:
-      for beam in sample.beams:
-        beam.decoding, beam.score = True, 0.0 if beam is sample else -np.inf
-        self.changed[beam.row] = beam
+    starting = [sample for sample, num_tokens in pieces if sample.compute(num_tokens)]
+    self.changed |= {beam.row: beam for sample in starting for beam in sample.beams}
     samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
     searching = any(sample.searching for sample in samples.values())
     ticket = self.run(prompts, num_steps, searching=searching)
     for sample in starting:
-      fresh = sample.entry.logits is None and not sample.tokens  # they follow the prompt itself
+      fresh = sample.request.logits is None and not sample.tokens  # they follow the prompt itself
       if fresh and self._manager.options.prefix_cache:
-        sample.entry.logits = _take(self._past, np.int32(sample.row))
+        sample.request.logits = _take(self._past, np.int32(sample.row))
     for sample in samples.values():
-      sample.pending += num_steps
-    like = _like(num_steps, self.width, self._config.num_rows, searching)
+      sample.expect(num_steps)
+    like = _like(num_steps, self._config.width, self._cache.num_rows, searching)
     self._calls.append(_Call(ticket, like, samples, num_steps))
 
   def run(
@@ -165,11 +147,10 @@ class Calls:
     edits = self._edits()
     ticket = self._manager.run(
       _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
-      drafter=self._drafter, num_beams=self._max_beams if searching else 1,
+      drafter=self._config.drafter, num_beams=self._config.max_beams if searching else 1,
     )  # fmt: skip
     self._rows, self._past, packed = ticket.result
-    ticket = dataclasses.replace(ticket, result=packed)
-    return ticket
+    return dataclasses.replace(ticket, result=packed)
 
   def warm_up(self) -> None:
     """Compiles what moves texts and logits into and out of row 0, which must be idle."""
@@ -183,13 +164,13 @@ class Calls:
 
   def prompts(self, pieces: list[Piece], size: int) -> records.Prompts:
     """Pieces of prompts, padded to `size` tokens."""
-    s = self._config.num_rows
+    s = self._cache.num_rows
     tokens, rows, positions = np.zeros((3, size), np.int32)
     rows[:] = s
     starts, last, at = np.zeros(s, bool), np.full(s, size, np.int32), 0
     for sample, count in pieces:
       part, begin = slice(at, at + count), sample.prefilled
-      tokens[part] = sample.text[begin : begin + count]
+      tokens[part] = sample.part(begin, begin + count)
       rows[part], positions[part] = sample.row, np.arange(begin, begin + count)
       at += count
       if count == sample.unread:
@@ -200,11 +181,11 @@ class Calls:
 
   def _edits(self) -> records.Edits:
     """The rows whose sample has changed since the last call."""
-    changed: Any = np.zeros(self._config.num_rows, bool)
+    changed: Any = np.zeros(self._cache.num_rows, bool)
     changed[list(self.changed)] = True
     samples = {row: x for row, x in self.changed.items() if x is not None and x.draws}
     for row, sample in samples.items():
-      if self._drafter or sample.sampling.repetition_penalty != 1:
+      if self._config.drafter or sample.sampling.repetition_penalty != 1:
         tokens = np.zeros(self._longest, np.int32)
         tokens[: sample.length] = sample.text
         self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
@@ -215,7 +196,7 @@ class Calls:
     return records.Edits(changed, self._row_arrays(samples))
 
   def _row_arrays(self, samples: dict[int, Sample]) -> records.Rows:
-    s, vocab = self._config.num_rows, self.vocab_size
+    s, vocab = self._cache.num_rows, self.vocab_size
     arrays: dict[str, Any] = dict(
       tokens=np.zeros(s, np.int32),
       remaining=np.zeros(s, np.int32),
@@ -224,9 +205,9 @@ class Calls:
       scores=np.zeros(s, np.float32),
     )
     for row, sample in samples.items():
-      arrays["tokens"][row] = sample.text[-1]
-      arrays["remaining"][row] = 0 if sample.ended else sample.remaining
-      ends = [*self._eos, *sample.sampling.stop_tokens]
+      arrays["tokens"][row] = sample.last_token
+      arrays["remaining"][row] = 0 if sample.text_ended else sample.remaining
+      ends = [*self._config.eos, *sample.sampling.stop_tokens]
       arrays["stop_tokens"][row, : len(ends)] = ends
       if sample.searching:
         arrays["groups"][row], arrays["scores"][row] = sample.beams[0].row, sample.score
@@ -245,13 +226,13 @@ class Calls:
     """Reads the oldest report."""
     call = self._calls.popleft()
     report = records.unpack(np.asarray(call.ticket.result), call.like)
-    self._counts.copies += int(report.copies)
+    self.num_copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
     remaining, broken = report.remaining.tolist(), report.broken.tolist()
     texts = _texts(report)
     for row, sample in call.samples.items():
-      sample.pending -= call.num_steps
+      sample.report(call.num_steps)
       if sample.completion or sample.change or sample.resting:  # the host knows better
         continue
       if sample.searching:
@@ -305,21 +286,25 @@ def _searched(report: records.Report, beams: dict[int, Sample]) -> list[Drawn]:
   """The texts of beams, by row: at each step a row goes on with the text of its source."""
   if report.beams is None:
     return []
-  texts = {row: list(zip(sample.tokens, sample.logprobs)) for row, sample in beams.items()}
+  begun = {row: (row, []) for row in beams}  # whose text a row goes on with, and what it adds
   for sources, counts, tokens, logprobs in zip(
     report.beams.sources, report.counts, report.tokens[:, 0], report.logprobs[:, 0]
   ):
-    texts = {
-      row: texts[sources[row]] + [(int(tokens[row]), float(logprobs[row]))] * int(counts[row])
-      for row in texts
-    }
+    added = {row: [(int(tokens[row]), float(logprobs[row]))] * int(counts[row]) for row in begun}
+    begun = {row: (begun[sources[row]][0], begun[sources[row]][1] + added[row]) for row in begun}
+  over = {row: bool(report.remaining[row] == 0) for row in beams}
+  searches: dict[int, bool] = {}  # by request: whether all its texts have ended
+  for row, sample in beams.items():
+    searches[id(sample.request)] = searches.get(id(sample.request), True) and over[row]
   drawn = []
   for row, sample in beams.items():
-    sample.score, sample.ended = float(report.beams.scores[row]), bool(report.remaining[row] == 0)
-    tokens, logprobs = zip(*texts[row]) if texts[row] else ((), ())
-    ended = all(report.remaining[each] == 0 for each in beams if beams[each].entry is sample.entry)
-    broken = bool(report.broken[row])
-    drawn.append(Drawn(sample, list(tokens), list(logprobs), ended, broken))
+    source, new = begun[row]
+    tokens, logprobs = zip(*new) if new else ((), ())
+    tokens = [*beams[source].tokens, *tokens]
+    logprobs = [*beams[source].logprobs, *logprobs]
+    ended, broken = searches[id(sample.request)], bool(report.broken[row])
+    score = float(report.beams.scores[row])
+    drawn.append(Drawn(sample, tokens, logprobs, ended, broken, score, over[row]))
   return drawn
 
 

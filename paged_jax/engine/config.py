@@ -1,6 +1,8 @@
 """How an engine works, and what it has done."""
 
 import dataclasses
+import enum
+from collections import Counter
 
 from paged_jax.config import CacheConfig
 from paged_jax.engine.device.drafts import Drafter
@@ -15,17 +17,25 @@ PREEMPTIONS = ("auto", "swap", "recompute")
 class EngineConfig:
   """How an engine works.
 
+  >>> import paged_jax
+  >>> from paged_jax.engine import EngineConfig
+  >>> cache = paged_jax.CacheConfig(
+  ...   num_layers=2, num_kv_heads=2, head_dim=8, num_pages=64, num_rows=8, max_length=128
+  ... )
+  >>> EngineConfig(cache, num_steps=4, prompt_sizes=(32,), eos=(2,)).width
+  1
+
   Raises:
     ValueError: A field is out of range; the message names the field and its value.
   """
 
   cache: CacheConfig
   options: ManagerConfig = dataclasses.field(default_factory=ManagerConfig)
-  num_steps: int = 8  # decode steps of a call while no prompt waits
+  num_steps: int = 8  # decode steps of a call without prompts
   prompt_sizes: tuple[int, ...] = (32, 128, 512)  # compiled; the largest is a call's budget
   eos: tuple[int, ...] = ()  # tokens that end every sample
   preemption: str = "auto"  # swap, recompute, or whichever costs less
-  drafter: Drafter | None = None  # speculative decoding: who guesses what comes next
+  drafter: Drafter | None = None  # speculative decoding: what guesses the next tokens
   max_beams: int = 1  # the widest beam search that may be asked for
 
   def __post_init__(self):
@@ -46,6 +56,19 @@ class EngineConfig:
         f"max_beams must be in [1, {self.cache.num_rows}], the number of rows, got {self.max_beams}"
       )
 
+  @property
+  def width(self) -> int:
+    """Most tokens that a row draws in a step, W."""
+    return 1 if self.drafter is None else 1 + self.drafter.num_drafts
+
+
+class FullRead(enum.Enum):
+  """Why a round reads all reports before it goes on; otherwise one call stays in flight."""
+
+  COMMANDS = "commands change samples, and must see all that was drawn for them"
+  MOVES = "a sample gives way, moves between device and host, or starts on another one's pages"
+  ENDED = "only samples that have ended are on rows, and nobody else's call would wait for this"
+
 
 @dataclasses.dataclass
 class Counts:
@@ -58,6 +81,6 @@ class Counts:
   cached_tokens: int = 0  # found in the prefix cache
   swaps: int = 0  # preemptions
   recomputations: int = 0
-  copies: int = 0  # pages that calls copied on write
   peak_running: int = 0
   seconds_waited: float = 0.0  # for reports: what the device takes beyond the host's own work
+  full_reads: Counter[FullRead] = dataclasses.field(default_factory=Counter)

@@ -1,13 +1,12 @@
 """A caller's grip on a request."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from paged_jax.engine.requests import Completion, Entry
+from paged_jax.engine import branches
+from paged_jax.engine.desk import Desk
+from paged_jax.engine.requests import Completion, Request, Sample
 from paged_jax.engine.sampling import Sampling
-
-if TYPE_CHECKING:
-  from paged_jax.engine.engine import Engine
+from paged_jax.host.config import whole
 
 
 class RequestHandle:
@@ -17,23 +16,23 @@ class RequestHandle:
   of the request; the next round carries them out.
   """
 
-  def __init__(self, engine: "Engine", entry: Entry):
-    self._engine, self._entry = engine, entry
+  def __init__(self, desk: Desk, request: Request):
+    self._desk, self._request = desk, request
 
   @property
   def done(self) -> bool:
     """Whether all its samples have ended."""
-    return self._entry.done
+    return self._request.done
 
   @property
   def tokens(self) -> list[list[int]]:
     """The new tokens of each sample so far; of a beam search, the texts it keeps at the moment."""
-    return [list((sample.change or sample).tokens) for sample in self._entry.samples]
+    return [list((sample.change or sample).tokens) for sample in self._request.samples]
 
   @property
   def completions(self) -> list[Completion | None]:
     """Of each sample, None while it goes on; of a beam search the best one first."""
-    return [sample.result for sample in self._entry.samples]
+    return [sample.result for sample in self._request.samples]
 
   def pieces(self, sample: int = 0, start: int = 0) -> list[str]:
     """What each token from number `start` on added to a sample's text; together they are the text.
@@ -41,23 +40,25 @@ class RequestHandle:
     What may still change is held back: a piece is "" if its token ends inside a character, or what
     may be a stop, and a later one has what it lacks. A stop is in no piece. Without a tokenizer they
     are numbers. Beams have none before they end.
+
     """
-    return self._engine._pieces(self._entry.samples[sample], start)
+    return self._desk.pieces(self._request.samples[sample], start)
 
   @property
   def num_cached(self) -> int:
     """Tokens of its prompt that were not computed, because the prefix cache had them."""
-    return self._entry.num_cached
+    return self._request.num_cached
 
   @property
   def rows(self) -> dict[int, int]:
     """Which sample is in which row, for those that run."""
-    samples = list(self._entry.samples)
+    samples = list(self._request.samples)
     return {sample.row: sample.nth for sample in samples if sample.row >= 0}
 
   def cancel(self) -> None:
     """Ends it before the next call; what it has drawn stays readable."""
-    self._engine._cancel(self._entry)
+    with self._desk.lock:
+      self._desk.change(branches.cancel(self._request.samples))
 
   def fork(
     self,
@@ -81,7 +82,22 @@ class RequestHandle:
       ValueError: It is a beam, or a branch could never run.
       RuntimeError: The engine has failed, or is closed.
     """
-    return self._engine._fork(self._entry, count, sampling, sample)
+    if whole("count", count) < 1:
+      raise ValueError(f"count must be at least 1, got {count}")
+    with self._desk.lock:
+      self._desk.check_open()
+      parent = self._sample(sample)
+      if not isinstance(sampling, Sequence):
+        sampling = branches.seeds(sampling or branches.alone(parent), count)
+      if len(sampling) != count:
+        raise ValueError(f"sampling must be one for each of {count} branches, got {len(sampling)}")
+      for each in sampling:
+        self._check_branch(len((parent.change or parent).tokens), each)
+      made = branches.fork(parent, sampling, self._desk.numbers)
+      self._desk.change([parent])
+      for branch in made:
+        self._desk.arrive(branch)
+      return [RequestHandle(self._desk, branch) for branch in made]
 
   def rollback(
     self, num_tokens: int, sampling: Sampling | None = None, *, sample: int | None = None
@@ -100,7 +116,17 @@ class RequestHandle:
       ValueError: It is a beam, or has fewer tokens, or could never run.
       RuntimeError: The engine has failed, or is closed.
     """
-    self._engine._roll_back(self._entry, num_tokens, sampling, sample)
+    with self._desk.lock:
+      self._desk.check_open()
+      this = self._sample(sample)
+      known = len((this.change or this).tokens)
+      if not 0 <= whole("num_tokens", num_tokens) <= known:
+        raise ValueError(f"num_tokens must be in [0, {known}], got {num_tokens}")
+      if sampling is not None and sampling.seed + this.nth >= 2**32:
+        raise ValueError(f"seed is out of range for sample {this.nth}: {sampling.seed}")
+      self._check_branch(num_tokens, sampling or branches.alone(this))
+      branches.roll_back(this, num_tokens, sampling or (this.change or this).sampling)
+      self._desk.change([this])
 
   def commit(self) -> None:
     """The sample that this branch was forked from goes on with the branch's text and pages.
@@ -112,4 +138,29 @@ class RequestHandle:
       ValueError: It is no branch, or one of its sample's branches has been committed since.
       RuntimeError: The engine has failed, or is closed.
     """
-    self._engine._commit(self._entry)
+    with self._desk.lock:
+      self._desk.check_open()
+      parent = self._request.parent
+      if parent is None:
+        raise ValueError("only a branch can be committed; this request was not forked")
+      if self._request not in parent.branches:
+        raise ValueError("a branch of this one's parent has been committed already")
+      self._desk.change(branches.commit(self._request, parent))
+
+  def _sample(self, nth: int | None) -> Sample:
+    """The sample that a command is about."""
+    samples = self._request.samples
+    if nth is None and len(samples) > 1:
+      raise ValueError(f"the request has {len(samples)} samples: say which with `sample`")
+    if not 0 <= whole("sample", nth or 0) < len(samples):
+      raise ValueError(f"sample must be in [0, {len(samples)}), got {nth}")
+    if samples[nth or 0].searching:
+      raise ValueError("a beam can neither be forked nor rolled back")
+    return samples[nth or 0]
+
+  def _check_branch(self, num_tokens: int, sampling: Sampling) -> None:
+    self._desk.check(tuple(self._request.prompt), sampling)
+    if sampling.width > 1 or sampling.max_new_tokens <= num_tokens:
+      raise ValueError(
+        f"sampling must be of one sample with max_new_tokens above {num_tokens}, got {sampling}"
+      )

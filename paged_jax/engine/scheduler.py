@@ -1,7 +1,14 @@
 """Who runs: rows and pages for those first in line, taken from those behind them if need be.
 
-Nothing here looks at the device. What runs ahead of the reports is covered by bounds: a call is
-dispatched only when the pages that it, and every call in flight, may take are certainly there.
+A request waits because no row is free, too few pages are available, the prompts on rows fill the next
+call, or another sample is computing what it could share (see `queue`).
+
+    # admit     free pages  ──▶  a row's        the first in line begins
+    # preempt   a row's     ──▶  host memory    the last one gives way: `swapped`
+    #                       ──▶  free pages     or it is computed again later: `forget`
+    # tidy      a row's     ──▶  prefix cache, free pages      samples that have ended
+
+Nothing here looks at the device.
 """
 
 import itertools
@@ -11,122 +18,78 @@ import numpy as np
 
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig
-from paged_jax.engine.requests import Body, Queue, Sample, SequenceId
-from paged_jax.host import Handle, Manager, Prefix, Request, errors
+from paged_jax.engine.queue import Queue
+from paged_jax.engine.requests import Body, Sample, SequenceId, State
+from paged_jax.engine.room import Room
+from paged_jax.host import Handle, Manager, Prefix, errors
+from paged_jax.host import Request as Allocation
 
-_CALLS_AHEAD = 4  # for so many prefixes are evicted at once: before, all reports must be read
+_CALLS_AHEAD = 4  # prefixes are evicted for so many at once: before, all reports must be read
 
 
 class Scheduler:
   """Admission, preemption, and what samples leave behind."""
 
   def __init__(
-    self, manager: Manager, queue: Queue, calls: Calls, config: EngineConfig, counts: Counts
+    self,
+    manager: Manager,
+    queue: Queue,
+    room: Room,
+    calls: Calls,
+    config: EngineConfig,
+    counts: Counts,
   ):
-    self.manager, self.queue, self.calls, self.config = manager, queue, calls, config
-    self.counts = counts
-    self.ended: list[Sample] = []  # they have their completion, and still hold something
+    self.manager, self.queue, self.room, self.calls = manager, queue, room, calls
+    self.config, self.counts = config, counts
+    self.ended: dict[Sample, None] = {}  # they have their completion, and still hold something
     self.swap_seconds = 0.0  # per page and way
     self.prompt_seconds = 0.0  # per token
-    self._unstored: list[Sample] = []  # their prompt is in the cache, not in the prefix index
-    self._refused: tuple[Sample | None, int] = (None, 0)  # who, with how many pages to be had
+    self._unstored: dict[Sample, None] = {}  # their prompt is computed, not in the prefix index
+    self._refused: tuple[Sample | None, int] = (None, 0)  # and the pages available then
     self.refusal: errors.CacheError | None = None  # what the manager said to the last one refused
     self._ids = itertools.count()
 
-  # Room
-
-  def pages(self, num_tokens: int) -> int:
-    """Pages that so many tokens fill."""
-    return -(-num_tokens // self.config.cache.page_size)
-
-  def most_pages(self, prompt_length: int, num_beams: int, num_tokens: int) -> int:
-    """Most pages that a sample, or the beams of a search together, hold at so many tokens each."""
-    shared = prompt_length // self.config.cache.page_size if num_beams > 1 else 0
-    return shared + num_beams * (self.pages(num_tokens) - shared)
-
-  def growth(self, num_steps: int) -> int:
-    """Most pages that a call of so many steps may take, with those in flight."""
-    pages, width = 0, self.calls.width
-    lengths = np.zeros(self.config.cache.num_rows, np.int32)
-    for row, sample in self.queue.running.items():
-      steps = sample.pending
-      if num_steps and sample.draws:
-        steps += num_steps
-      if not steps:
-        continue
-      if not sample.searching:
-        lengths[row] = min(sample.length - 1 + steps * width, sample.limit)
-      elif sample is sample.beams[0]:
-        longest = max(beam.length for beam in sample.beams)
-        most = min(longest - 1 + steps * width, sample.limit)
-        handles = [beam.handle for beam in sample.beams if beam.handle]
-        pages += self.manager.pages_to_search(handles, most, len(sample.entry.prompt))
-    return pages + self.manager.pages_to_reach(lengths)
-
-  def secure(self, num_steps: int) -> bool:
-    """Whether a call of so many steps certainly finds its pages."""
-    return self.growth(num_steps) <= self.manager.num_free
-
-  def make_room(self, num_steps: int) -> tuple[Sample, errors.OutOfPages] | None:
-    """Sees to it that the next call finds its pages: evicts prefixes, then preempts.
-
-    All calls must have been read.
-
-    Returns:
-      The only sample that runs, and why, if it cannot go on: what is missing is pinned, or held by
-      others than the engine.
-    """
-    while (needed := self.growth(num_steps)) > self.manager.num_free:
-      self.manager.gc(self.growth(_CALLS_AHEAD * num_steps))
-      if needed <= self.manager.num_free:
-        break
-      victim = self.queue.last()
-      if len(self.queue.running) > len(victim.beams):
-        self.preempt(victim)
-      elif not self.manager.clear_prefixes(pinned=False):  # one may share its last page
-        return victim, errors.OutOfPages(needed=needed, free=self.manager.num_free)
-    return None
-
-  def _available(self) -> int:
-    """Pages that somebody new could hope for, were all reports read."""
-    ended = sum(self.pages(sample.length) for sample in self.ended if sample.row >= 0)
-    return self.manager.num_free + self.manager.num_idle + ended - self.growth(0)
-
   # Admission
 
-  def _beginnings(self) -> tuple[set, set]:
-    """First pages of texts on rows: those that are just computed, and others could share
-    afterwards, and those that were cached."""
-    if not self.config.options.prefix_cache:
-      return set(), set()
-    size, rows = self.config.cache.page_size, self.queue.running.values()
-    cached = {x.entry.beginning for x in rows if x.handle and x.handle.num_cached >= size}
-    return {x.entry.beginning for x in rows if x.unread} - cached - {None}, cached
+  @property
+  def only_ended(self) -> bool:
+    """Whether there are samples that have ended, and none on a row that goes on."""
+    running = self.queue.running.values()
+    return bool(self.ended) and not any(sample.draws or sample.unread for sample in running)
 
-  def _may_begin(self, sample: Sample, being_read: set) -> bool:
-    """Whether a waiting sample need not wait for another one's text, to start on its pages."""
-    origin = sample.origin
-    soon = origin is not None and not (origin.decoding or origin.resting or origin.completion)
-    alone = sample.swapped or not (soon or sample.entry.beginning in being_read)
-    return alone and not sample.resting
+  def _look(self) -> set:
+    """Closes the lines of samples that could share what is just computed; returns the first pages of
+    samples on rows that were cached: samples that begin alike need not wait for each other."""
+    if not self.config.options.prefix_cache:
+      self.queue.waiting.close(frozenset())
+      return set()
+    size, rows = self.config.cache.page_size, self.queue.running.values()
+    cached = {x.request.beginning for x in rows if x.handle and x.handle.num_cached >= size}
+    being_read = {page for x in rows if x.unread and (page := x.request.beginning)}
+    self.queue.waiting.close(being_read - cached)
+    return cached
 
   def may_admit(self) -> bool:
-    """Whether to try: somebody waits whose prompt the next call could begin with, and there is more
-    room than when that one was refused."""
-    if not self.queue.waiting:
+    """Whether admission is worth trying: some waiting sample could start in the next call, and more
+    room is there than at its last refusal."""
+    if not self.queue.waiting.num_ready:
       return False
-    being_read, _ = self._beginnings()
-    first = next((x for x in self.queue.waiting if self._may_begin(x, being_read)), None)
+    self._look()
+    first = self.queue.waiting.first()
     if first is None:
       return False
     if self._overtakes(first):
       return True
     if sum(x.unread for x in self.queue.running.values()) >= self.config.prompt_sizes[-1]:
       return False
-    ended = sum(sample.row >= 0 for sample in self.ended)
-    vacant = self.manager.num_free_rows + ended
+    vacant = self.manager.num_free_rows + sum(sample.row >= 0 for sample in self.ended)
     sample, available = self._refused
     return vacant >= len(first.beams) and (first is not sample or self._available() > available)
+
+  def _available(self) -> int:
+    """Pages available to a new sample once all reports are read, and ended samples give theirs back."""
+    ended = sum(self.room.pages(sample.length) for sample in self.ended if sample.row >= 0)
+    return self.room.available + ended - self.room.needed(0)
 
   def admit(self) -> bool:
     """Rows and pages to those first in line, as long as there is room.
@@ -135,24 +98,24 @@ class Scheduler:
       False: All reports must be read before the first of those left is looked at, since it takes
       others' room, moves, or starts on another one's pages.
     """
-    batch: list[Sample] = []
-    (growth, room), (being_read, cached) = self._room(), self._beginnings()
-    shares = self.config.options.prefix_cache
+    batch: list[Sample] = []  # plain ones, to be allocated together
+    cached, (needed, left) = self._look(), self._left()
+    shares, waiting = self.config.options.prefix_cache, self.queue.waiting
     self._refused = (None, 0)
-    for sample in list(self.queue.waiting):
-      alike = [x for x in batch if shares and x.entry.beginning == sample.entry.beginning]
-      if alike and sample.entry.beginning not in cached | {None}:
-        batch = self._allocate(batch, growth)  # one computes, or has, what this one could share
-        being_read, cached = self._beginnings()
-      if not self._may_begin(sample, being_read):
+    while (sample := waiting.first()) is not None:
+      beginning = sample.request.beginning
+      if beginning not in cached | {None} and beginning in {x.request.beginning for x in batch}:
+        batch = self._allocate(batch, needed)  # one computes, or has, what this one could share
+        cached = self._look()
         continue
-      needed = self.pages(sample.length + self.config.num_steps * self.calls.width) + 1
+      ahead = self.room.pages(sample.length + self.config.num_steps * self.config.width) + 1
       plain = not (sample.handle or sample.origin or sample.searching)
-      if plain and len(batch) < self.manager.num_free_rows and needed <= room:
+      if plain and len(batch) < self.manager.num_free_rows and ahead <= left:
         batch.append(sample)
-        room -= self.pages(sample.length) + shares  # part of a page may have to be copied
+        waiting.remove(sample)
+        left -= self.room.pages(sample.length) + shares  # part of a page may have to be copied
         continue
-      batch = self._allocate(batch, growth)
+      batch = self._allocate(batch, needed)
       overtakes = self._overtakes(sample)
       if self.manager.num_free_rows < len(sample.beams) and not overtakes:
         free = self.manager.num_free_rows
@@ -161,31 +124,31 @@ class Scheduler:
       if len(self.calls) and (overtakes or not plain):
         return False
       if not self._begin(sample):
-        if self.manager.num_free_rows >= len(sample.beams):  # so it was for want of pages
+        if self.manager.num_free_rows >= len(sample.beams):  # so pages were missing
           self._refused = (sample, self._available())
         break
-      (growth, room), (being_read, cached) = self._room(), self._beginnings()
-    self._allocate(batch, growth)
+      cached, (needed, left) = self._look(), self._left()
+    self._allocate(batch, needed)
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
     return True
 
-  def _room(self) -> tuple[int, int]:
-    """Pages that the next call may take, and those to be had that it leaves."""
-    growth = self.growth(self.config.num_steps)
-    return growth, self.manager.num_free + self.manager.num_reclaimable - growth
+  def _left(self) -> tuple[int, int]:
+    """Pages that the next call needs, and available ones that it leaves."""
+    needed = self.room.needed(self.config.num_steps)
+    return needed, self.room.available - needed
 
-  def _allocate(self, samples: list[Sample], growth: int) -> list[Sample]:
-    """Rows, and pages for the whole text, to samples for which there is room beside `growth`, what
-    the next call may take; none are left."""
+  def _allocate(self, samples: list[Sample], needed: int) -> list[Sample]:
+    """Rows, and pages for the whole text, to samples for which there is room beside what the next call
+    needs; none are left."""
     if not samples:
       return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
-    requests = [Request(self._id(x), tokens=text) for x, text in zip(samples, texts)]
-    spare = 0
-    if self.manager.num_free < growth + sum(self.pages(len(text)) + 1 for text in texts):
+    requests = [Allocation(self._id(x), tokens=text) for x, text in zip(samples, texts)]
+    spare, pages = 0, self.room.pages
+    if self.room.free < needed + sum(pages(len(text)) + 1 for text in texts):
       ahead = _CALLS_AHEAD * self.config.num_steps
-      spare = self.growth(ahead) - growth + len(samples) * self.pages(ahead * self.calls.width)
-    handles = self.manager.allocate_many(requests, reserve=growth, spare=spare, wait=False)
+      spare = self.room.needed(ahead) - needed + len(samples) * pages(ahead * self.config.width)
+    handles = self.manager.allocate_many(requests, reserve=needed, spare=spare, wait=False)
     for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
@@ -193,18 +156,17 @@ class Scheduler:
   def _id(self, sample: Sample) -> SequenceId:
     return SequenceId(sample.number, next(self._ids))
 
-  def _run(self, sample: Sample, handle: Handle) -> None:
-    """A sample has its row."""
-    sample.handle, sample.row = handle, handle.row
-    if not sample.decoding:
-      sample.prefilled = handle.num_cached
+  def _run(self, sample: Sample, handle: Handle, *, decoding: bool = False) -> None:
+    """A sample has its row; `decoding` if its text is in the cache."""
+    if not decoding:
+      request = sample.request
       self.counts.cached_tokens += handle.num_cached
-      sample.entry.num_cached = max(sample.entry.num_cached, handle.num_cached)
+      request.num_cached = max(request.num_cached, handle.num_cached)
       if handle.last_logits is not None and not sample.tokens:
-        sample.entry.logits = handle.last_logits
-    self.queue.running[sample.row] = sample
-    self.calls.changed[sample.row] = sample
-    self.queue.remove(sample)
+        request.logits = handle.last_logits
+    self.queue.waiting.remove(sample)
+    sample.begin(Body(handle, handle.row, decoding, handle.num_cached))
+    self.queue.running[sample.row] = self.calls.changed[sample.row] = sample
 
   def _begin(self, sample: Sample) -> bool:
     """Gives a waiting sample its row, from those behind it if need be; whether it could."""
@@ -228,83 +190,104 @@ class Scheduler:
 
   def _place(self, sample: Sample) -> None:
     """Rows and pages for what the sample already has, if there is room for its next call, too."""
-    manager, origin = self.manager, sample.origin
-    growth = self.growth(self.config.num_steps)
+    manager, origin, pages = self.manager, sample.origin, self.room.pages
+    needed = self.room.needed(self.config.num_steps)
     longest = max(beam.length for beam in sample.beams)
-    ahead = longest + self.config.num_steps * self.calls.width
-    most = self.most_pages(len(sample.entry.prompt), len(sample.beams), ahead)
+    ahead = longest + self.config.num_steps * self.config.width
+    most = self.room.most_pages(len(sample.request.prompt), len(sample.beams), ahead)
     if sample.swapped:
-      self._check_room(most + growth)
+      self.room.check(most + needed)
       handles = [beam.handle for beam in sample.beams if beam.handle]
       manager.swap_in_many(handles)
       for beam, handle in zip(sample.beams, handles):
-        beam.swapped = False
-        self._run(beam, handle)
+        self._run(beam, handle, decoding=True)
     elif origin is not None and origin.handle and sample.could_share(origin):
-      self._check_room(self.pages(ahead) - self.pages(sample.length) + 2 + growth)
+      # origin   [prompt . . | a b c]      keeps its pages
+      # sample   [prompt . . | a b .       the same ones; the first write copies the last page
+      self.room.check(pages(ahead) - pages(sample.length) + 2 + needed)
       handle = manager.clone(origin.handle, self._id(sample), num_tokens=sample.length - 1)
-      sample.decoding = True
-      self._run(sample, handle)
+      self._run(sample, handle, decoding=True)
     else:
-      text, later = np.array(sample.text, np.int32), most - self.pages(sample.length) + 1
-      reserve = later + growth if self.queue.running else 0
-      self._check_room(manager.pages_to_begin(text) + reserve)  # before it looks for room
-      requests = [Request(self._id(sample), tokens=text)]
-      requests += [Request(self._id(beam)) for beam in sample.beams[1:]]
+      text, later = np.array(sample.text, np.int32), most - pages(sample.length) + 1
+      reserve = later + needed if self.queue.running else 0
+      self.room.check(manager.pages_to_begin(text) + reserve)  # before it looks for room
+      requests = [Allocation(self._id(sample), tokens=text)]
+      requests += [Allocation(self._id(beam)) for beam in sample.beams[1:]]
       handles = manager.allocate_many(requests, reserve=reserve, wait=False)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle)
 
-  def _check_room(self, needed: int) -> None:
-    """Raises unless so many pages are to be had, or nobody runs who might give some back."""
-    if self.queue.running and self.manager.num_free < needed:
-      free = self.manager.num_free + self.manager.num_reclaimable
-      if free < needed:
-        raise errors.OutOfPages(needed=needed, free=free)
-
-  def _drop_swapped(self, but: Sample) -> bool:
-    """Turns some swapped sample into one to compute again, so that its pages come free."""
-    swapped = [x for x in self.queue.waiting if x.swapped and x is not but]
+  def _drop_swapped(self, sample: Sample) -> bool:
+    """Turns another swapped sample into one to compute again, so that its pages come free; whether
+    there is one."""
+    swapped = [x for x in self.queue.waiting if x.swapped and x is not sample]
     if swapped:
-      self.forget(max(swapped, key=lambda sample: sample.order))
+      last = max(swapped, key=lambda sample: sample.order)
+      self.queue.waiting.remove(last)
+      self.forget(last)
+      self.queue.waiting.add(last)
     return bool(swapped)
 
   # Preemption
 
-  def preempt(self, sample: Sample) -> None:
-    """Takes a sample's row and pages; all calls have been read."""
-    swaps = all(beam.decoding for beam in sample.beams) and self.swaps(sample)
-    if sample in self._unstored and not swaps:  # it may find some of its pages again
-      self.manager.store_prefixes(self._beginning(sample))
-    self.withdraw(sample)
-    if not (swaps and self._swap_out(sample)):
-      self.forget(sample)
-    self.queue.add(sample.beams)
+  def make_room(self, num_steps: int) -> tuple[Sample, errors.OutOfPages] | None:
+    """Frees the pages that the next call needs: evicts prefixes, then preempts.
 
-  def withdraw(self, sample: Sample) -> None:
-    """Takes a sample off its row; it keeps its pages."""
+    All reports must have been read.
+
+    Returns:
+      The only sample that runs, and why, if it cannot go on: what is missing is pinned, or held by
+      others than the engine.
+    """
+    while (needed := self.room.needed(num_steps)) > self.room.free:
+      self.manager.gc(self.room.needed(_CALLS_AHEAD * num_steps))
+      if needed <= self.room.free:
+        break
+      victim = self.queue.last()
+      if len(self.queue.running) > len(victim.beams):
+        self.preempt(victim)
+      elif not self.manager.clear_prefixes(pinned=False):  # one may share its last page
+        return victim, errors.OutOfPages(needed=needed, free=self.room.free)
+    return None
+
+  def preempt(self, sample: Sample) -> None:
+    """Takes a sample's row and pages; all reports have been read.
+
+    # row       [prompt | a b c]            gives way
+    # swap      host [prompt | a b c]       begins again where it was
+    # forget    prefix cache [prompt ..]    begins again with what is left of its whole pages
+    """
+    swapped = all(beam.decoding for beam in sample.beams) and self.swaps(sample)
+    swapped = swapped and self._swap_out(sample)
+    if sample in self._unstored and not swapped:  # it may find some of its pages again
+      self.manager.store_prefixes(self._beginning(sample))
+    self._unstored.pop(sample, None)
     for beam in sample.beams:
-      del self.queue.running[beam.row]
-      self.calls.changed[beam.row] = None
-      beam.row = -1
-    if sample in self._unstored:
-      self._unstored.remove(sample)
+      self._vacate(beam)
+      if swapped:
+        beam.leave(swapped=True)
+    if not swapped:
+      self.forget(sample)
+    self.queue.waiting.add(sample.beams[0])
+
+  def _vacate(self, sample: Sample) -> None:
+    """Nobody is in a sample's row any more."""
+    del self.queue.running[sample.row]
+    self.calls.changed[sample.row] = None
 
   def forget(self, sample: Sample) -> None:
     """A sample gives up what it holds: it is to be computed again, a search from its prompt on."""
-    held = [beam for beam in sample.beams if beam.handle]
-    self.manager.deallocate_many([beam.handle.request_id for beam in held if beam.handle])
+    self.give_back([beam.leave() for beam in sample.beams])
     for beam in sample.beams:
-      beam.let_go()
       if sample.searching:
-        beam.tokens, beam.logprobs, beam.ended = [], [], False
+        beam.search([], [])
     self.counts.recomputations += 1
 
   def swaps(self, sample: Sample) -> bool:
     """Whether preemption moves the sample's pages to the host, and does not compute them again."""
     choice = self.config.preemption
     if choice == "auto":
-      swap = 2 * self.pages(sample.length - 1) * self.swap_seconds
+      swap = 2 * self.room.pages(sample.length - 1) * self.swap_seconds
       choice = "swap" if swap <= (sample.length - 1) * self.prompt_seconds else "recompute"
     return choice == "swap" and self.config.options.swapping
 
@@ -313,54 +296,55 @@ class Scheduler:
       self.manager.swap_out_many([beam.handle for beam in sample.beams if beam.handle])
     except errors.OutOfHostPages:
       return False
-    for beam in sample.beams:
-      beam.swapped = True
     self.counts.swaps += 1
     return True
 
   # Commands
 
   def detach(self, sample: Sample) -> Body:
-    """What a sample held; it is in no list any more. All calls have been read."""
-    body = sample.body
-    self.queue.remove(sample)
+    """What a sample held; it is in no list any more. All reports have been read."""
+    self.queue.waiting.remove(sample)
     if sample.row >= 0:
-      del self.queue.running[sample.row]
-      self.calls.changed[sample.row] = None
-    self.ended = [each for each in self.ended if each is not sample]
-    self._unstored = [each for each in self._unstored if each is not sample]
-    sample.let_go()
-    return body
+      self._vacate(sample)
+    self.ended.pop(sample, None)
+    self._unstored.pop(sample, None)
+    return sample.leave()
 
-  def attach(self, sample: Sample, body: Body | None, *, ends: bool) -> None:
+  def attach(self, sample: Sample, body: Body | None, *, ends: bool) -> Body | None:
     """A sample goes on with what another, or itself, held; without anything it comes to wait.
 
     Args:
       sample: In no list.
       body: What was held; None for nothing.
       ends: Whether the sample ends now, so that it keeps its pages in any state.
+
+    Returns:
+      What it has no use for, to be given back.
     """
     handle = None if body is None else body.handle
     if body is None or handle is None or not (ends or (body.row >= 0 and body.decoding)):
-      self.give_back([body] if body else [])
-      self.queue.add([] if ends else [sample])
-      return
-    sample.body = body
+      if not ends and sample is sample.beams[0]:
+        self.queue.waiting.add(sample)
+      return body
+    sample.begin(body)
     if body.row >= 0:
       self.queue.running[body.row] = self.calls.changed[body.row] = sample
     if not ends and handle.num_tokens >= sample.length:
       self.manager.trim(handle, sample.length - 1)
+    return None
 
-  def give_back(self, bodies: Sequence[Body]) -> None:
+  def give_back(self, bodies: Sequence[Body | None], *, wait: bool = True) -> None:
     """Frees the rows and pages of bodies that nobody has any more."""
-    self.manager.deallocate_many([body.handle.request_id for body in bodies if body.handle])
+    held = [body.handle.request_id for body in bodies if body and body.handle]
+    if held:
+      self.manager.deallocate_many(held, wait=wait)
 
   # Calls
 
   def pieces(self) -> list[Piece]:
     """What the next call computes of texts that are not in the cache yet."""
     budget, pieces = self.config.prompt_sizes[-1], []
-    reading = [x for x in self.queue.running.values() if not (x.decoding or x.completion)]
+    reading = [x for x in self.queue.running.values() if x.state is State.READING]
     for sample in sorted(reading, key=lambda sample: sample.order):
       if sample is sample.beams[0] and (budget or not sample.unread):
         pieces.append(Piece(sample, min(budget, sample.unread)))
@@ -369,49 +353,50 @@ class Scheduler:
 
   def started(self, pieces: list[Piece]) -> None:
     """These pieces are computed."""
-    self._unstored += [piece.sample for piece in pieces if piece.sample.decoding]
+    self._unstored |= {piece.sample: None for piece in pieces if piece.sample.decoding}
 
   # Afterwards
 
   def end(self, sample: Sample) -> None:
     """What a sample with its completion holds is given back by `tidy`; it draws no more."""
-    self.queue.remove(sample)
+    self.queue.waiting.remove(sample)
     if sample.row >= 0:
       self.calls.changed[sample.row] = None
     if sample.handle is not None:
-      self.ended.append(sample)
+      self.ended[sample] = None
 
   def tidy(self) -> None:
     """Gives back what ended samples hold, and lets those who wait start on what others have written,
-    or are about to."""
+    or are about to.
+
+    # ended    [prompt | a b c]   its row ends; the prefix cache keeps pages of prompt and text
+    # going    [prompt | a b      keeps its row; samples that wait may share its whole pages
+    """
     if self.config.options.prefix_cache:
-      wanted = {sample.entry.beginning for sample in self.queue.waiting} - {None}
       each = [self._whole(sample) for sample in self.ended]
-      each += [self._beginning(x) for x in self._unstored if x.entry.beginning in wanted]
-      self._unstored = [
-        x for x in self._unstored if not (x.completion or x.entry.beginning in wanted)
-      ]
+      wanted = self.queue.waiting.begin_with
+      stored = [x for x in self._unstored if x.completion or wanted(x.request.beginning)]
+      for sample in stored:
+        del self._unstored[sample]
+        each.append(self._beginning(sample))
       if prefixes := [prefix for several in each for prefix in several]:
         self.manager.store_prefixes(prefixes, wait=False)
-    if self.ended:
-      held = [sample.handle.request_id for sample in self.ended if sample.handle]
-      self.manager.deallocate_many(held, wait=False)
     for sample in self.ended:
       if sample.row >= 0:
         del self.queue.running[sample.row]
-      sample.let_go()
+    self.give_back([sample.leave() for sample in self.ended], wait=False)
     self.ended.clear()
 
   def _whole(self, sample: Sample) -> list[Prefix]:
     """What others may start on when a sample has ended: its prompt, and its text."""
-    handle, entry = sample.handle, sample.entry
+    handle, request = sample.handle, sample.request
     failed = sample.completion is None or sample.completion.error is not None
     if handle is None or sample.row < 0 or not sample.decoding or failed:
       return []
     prefixes, text = [], np.array(sample.text[:-1], np.int32)
-    if entry.logits is not None and handle.num_cached < len(entry.prompt) < sample.length:
-      prefixes.append(Prefix(handle, text[: len(entry.prompt)], entry.logits))
-      entry.logits = None
+    if request.logits is not None and handle.num_cached < len(request.prompt) < sample.length:
+      prefixes.append(Prefix(handle, text[: len(request.prompt)], request.logits))
+      request.logits = None
     if not sample.searching:
       prefixes.append(Prefix(handle, text))
     return prefixes
@@ -421,5 +406,5 @@ class Scheduler:
     size = self.config.cache.page_size
     whole = (sample.length - 1) // size * size
     if whole and sample.handle and sample.row >= 0 and sample.completion is None:
-      return [Prefix(sample.handle, sample.text[:whole])]
+      return [Prefix(sample.handle, sample.part(0, whole))]
     return []

@@ -11,7 +11,7 @@ whose bytes have not all come, and what may be the beginning of a stop, are held
 import codecs
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
 _CONTEXT = 8  # tokens that decide how the next one reads
@@ -164,32 +164,3 @@ def _overlap(text: str, stop: str) -> int:
   """Characters at the end of `text` that `stop` begins with."""
   counts = range(min(len(text), len(stop) - 1), 0, -1)
   return next((n for n in counts if text.endswith(stop[:n])), 0)
-
-
-class Text(NamedTuple):
-  """How the new tokens of a prompt read, for those who have all of them."""
-
-  tokenizer: Tokenizer
-  prompt: tuple[int, ...]
-  stops: tuple[str, ...] = ()
-
-  def reader(self) -> Reader:
-    """Reads its tokens as they arrive."""
-    return Reader(Vocabulary(self.tokenizer), self.prompt, self.stops)
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    """What `tokens` add to the prompt's text, up to a stop."""
-    reader = self.reader()
-    reader.add(tokens)
-    reader.finish()
-    return reader.text
-
-  def settled(self, tokens: Sequence[int]) -> str:
-    """The part of `decode` that no further token changes."""
-    reader = self.reader()
-    reader.add(tokens)
-    return reader.text
-
-  def end(self, tokens: Sequence[int]) -> int | None:
-    """How many of `tokens` it takes to complete a stop, None if there is none in them."""
-    return self.reader().add(tokens)

@@ -46,7 +46,7 @@ def finish(engine):
 
 def force_preemption(e):
   """Takes the row of whoever came last."""
-  e._drain()
+  e._read_all()
   e._scheduler.tidy()
   if e._queue.running:
     e._scheduler.preempt(e._queue.last())

@@ -488,7 +488,7 @@ def test_who_ended_before_a_round_failed_hears_of_the_end():
     raise RuntimeError("no")
 
   e._calls.dispatch = broken
-  e._scheduler.secure = lambda num_steps: False  # all reports are read before
+  e._room.fits = lambda num_steps: False  # all reports are read before
   with pytest.raises(RuntimeError) as failure:
     e.step()
   e._fail(failure.value)

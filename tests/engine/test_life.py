@@ -413,12 +413,12 @@ def test_audit_finds_what_nobody_owns():
   e.step()
   e.step()
   assert e.audit().clean
-  (sample,) = handle._entry.samples
+  (sample,) = handle._request.samples
   row = sample.row
   del e._queue.running[row]
   lost = e.audit()
   assert not lost.clean and lost.lost == lost.sequences == 1 and lost.pages >= 3
-  e._queue.waiting.append(sample)
+  e._queue.waiting.add(sample)
   sample.completion = True
   assert e.audit().late == 1
   e._queue.waiting.remove(sample)
