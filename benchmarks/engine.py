@@ -13,6 +13,11 @@ installed: the same weights, requests, page size and number of pages, in bfloat1
 work adds, as a part of the time: 1 - (seconds of the same device programs and verbs, recorded and
 dispatched again back to back) / (seconds of the engine), the median of pairs of runs. TTFT and TPOT
 (seconds to the first token, and per token after it) count from the start of the run.
+
+What requests cost that only wait, on a model that computes nothing (`--queue 1` measures this alone):
+`queue_growth` is the time of a round before which 50,000 wait, over that with 100, in turns, the worse
+of prompts that all differ and of prompts that begin alike (asked to be at most 1.2); `cancel_50k_s` is
+how long it takes to cancel 50,000 and to run until nothing is left (at most 1).
 """
 
 import measure  # first: it sets XLA's flags
@@ -28,9 +33,11 @@ import lengths
 import numpy as np
 import tape
 
+import paged_jax
 from paged_jax import models
 from paged_jax.engine import Engine, EngineConfig, Sampling
 from paged_jax.host import ManagerConfig
+from paged_jax.testing.counting import Counting
 
 SCALE, LONGEST, DENSE_ROWS, SIZE, ROWS, STEPS = 16, 512, 8, 16, 64, 8
 PROMPT_SIZES = (32, 128, 512)
@@ -164,6 +171,59 @@ def run_engine(engine: Engine, work) -> dict:
   }  # fmt: skip
 
 
+class Line:
+  """An engine before which a number of requests wait."""
+
+  def __init__(self, count: int, *, alike: bool):
+    cache = paged_jax.CacheConfig(
+      num_layers=1, num_kv_heads=1, head_dim=8, page_size=4, num_pages=64, num_rows=8, max_length=48,
+      dtype="float32",
+    )  # fmt: skip
+    config = EngineConfig(cache, num_steps=4, prompt_sizes=(16,))
+    self.engine, self.count, self.alike = Engine(Counting(), config), count, alike
+    self.handles = []
+    self.engine.warm_up()
+
+  def prompt(self) -> list[int]:
+    n = len(self.handles)
+    beginning = [1] * 4 if self.alike else [n // 60**i % 60 for i in range(4)]
+    return [*beginning, 5, n % 60]
+
+  def round(self) -> float:
+    """Seconds of a round; the line is made full before."""
+    while self.engine.num_waiting < self.count:
+      self.handles.append(self.engine.submit(self.prompt(), Sampling(max_new_tokens=8)))
+    return measure.seconds(self.engine.step)
+
+  def cancel(self) -> float:
+    """Seconds until all who wait, and run, are gone."""
+    going = [handle for handle in self.handles if not handle.done]
+    began = time.perf_counter()
+    for handle in going:
+      handle.cancel()
+    while self.engine.step():
+      pass
+    seconds = time.perf_counter() - began
+    assert all(handle.done for handle in going) and len(going) >= self.count
+    return seconds
+
+
+def waiting(rounds: int) -> tuple[list[dict], dict]:
+  """What requests cost that wait: a row for each kind, and the summary."""
+  rows, cancels = [], []
+  for alike in (False, True):
+    few, many = Line(100, alike=alike), Line(50_000, alike=alike)
+    times = [(few.round(), many.round()) for _ in range(30 + rounds)][30:]
+    few_ms, many_ms = (1e3 * float(np.median(each)) for each in zip(*times))
+    cancels.append(many.cancel())
+    rows.append({
+      "what": "alike" if alike else "distinct", "ms at 100": few_ms, "ms at 50,000": many_ms,
+      "growth": many_ms / few_ms, "cancel 50,000 s": cancels[-1],
+    })  # fmt: skip
+  growth = max(row["growth"] for row in rows)
+  return rows, {"queue_growth": growth, "cancel_50k_s": float(np.median(cancels))}
+
+
 def run_transformers(work) -> dict:
   """Hugging Face's continuous batching of the same requests."""
   import torch
@@ -203,7 +263,12 @@ def main():
     trace=(pathlib.Path, None, "csv of the trace"),
     requests=(int, 200, "how many"),
     transformers=(int, 0, "runs of Hugging Face's continuous batching, 0 for none"),
+    queue=(int, 0, "1 to measure only what requests cost that wait"),
   )
+  queue_rows, queue = waiting(20 * args.rounds)
+  if args.queue:
+    measure.report(queue_rows, queue, as_json=args.json)
+    return
   model = models.load(models.embedded())
   work = requests(args.trace, args.requests)
   config = models.cache_config(
@@ -241,11 +306,11 @@ def main():
     "vs_static_dense": ours["tokens_per_s"] / median["static"]["tokens_per_s"],
     "vs_continuous_dense": ours["tokens_per_s"] / median["continuous"]["tokens_per_s"],
     "bookkeeping_share": float(np.median(shares)),
-  }
+  } | queue
   if args.transformers:
     theirs = median["transformers"]["tokens_per_s"]
     report["vs_transformers"] = ours["tokens_per_s"] / theirs
-  rows = [{"what": name} | each for name, each in median.items()]
+  rows = [{"what": name} | each for name, each in median.items()] + queue_rows
   measure.report(rows, report, as_json=args.json)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import NamedTuple
 
 import pytest
 import tokenizers
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from paged_jax.engine.text import Reader, Text, Vocabulary, numbers
+from paged_jax.engine.text import Reader, Vocabulary, numbers
 
 CORPUS = [
   "To be, or not to be: that is the question.",
@@ -72,6 +73,34 @@ KINDS = {"byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK, "word_piece":
 KIND = st.sampled_from(sorted(KINDS))
 LETTERS = "tobeac é你မ🌶\ufe0f\n.,'"
 TEXTS = st.text(st.sampled_from(LETTERS) | st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+class Text(NamedTuple):
+  """How the new tokens of a prompt read, all at once."""
+
+  tokenizer: object
+  prompt: tuple = ()
+  stops: tuple = ()
+
+  def reader(self):
+    return Reader(Vocabulary(self.tokenizer), self.prompt, self.stops)
+
+  def decode(self, tokens):
+    """What `tokens` add to the prompt's text, up to a stop."""
+    reader = self.reader()
+    reader.add(tokens)
+    reader.finish()
+    return reader.text
+
+  def settled(self, tokens):
+    """The part of `decode` that no further token changes."""
+    reader = self.reader()
+    reader.add(tokens)
+    return reader.text
+
+  def end(self, tokens):
+    """How many of `tokens` it takes to complete a stop, None if there is none in them."""
+    return self.reader().add(tokens)
 
 
 def read(words, prompt, tokens, stops=(), sizes=()):
