@@ -1,4 +1,4 @@
-"""A caller's grip on a request."""
+"""What a user holds of a request: its texts, and the commands that change it."""
 
 from collections.abc import Sequence
 
@@ -41,6 +41,19 @@ class RequestHandle:
     may be a stop, and a later one has what it lacks. A stop is in no piece. Without a tokenizer they
     are numbers. Beams have none before they end.
 
+    >>> import paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> engine = Engine(Counting(), EngineConfig(cache, prompt_sizes=(16,)))
+    >>> handle = engine.submit([1, 2, 3], Sampling(max_new_tokens=4))
+    >>> while engine.step():
+    ...   pass
+    >>> handle.pieces(), handle.pieces(start=2)
+    (['4', ' 5', ' 6', ' 7'], [' 6', ' 7'])
+
     """
     return self._desk.pieces(self._request.samples[sample], start)
 
@@ -56,7 +69,20 @@ class RequestHandle:
     return {sample.row: sample.nth for sample in samples if sample.row >= 0}
 
   def cancel(self) -> None:
-    """Ends it before the next call; what it has drawn stays readable."""
+    """Ends it before the next call; what it has drawn stays readable.
+
+    >>> import paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> engine = Engine(Counting(), EngineConfig(cache, prompt_sizes=(16,)))
+    >>> handle = engine.submit([1, 2, 3], Sampling(max_new_tokens=4))
+    >>> handle.cancel()
+    >>> engine.step(), handle.completions[0].reason
+    (True, 'cancelled')
+    """
     with self._desk.lock:
       self._desk.change(branches.cancel(self._request.samples))
 
@@ -71,6 +97,26 @@ class RequestHandle:
 
     The sample itself rests, and keeps its pages for further forks, until a branch is committed or
     it is rolled back. A branch may be forked, too.
+
+    # request   [prompt | a b c]           rests, keeps its row and pages
+    # branch    [prompt | a b c | d ...    the same pages; the first write copies the last one
+    # branch    [prompt | a b c | e ...
+
+    >>> import paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> engine = Engine(Counting(), EngineConfig(cache, prompt_sizes=(16,)))
+    >>> handle = engine.submit([1, 2, 3], Sampling(max_new_tokens=4))
+    >>> while not handle.tokens[0]:
+    ...   _ = engine.step()
+    >>> branches = handle.fork(2, Sampling(max_new_tokens=6))
+    >>> while engine.step():
+    ...   pass
+    >>> [branch.tokens for branch in branches]
+    [[[4, 5, 6, 7, 8, 9]], [[4, 5, 6, 7, 8, 9]]]
 
     Args:
       count: How many.
@@ -106,6 +152,24 @@ class RequestHandle:
 
     A sample that rests, or has ended, goes on, too.
 
+    >>> import paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> engine = Engine(Counting(), EngineConfig(cache, prompt_sizes=(16,)))
+    >>> handle = engine.submit([1, 2, 3], Sampling(max_new_tokens=4))
+    >>> while engine.step():
+    ...   pass
+    >>> handle.rollback(1, Sampling(max_new_tokens=3, logit_bias={9: 50.0}))
+    >>> handle.tokens
+    [[4]]
+    >>> while engine.step():
+    ...   pass
+    >>> handle.tokens
+    [[4, 9, 9]]
+
     Args:
       num_tokens: How many to keep; all of them to go on as it is.
       sampling: How to go on, by default as before: equal seeds draw the same tokens again. Sample i
@@ -133,6 +197,26 @@ class RequestHandle:
 
     This branch and the others of that sample end as cancelled, unless they are done; branches of
     theirs go on by themselves.
+
+    # before    request [prompt | a b c]    branch [prompt | a b c | d e]
+    # after     request [prompt | a b c | d e]    on the branch's row and pages; its own are freed
+
+    >>> import paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> engine = Engine(Counting(), EngineConfig(cache, prompt_sizes=(16,)))
+    >>> handle = engine.submit([1, 2, 3], Sampling(max_new_tokens=4))
+    >>> while not handle.tokens[0]:
+    ...   _ = engine.step()
+    >>> branch, other = handle.fork(2, Sampling(max_new_tokens=6))
+    >>> while engine.step():
+    ...   pass
+    >>> branch.commit()
+    >>> handle.tokens
+    [[4, 5, 6, 7, 8, 9]]
 
     Raises:
       ValueError: It is no branch, or one of its sample's branches has been committed since.
