@@ -252,13 +252,13 @@ def test_streams_run_side_by_side_and_a_listener_that_leaves_cancels():
 
 
 def test_a_round_that_fails_ends_all_streams(monkeypatch):
-  e = engine()
+  e = engine(num_steps=1)
 
   def broken():
     raise MemoryError("no more")
 
   async def listen():
-    async for _ in e.stream(PROMPTS[0], Sampling(max_new_tokens=12)):
+    async for _ in e.stream(PROMPTS[0], Sampling(max_new_tokens=40)):
       monkeypatch.setattr(e._scheduler, "pieces", broken)
 
   with pytest.raises(RuntimeError, match="no more"):
