@@ -26,7 +26,7 @@ class Waiting:
   """Samples that wait for a row, in order; a beam search as one, by the first of its beams.
 
   `add`, `remove` and `first` take O(log n), on average. Entries of samples that were removed stay in the
-  heaps until they come first, or until `add` finds that they are more than the others.
+  heaps until they come first, or are more than the others.
 
   Args:
     shares: Whether samples could start on each other's pages.
@@ -63,8 +63,7 @@ class Waiting:
 
   def add(self, sample: Sample) -> None:
     """A sample waits, at its place."""
-    if self._num_removed > len(self._members) + 64:
-      self._rebuild()
+    self._rebuild()
     self._members[sample] = stamp = next(self._stamps)
     self._beginnings[sample.request.beginning] += 1
     if sample.resting:
@@ -86,6 +85,7 @@ class Waiting:
   def close(self, beginnings: Set[Beginning]) -> None:
     """Samples that begin with one of these pages, and have none, cannot start for now; all others can,
     except those whose origin is computing its prompt."""
+    self._rebuild()
     opened, self._closed = self._closed - beginnings, beginnings
     for beginning in opened:
       self._announce(beginning)
@@ -138,7 +138,9 @@ class Waiting:
       heapq.heappush(self._heads, (line[0][0], next(self._stamps), beginning))
 
   def _rebuild(self) -> None:
-    """The heaps have entries of members only."""
+    """If most entries are of samples that were removed, the heaps keep those of members only."""
+    if self._num_removed <= len(self._members) + 64:
+      return
     self._lines, self._heads, self._announced, self._followers = {}, [], {}, {}
     self._num_removed = 0
     for sample, stamp in self._members.items():
