@@ -106,14 +106,19 @@ class Desk:
     """The next round takes this request in."""
     self.arrivals.append(request)
     self.live.update(dict.fromkeys(request.samples))
-    self.wake.set()
+    self._awake()
 
   def change(self, samples: Iterable[Sample]) -> None:
     """The next round carries out the changes of these samples."""
     changed = dict.fromkeys(samples)
     self.changed.update(changed)
     self.live.update(changed)
-    self.wake.set()
+    self._awake()
+
+  def _awake(self) -> None:
+    """There is something to do; `set` costs more than all the rest, so once is enough."""
+    if not self.wake.is_set():
+      self.wake.set()
 
   def pieces(self, sample: Sample, start: int) -> list[str]:
     """See `RequestHandle.pieces`."""
