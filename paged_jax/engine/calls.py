@@ -205,7 +205,7 @@ class Calls:
       scores=np.zeros(s, np.float32),
     )
     for row, sample in samples.items():
-      arrays["tokens"][row] = sample.last_token
+      arrays["tokens"][row] = sample.part(sample.length - 1, sample.length)[0]
       arrays["remaining"][row] = 0 if sample.text_ended else sample.remaining
       ends = [*self._config.eos, *sample.sampling.stop_tokens]
       arrays["stop_tokens"][row, : len(ends)] = ends

@@ -82,11 +82,8 @@ class Delivery:
     sample.end(Completion(tokens, logprobs, reason, text, error))
     self._desk.live.pop(sample, None)
     self._scheduler.end(sample)
-    request = sample.request
-    if sample.searching and request.done:
-      request.samples = sorted(request.samples, key=_rank)
-      for nth, beam in enumerate(request.samples):
-        beam.renumber(nth)
+    if sample.searching and sample.request.done:
+      sample.request.rank(_rank)
 
   def _text(self, sample: Sample, reason: str, error: str | None) -> str | None:
     vocabulary, reader = self._desk.vocabulary, sample.reader

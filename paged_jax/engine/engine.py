@@ -12,14 +12,11 @@ computes. Three things need all reports to be read first (`FullRead`).
 
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import jax
-
 from paged_jax import interrupts
-from paged_jax.engine import audit, branches, service
+from paged_jax.engine import audit, branches, service, warming
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig, FullRead
@@ -34,7 +31,6 @@ from paged_jax.engine.scheduler import Scheduler
 from paged_jax.engine.service import Token
 from paged_jax.engine.text import Tokenizer, Vocabulary
 from paged_jax.host import Manager
-from paged_jax.host import Request as Allocation
 
 _log = logging.getLogger(__name__)
 
@@ -301,40 +297,7 @@ class Engine:
     Args:
       progress: Called with how many of how many programs are ready.
     """
-    config = self.config
-    sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
-    searching = [False, True] if config.max_beams > 1 else [False]
-    calls = [(size, beams) for beams in searching for size in sizes]
-    for done, (size, beams) in enumerate(calls):
-      progress(done, len(calls))
-      for _ in range(2):  # the second one is timed
-        began = time.perf_counter()
-        prompts = None if size is None else self._calls.prompts([], size)
-        self._calls.run(prompts, 1 if prompts else config.num_steps, searching=beams)
-        self._calls.wait()
-        if size:
-          self._scheduler.prompt_seconds = (time.perf_counter() - began) / size
-    self._calls.warm_up()
-    self.manager.warm_up()
-    if config.options.swapping and config.options.num_host_pages:
-      self._time_swaps()
-    progress(len(calls), len(calls))
-
-  def _time_swaps(self) -> None:
-    """Swaps a few pages out and in again, if there are any."""
-    config, manager = self.config, self.manager
-    count = min(
-      4, config.options.num_host_pages, config.cache.pages_per_row, manager.available_pages
-    )
-    if not count or not manager.num_free_rows:
-      return
-    handle = manager.allocate(Allocation(self, count * config.cache.page_size))
-    began = time.perf_counter()
-    manager.swap_out(handle)
-    manager.swap_in(handle)
-    jax.block_until_ready(manager.cache)
-    self._scheduler.swap_seconds = (time.perf_counter() - began) / (2 * count)
-    manager.deallocate(self)
+    warming.warm_up(self.manager, self._calls, self._scheduler, self.config, progress)
 
   # One round
 

@@ -209,10 +209,6 @@ class Sample:
     self.told = len(self.tokens)
     return self.tokens[known:], self.logprobs[known:]
 
-  def renumber(self, nth: int) -> None:
-    """It is sample `nth` of its request: searches rank their texts in the end."""
-    self.nth = nth
-
   @property
   def result(self) -> Completion | None:
     """Its completion, unless a command has made it go on."""
@@ -230,11 +226,6 @@ class Sample:
     return [*self.request.prompt[start:end], *new]
 
   @property
-  def last_token(self) -> int:
-    """The last one of its text."""
-    return self.tokens[-1] if self.tokens else self.request.prompt[-1]
-
-  @property
   def length(self) -> int:
     """Tokens of its text."""
     return len(self.request.prompt) + len(self.tokens)
@@ -243,11 +234,6 @@ class Sample:
   def remaining(self) -> int:
     """Most tokens still to draw."""
     return self.sampling.max_new_tokens - len(self.tokens)
-
-  @property
-  def limit(self) -> int:
-    """Most tokens that it comes to hold; the last one drawn is never written."""
-    return len(self.request.prompt) - 1 + self.sampling.max_new_tokens
 
   # What schedulers ask
 
@@ -286,13 +272,6 @@ class Sample:
       return False
     return not (origin.decoding or origin.resting or origin.completion)
 
-  def could_share(self, origin: "Sample") -> bool:
-    """Whether all of its text but the last token is on the pages of the row of `origin`, which has the
-    same prompt."""
-    known = self.tokens[:-1]
-    on_row = origin.row >= 0 and origin.decoding and origin.length >= self.length
-    return on_row and origin.tokens[: len(known)] == known
-
   @property
   def order(self) -> tuple[int, int]:
     """Samples with a smaller one come first."""
@@ -316,3 +295,9 @@ class Request:
   def done(self) -> bool:
     """Whether all samples have ended."""
     return bool(self.samples) and all(sample.result for sample in self.samples)
+
+  def rank(self, key: Callable[[Sample], float]) -> None:
+    """The samples of a search that has ended come in the order of `key`."""
+    self.samples = sorted(self.samples, key=key)
+    for nth, sample in enumerate(self.samples):
+      sample.nth = nth

@@ -9,6 +9,7 @@ import numpy as np
 
 from paged_jax.engine.config import EngineConfig
 from paged_jax.engine.queue import Queue
+from paged_jax.engine.requests import Sample
 from paged_jax.host import Manager, errors
 
 
@@ -54,10 +55,10 @@ class Room:
       if not steps:
         continue
       if not sample.searching:
-        lengths[row] = min(sample.length - 1 + steps * width, sample.limit)
+        lengths[row] = min(sample.length - 1 + steps * width, _limit(sample))
       elif sample is sample.beams[0]:
         longest = max(beam.length for beam in sample.beams)
-        most = min(longest - 1 + steps * width, sample.limit)
+        most = min(longest - 1 + steps * width, _limit(sample))
         handles = [beam.handle for beam in sample.beams if beam.handle]
         pages += self._manager.pages_to_search(handles, most, len(sample.request.prompt))
     return pages + self._manager.pages_to_reach(lengths)
@@ -74,3 +75,8 @@ class Room:
     """
     if self._queue.running and self.free < needed and self.available < needed:
       raise errors.OutOfPages(needed=needed, free=self.available)
+
+
+def _limit(sample: Sample) -> int:
+  """Most tokens that a sample comes to hold; the last one drawn is never written."""
+  return len(sample.request.prompt) - 1 + sample.sampling.max_new_tokens

@@ -201,7 +201,7 @@ class Scheduler:
       manager.swap_in_many(handles)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle, decoding=True)
-    elif origin is not None and origin.handle and sample.could_share(origin):
+    elif origin is not None and origin.handle and _could_share(sample, origin):
       # origin   [prompt . . | a b c]      keeps its pages
       # sample   [prompt . . | a b .       the same ones; the first write copies the last page
       self.room.check(pages(ahead) - pages(sample.length) + 2 + needed)
@@ -408,3 +408,11 @@ class Scheduler:
     if whole and sample.handle and sample.row >= 0 and sample.completion is None:
       return [Prefix(sample.handle, sample.part(0, whole))]
     return []
+
+
+def _could_share(sample: Sample, origin: Sample) -> bool:
+  """Whether all of a sample's text except the last token is on the pages of the row of `origin`, which
+  has the same prompt."""
+  known = sample.tokens[:-1]
+  on_row = origin.row >= 0 and origin.decoding and origin.length >= sample.length
+  return on_row and origin.tokens[: len(known)] == known

@@ -61,7 +61,7 @@ def test_a_sample_goes_through_its_states():
   assert not s.draws  # it may end in the call that is not read
   s.report(4)
   s.add([7], [-0.5])
-  assert s.draws and s.last_token == 7 and s.text == [1, 2, 3, 7]
+  assert s.draws and s.text == [1, 2, 3, 7]
   assert s.leave(swapped=True) == Body(handle, 5, True, 3)
   assert s.state is State.SWAPPED and s.decoding
   s.begin(Body(handle, 2, True, 0))

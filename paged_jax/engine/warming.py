@@ -1,0 +1,53 @@
+"""Before the first request: compiles every program, and measures what preemption costs."""
+
+import time
+from collections.abc import Callable
+
+import jax
+
+from paged_jax.engine.calls import Calls
+from paged_jax.engine.config import EngineConfig
+from paged_jax.engine.scheduler import Scheduler
+from paged_jax.host import Manager
+from paged_jax.host import Request as Allocation
+
+
+def warm_up(
+  manager: Manager,
+  calls: Calls,
+  scheduler: Scheduler,
+  config: EngineConfig,
+  progress: Callable[[int, int], None],
+) -> None:
+  """See `Engine.warm_up`."""
+  sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
+  searching = [False, True] if config.max_beams > 1 else [False]
+  programs = [(size, beams) for beams in searching for size in sizes]
+  for done, (size, beams) in enumerate(programs):
+    progress(done, len(programs))
+    for _ in range(2):  # the second one is timed
+      began = time.perf_counter()
+      prompts = None if size is None else calls.prompts([], size)
+      calls.run(prompts, 1 if prompts else config.num_steps, searching=beams)
+      calls.wait()
+      if size:
+        scheduler.prompt_seconds = (time.perf_counter() - began) / size
+  calls.warm_up()
+  manager.warm_up()
+  if config.options.swapping and config.options.num_host_pages:
+    _time_swaps(manager, scheduler, config)
+  progress(len(programs), len(programs))
+
+
+def _time_swaps(manager: Manager, scheduler: Scheduler, config: EngineConfig) -> None:
+  """Swaps a few pages out and in again, if there are any."""
+  count = min(4, config.options.num_host_pages, config.cache.pages_per_row, manager.available_pages)
+  if not count or not manager.num_free_rows:
+    return
+  handle = manager.allocate(Allocation(_time_swaps, count * config.cache.page_size))
+  began = time.perf_counter()
+  manager.swap_out(handle)
+  manager.swap_in(handle)
+  jax.block_until_ready(manager.cache)
+  scheduler.swap_seconds = (time.perf_counter() - began) / (2 * count)
+  manager.deallocate(handle.request_id)
