@@ -34,7 +34,7 @@ class Vocabulary:
   """What single tokens are. Made once per tokenizer, for all texts.
 
   Args:
-    tokenizer: One of `tokenizers`, or of `transformers`, or whatever has `decode`.
+    tokenizer: One of `tokenizers`, or of `transformers`, or any object that has `decode`.
   """
 
   def __init__(self, tokenizer: Tokenizer):

@@ -57,14 +57,14 @@ class Prompts(NamedTuple):
 
 
 class BeamReport(NamedTuple):
-  """What a call tells of beams."""
+  """What a call reports of beams."""
 
   sources: jax.Array  # i32[K,S] the row whose text it went on with
   scores: jax.Array  # f32[S]
 
 
 class Report(NamedTuple):
-  """What a call tells the host."""
+  """What a call reports to the host."""
 
   tokens: jax.Array  # i32[K,W,S]
   logprobs: jax.Array  # f32[K,W,S]
@@ -72,7 +72,7 @@ class Report(NamedTuple):
   remaining: jax.Array  # i32[S] tokens still to draw
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
   copies: jax.Array  # i32[] pages copied on write
-  beams: BeamReport | None  # None: nobody searches
+  beams: BeamReport | None  # None: no row searches
 
 
 def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Report:
