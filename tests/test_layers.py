@@ -48,9 +48,9 @@ TABLES = {
     fields
   """,
   "paged_jax.testing": """
-    __init__ replay
-    strategies
-    in_place invariants model
+    replay
+    __init__ strategies
+    counting in_place invariants model
   """,
   "paged_jax.host": """
     __init__ metrics
@@ -67,19 +67,20 @@ TABLES = {
   """,
   "paged_jax.engine": """
     __init__
-    handle
     engine
-    audit branches
-    scheduler
-    calls
-    config
+    service
+    handle
+    audit branches delivery warming
+    desk scheduler
+    calls room
+    config queue
     device requests
     prompts sampling text
   """,
   "paged_jax.engine.device": """
-    __init__
     program
-    beams drafts
+    records
+    __init__ beams drafts draws
   """,
   "paged_jax.server": """
     __init__

@@ -100,7 +100,6 @@ class Calls:
     self._manager, self._model, self._queue = manager, _compilable(model), queue
     self._config, self._counts = config, counts
     self._cache: CacheConfig = manager.config
-    self.num_copies = 0  # pages that calls copied on write
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
@@ -226,7 +225,6 @@ class Calls:
     """Reads the oldest report."""
     call = self._calls.popleft()
     report = records.unpack(np.asarray(call.ticket.result), call.like)
-    self.num_copies += int(report.copies)
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
     remaining, broken = report.remaining.tolist(), report.broken.tolist()

@@ -95,8 +95,8 @@ class Engine:
 
   @property
   def num_copies(self) -> int:
-    """Pages copied on write, by calls and by the manager."""
-    return self._calls.num_copies + self.manager.num_copies
+    """Pages copied on write, by reported calls and by the manager."""
+    return self.manager.num_copies
 
   @property
   def vocab_size(self) -> int:
@@ -271,7 +271,7 @@ class Engine:
     self._end_all("the engine was closed")
     if self.failure is None:
       self._scheduler.tidy()
-    self.manager.close()
+      self.manager.close()
 
   def audit(self) -> EngineAudit:
     """Reconciles requests, samples, rows and the manager. Reads the device, between rounds.

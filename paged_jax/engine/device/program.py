@@ -29,7 +29,6 @@ from paged_jax.engine.device.records import (
   blank,
   pack,
 )
-from paged_jax.ledger import tables
 from paged_jax.types import Cache, Log
 
 
@@ -132,7 +131,6 @@ def _step(
   starts = jnp.zeros(everyone.shape, bool) if prompts is None else prompts.starts
   tokens, widths = _batch(drafter, rows, past, cache.lengths)
   widths = jnp.where(starts, 0, widths)
-  copies = _copies(cache, widths)
   cache, info = paged_jax.extend(cache, widths)
   widths = jnp.where(info.ok, widths, 0)
   growth = state.growth.at[step].set(widths)
@@ -163,7 +161,6 @@ def _step(
       counts=report.counts.at[step].set(counts),
       remaining=rows.remaining,
       broken=report.broken | broken,
-      copies=report.copies + copies,
       beams=told,
     ),
     growth=growth,
@@ -240,13 +237,6 @@ def _batch(
     alone = rows.groups == rows.groups.shape[0]
     widths = jnp.where(alone, jnp.minimum(rows.remaining, tokens.shape[1]), widths)
   return tokens, widths
-
-
-def _copies(cache: Cache, num_tokens: jax.Array) -> jax.Array:
-  """i32[] pages that `extend` with these `num_tokens` i32[S] copies."""
-  size, lengths = cache.ledger.page_size, cache.lengths
-  reached = tables.num_pages_for(lengths + num_tokens, size) - tables.num_pages_for(lengths, size)
-  return jnp.sum(paged_jax.pages_needed(cache, num_tokens) - reached)
 
 
 def _logits(

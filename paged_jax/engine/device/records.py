@@ -71,7 +71,6 @@ class Report(NamedTuple):
   counts: jax.Array  # i32[K,S] tokens that the row drew in that step
   remaining: jax.Array  # i32[S] tokens still to draw
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
-  copies: jax.Array  # i32[] pages copied on write
   beams: BeamReport | None  # None: no row searches
 
 
@@ -85,7 +84,6 @@ def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Repo
     counts=jnp.zeros((k, s), jnp.int32),
     remaining=jnp.zeros(s, jnp.int32),
     broken=jnp.zeros(s, bool),
-    copies=jnp.zeros((), jnp.int32),
     beams=BeamReport(own, jnp.zeros(s, jnp.float32)) if searching else None,
   )
 
