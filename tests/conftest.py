@@ -8,12 +8,15 @@ flags = "--xla_force_host_platform_device_count=8"
 if metadata.version("jaxlib").startswith("0.10."):
   # This version miscompiles some reductions on CPU, silently.
   flags += " --xla_cpu_experimental_ynn_fusion_type=-reduce"
-asked = os.environ.get("XLA_FLAGS", "")  # wins: the last flag counts
-# Most of the tests' time is compilation. These three make it 4 times as fast with jax 0.10 (later
-# versions do not know the third one): no LLVM optimizations, one module per program, no MLIR.
-quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-quick += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-os.environ["XLA_FLAGS"] = f"{quick} {flags} {asked}"
+asked = os.environ.get("XLA_FLAGS", "")
+AS_USERS_DO = f"{flags} {asked}"
+# Most of the tests' time is compilation. Without LLVM's optimizations, with one module per program
+# and (up to jax 0.10) without MLIR, it takes a quarter of the time.
+QUICKLY = (
+  "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+  "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+os.environ["XLA_FLAGS"] = AS_USERS_DO if "optimization_level" in asked else f"{QUICKLY} {AS_USERS_DO}"
 # What one process compiles the others load: workers, notebooks, commands, and the next run.
 programs = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
@@ -23,8 +26,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.devices()  # the flags are read
-os.environ["XLA_FLAGS"] = f"{flags} {asked}"  # processes that tests start compile as users do
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,6 +39,12 @@ def room_for_programs():
   yield
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_as_users_do(monkeypatch):
+  """Processes that the test starts compile with all optimizations."""
+  monkeypatch.setenv("XLA_FLAGS", AS_USERS_DO)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import paged_jax
-from paged_jax import models
+from paged_jax import jitted, models
 
 LAYERS, HEADS, DIM, PROMPT, STEPS = 2, 2, 4, 5, 4
 CONFIG = paged_jax.CacheConfig(
@@ -21,13 +21,13 @@ Q, K, V = jax.random.normal(jax.random.key(0), (3, PROMPT, HEADS, DIM))
 
 def prefilled(implementation=None, config=CONFIG):
   """A cache with garbage in its pages, and a plan for a prompt in row 1, padded in front."""
-  cache = paged_jax.init(config)
+  cache = jitted.init(config)
   poison = jnp.full_like(cache.pages.kv, jnp.nan) if config.dtype == jnp.float32 else cache.pages.kv
   cache = paged_jax.Cache(cache.ledger, paged_jax.Pages(poison, cache.pages.dtype))
-  cache, _ = paged_jax.extend(cache, jnp.array([0, PROMPT, 2]))
-  rows = jnp.array([3] + [1] * PROMPT, jnp.int32)
-  positions = jnp.array([0, *range(PROMPT)], jnp.int32)
-  return cache, paged_jax.plan(cache, rows, positions, implementation=implementation)
+  cache, _ = jitted.extend(cache, np.array([0, PROMPT, 2], np.int32))
+  rows = np.array([3] + [1] * PROMPT, np.int32)
+  positions = np.array([0, *range(PROMPT)], np.int32)
+  return cache, jitted.plan(cache, rows, positions, implementation=implementation)
 
 
 def padded(x):
@@ -41,6 +41,11 @@ def dense(q, k, v, scale=DIM**-0.5, window=99):
   return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), v)
 
 
+wanted = jax.jit(
+  jax.grad(lambda *x: jnp.sum(jnp.sin(dense(*x, window=3))), argnums=(0, 1, 2, 3))
+)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint])
 def test_gradients_of_write_and_attend_are_those_of_dense_attention(implementation, transform):
@@ -52,9 +57,8 @@ def test_gradients_of_write_and_attend_are_those_of_dense_attention(implementati
     out = paged_jax.attend(full, 1, padded(q), plan, scale=scale, window=3)
     return jnp.sum(jnp.sin(out))
 
-  want = jax.grad(lambda *x: jnp.sum(jnp.sin(dense(*x, window=3))), (0, 1, 2, 3))(Q, K, V, 0.3)
-  got = jax.grad(paged, (0, 1, 2, 3))(Q, K, V, 0.3)
-  for mine, theirs in zip(got, want):
+  got = jax.jit(jax.grad(paged, (0, 1, 2, 3)))(Q, K, V, 0.3)
+  for mine, theirs in zip(got, wanted(Q, K, V, 0.3), strict=True):
     np.testing.assert_allclose(mine, theirs, atol=2e-5)
     assert np.abs(theirs).max() > 1e-3
 
@@ -87,28 +91,31 @@ def by_hand(weights):
 
 def test_gradients_of_a_whole_decode_loop_with_copies_on_write():
   weights = jax.random.normal(jax.random.key(1), (3, PROMPT + STEPS, HEADS, DIM))
-  np.testing.assert_allclose(generated(weights), by_hand(weights), rtol=1e-5)
-  got, want = jax.grad(generated)(weights), jax.grad(by_hand)(weights)
+  total, got = jax.jit(jax.value_and_grad(generated))(weights)
+  by_hands, want = jax.jit(jax.value_and_grad(by_hand))(weights)
+  np.testing.assert_allclose(total, by_hands, rtol=1e-5)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-  forward = jax.jvp(generated, (weights,), (jnp.ones_like(weights),))[1]
-  np.testing.assert_allclose(forward, jnp.sum(want), rtol=1e-4)
+  ones = np.ones_like(weights)
+  _, forward = jax.jit(lambda x: jax.jvp(generated, (x,), (ones,)))(weights)
+  np.testing.assert_allclose(forward, np.sum(want), rtol=1e-4)
 
 
 def test_pages_that_a_window_has_passed_leave_gradients_alone():
   config = dataclasses.replace(CONFIG, num_pages=4, num_layers=1, max_length=64)  # P > N
 
-  def read(k, *, grows):
+  def read(k, grows):
     cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array([9, 0, 0]))
     cache, _ = paged_jax.slide(cache, jnp.array([9, 0, 0]))
     cache, _ = paged_jax.extend(cache, jnp.array([9, 0, 0]))
     plan = paged_jax.plan(cache, jnp.zeros(9, jnp.int32), jnp.arange(9, 18, dtype=jnp.int32))
     cache = paged_jax.write(cache, 0, k, k, plan)
-    cache, _ = paged_jax.extend(cache, jnp.array([grows, 0, 0]))
+    cache, _ = paged_jax.extend(cache, jnp.stack([grows, 0, 0]))
     return jnp.sum(paged_jax.gather(cache, 0, jnp.array([0]), num_tokens=18)[0] ** 2)
 
   k = jax.random.normal(jax.random.key(2), (9, HEADS, DIM))
+  slope = jax.jit(jax.grad(read))
   for grows in (0, 2):
-    np.testing.assert_allclose(jax.grad(read)(k, grows=grows), 2 * k, rtol=1e-6)
+    np.testing.assert_allclose(slope(k, jnp.int32(grows)), 2 * k, rtol=1e-6)
 
 
 def test_gradients_agree_with_differences():
@@ -119,7 +126,7 @@ def test_gradients_agree_with_differences():
     out, lse = paged_jax.attend(full, 0, padded(q), plan, softcap=2.0, sinks=sinks, return_lse=True)
     return out, jnp.where(jnp.isfinite(lse), lse, 0)
 
-  check_grads(paged, (Q, K, V, jnp.array([0.3, -1.0])), order=1, atol=3e-2, rtol=3e-2)
+  check_grads(jax.jit(paged), (Q, K, V, jnp.array([0.3, -1.0])), order=1, atol=3e-2, rtol=3e-2)
 
 
 def test_gradients_of_the_packaged_decoder_are_those_of_its_dense_pass():
@@ -128,8 +135,8 @@ def test_gradients_of_the_packaged_decoder_are_those_of_its_dense_pass():
   tokens = jnp.arange(7, dtype=jnp.int32)
   config = models.cache_config(decoder.config, num_pages=4, num_rows=2, page_size=4, max_length=16,
                                dtype="float32")  # fmt: skip
-  cache, _ = paged_jax.extend(paged_jax.init(config), jnp.array([0, 7]))
-  plan = paged_jax.plan(cache, jnp.full(7, 1, jnp.int32), tokens)
+  cache, _ = jitted.extend(jitted.init(config), np.array([0, 7], np.int32))
+  plan = jitted.plan(cache, np.full(7, 1, np.int32), tokens)
 
   def loss(logits):
     return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(6), tokens[1:]])
@@ -158,6 +165,8 @@ def test_what_is_kept_as_bits_is_refused_and_never_zero():
     return jnp.sum(paged_jax.attend(full, 0, padded(Q), plan))
 
   with pytest.raises(NotImplementedError, match=r"bfloat16 as uint16.* `Decoder.dense`"):
-    jax.grad(paged)(K)
-  slope = jax.grad(lambda q: jnp.sum(paged_jax.attend(cache, 0, padded(q), plan) ** 2))(Q)
+    jax.eval_shape(jax.grad(paged), K)
+  slope = jax.eval_shape(
+    jax.grad(lambda q: jnp.sum(paged_jax.attend(cache, 0, padded(q), plan) ** 2)), Q
+  )
   assert slope.shape == Q.shape  # that of queries passes through no bits

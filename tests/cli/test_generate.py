@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(paged_jax, folder, tmp
   assert "no tokenizer.json; give tokens with --prompt-ids" in err
 
 
-def test_a_process_gives_the_tokens_of_transformers(tmp_path):
+def test_a_process_gives_the_tokens_of_transformers(compiled_as_users_do, tmp_path):
   golden = Path(__file__).parents[1] / "models" / "goldens" / "llama3"
   tokens = np.load(golden / "golden.npz")["tokens"].tolist()
   prompt, expected = tokens[:24], tokens[24:]
