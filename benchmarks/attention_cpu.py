@@ -3,10 +3,13 @@
 Compares `paged_jax.attend`, over shuffled pages, with the best of three ways to attend to the same
 tokens without pages (einsum over [B,X,H,D], einsum over [B,H,X,D], `dot_product_attention`), and
 with gathering the pages first. All know the rows' lengths only as data. Medians, interleaved.
+`window_share`: eight long rows with a window of 100 tokens over the same rows without it.
+`short_rows_share`: one long row and seven of 16 tokens over eight long rows.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 
 import measure  # isort: skip  # sets XLA_FLAGS, so it comes before jax
@@ -124,6 +127,24 @@ def contestants(case: Case):
   }
 
 
+def shares(context: int) -> dict[str, float]:
+  """The time of attention to few tokens over that of attention to all of eight rows."""
+
+  def decode(*lengths, **options):
+    cache, plan = paged(Case("decode", "float32", lengths))
+    q = jax.random.normal(jax.random.key(0), (len(lengths), Q, D))
+    attend = jax.jit(functools.partial(paged_jax.attend, **options), static_argnums=1)
+    return lambda: attend(cache, 0, q, plan)
+
+  whole, ends = (context,) * 8, (context, *(16,) * 7)
+  fns = {"whole": decode(*whole), "window": decode(*whole, window=100), "ends": decode(*ends)}
+  times = measure.medians(fns, rounds=7)
+  return {
+    "window_share": times["window"] / times["whole"],  # at most 0.2
+    "short_rows_share": times["ends"] / times["whole"],  # at most 0.5
+  }
+
+
 def read_bandwidth() -> float:
   """Bytes per second of summing an array larger than the caches."""
   x = np.ones(2**27, np.float32)
@@ -168,6 +189,7 @@ def main():
     "worst_vs_contiguous": max(ratios),  # at most 1.1
     "median_vs_by_token": statistics.median(row["vs by token"] for row in decode),
     "worst_vs_by_token": max(row["vs by token"] for row in decode),
+    **shares(CONTEXTS[1] if args.quick else CONTEXTS[-1]),
     "read_gb_per_s": bandwidth / 1e9,
   }
   measure.report(rows, summary, as_json=args.json)

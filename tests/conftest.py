@@ -16,7 +16,9 @@ QUICKLY = (
   "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
   "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
-os.environ["XLA_FLAGS"] = AS_USERS_DO if "optimization_level" in asked else f"{QUICKLY} {AS_USERS_DO}"
+os.environ["XLA_FLAGS"] = (
+  AS_USERS_DO if "optimization_level" in asked else f"{QUICKLY} {AS_USERS_DO}"
+)
 # What one process compiles the others load: workers, notebooks, commands, and the next run.
 programs = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))

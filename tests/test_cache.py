@@ -306,7 +306,9 @@ def test_a_program_of_verbs_means_the_same_under_every_transform():
   batched = jax.jit(jax.vmap(story))(batch)
   for i in range(2):
     chex.assert_trees_all_close(plain, jax.tree.map(lambda x: x[i], batched), rtol=1e-6)  # noqa: B023
-  scan = jax.jit(lambda cache: jax.lax.scan(lambda c, _: (story(c)[0], None), cache, None, length=1))
+  scan = jax.jit(
+    lambda cache: jax.lax.scan(lambda c, _: (story(c)[0], None), cache, None, length=1)
+  )
   chex.assert_trees_all_close(plain[0], scan(cache)[0], rtol=1e-6)
 
 

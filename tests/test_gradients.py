@@ -41,9 +41,7 @@ def dense(q, k, v, scale=DIM**-0.5, window=99):
   return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), v)
 
 
-wanted = jax.jit(
-  jax.grad(lambda *x: jnp.sum(jnp.sin(dense(*x, window=3))), argnums=(0, 1, 2, 3))
-)
+wanted = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(dense(*x, window=3))), argnums=(0, 1, 2, 3)))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -2,7 +2,6 @@
 
 import pathlib
 import runpy
-import time
 
 import jupytext
 import nbformat
@@ -27,9 +26,7 @@ def test_notebook_runs_without_errors(source, tmp_path, monkeypatch):
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # nobody's startup files
   monkeypatch.setenv("PAGED_JAX_NOTEBOOK_STEPS", "12")
   monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
-  started = time.perf_counter()
   notebook = render["execute"](source)
-  print(f"{source.name} took {time.perf_counter() - started:.0f} s")
   assert pictures(notebook) == pictures(nbformat.read(source.with_suffix(".ipynb"), 4))
 
 

@@ -1,5 +1,4 @@
 import dataclasses
-import time
 from functools import partial
 
 import cases
@@ -115,26 +114,3 @@ def test_memory_grows_neither_with_the_context_nor_with_the_pool():
   small = temp_bytes(*long_rows(4, 64, [1024] * 4))
   assert temp_bytes(*long_rows(4, 4096, [65536] * 4)) == small
   assert temp_bytes(*long_rows(4, 64, [1024] * 4, num_pages=4096)) == small
-
-
-def seconds(*args, **options):
-  """Processor time of the best of several runs: a busy machine must not decide the test."""
-  q, pages, layer, tables, plan = args
-  run = jax.jit(lambda q, pages, tables, plan: attention.attend(
-    q, pages, layer, tables, plan, **options))  # fmt: skip
-  times = []
-  for _ in range(6):
-    begin = time.process_time()
-    jax.block_until_ready(run(q, pages, tables, plan))
-    times.append(time.process_time() - begin)
-  return min(times)
-
-
-def test_pages_outside_the_window_cost_nothing():
-  rows = long_rows(1, 8192, [131072])
-  assert seconds(*rows, window=100) < 0.2 * seconds(*rows)
-
-
-def test_short_rows_do_not_cost_as_much_as_the_longest():
-  ragged = seconds(*long_rows(8, 4096, [65536] + [16] * 7))
-  assert ragged < 0.5 * seconds(*long_rows(8, 4096, [65536] * 8))

@@ -1,7 +1,6 @@
 """The faults of the seed that live in the manager, each by its name."""
 
 import threading
-import time
 import types
 
 import numpy as np
@@ -10,8 +9,6 @@ from managed import FIVE, SIX, begin, check_bytes, fill, grow, manager, refused,
 
 from paged_jax import jitted
 from paged_jax.host import Level, Request, errors
-from paged_jax.host.holds import Held
-from paged_jax.host.prefix import PrefixIndex, encoded
 from paged_jax.testing import replay
 
 # Data
@@ -479,24 +476,6 @@ def test_a_callback_may_register_a_callback():
 
 
 # Prefix
-
-
-def test_looking_up_a_prefix_does_not_scan_the_entries():
-  def seconds(num_entries):
-    index = PrefixIndex(4, max_entries=num_entries, min_length=1, clock=time.monotonic)
-    prompts = [encoded([i % 256, i // 256, 3, 4, 5]) for i in range(num_entries)]
-    for prompt in prompts:
-      index.store(None, prompt, lambda n: [Held(page=0), Held(page=1)][n:])
-    asked = prompts[:: num_entries // 100]
-    rounds = []
-    for _ in range(7):
-      start = time.perf_counter()
-      found = [index.find(None, prompt).length for prompt in asked]
-      rounds.append(time.perf_counter() - start)
-      assert found == [5] * 100
-    return min(rounds)
-
-  assert seconds(10_000) < 10 * seconds(100)  # a scan would take 100 times as long
 
 
 def test_a_partial_hit_gets_no_logits():

@@ -1,6 +1,5 @@
 """Eight threads on one manager: nothing is lost, nothing deadlocks, callbacks may call back."""
 
-import faulthandler
 import threading
 
 import numpy as np
@@ -20,7 +19,6 @@ class Shared(Story):
 
 
 def test_eight_threads_lose_nothing():
-  faulthandler.dump_traceback_later(240, exit=True)  # a deadlock must not hang the run
   m = manager(dict(spill=True), num_pages=60, num_rows=24)
   stories = [Shared(np.random.default_rng(i), m, prefix=f"{i}-") for i in range(8)]
   failures = []
@@ -44,7 +42,6 @@ def test_eight_threads_lose_nothing():
     thread.start()
   for thread in threads:
     thread.join()
-  faulthandler.cancel_dump_traceback_later()
   assert not failures
   assert m.audit().clean
   stats = m.stats()
