@@ -1,11 +1,12 @@
 """A few verbs with plain Python operands, so that a test reads like a story."""
 
-import jax.numpy as jnp
 import numpy as np
 
 import paged_jax
 from paged_jax import jitted
 from paged_jax.testing import replay
+
+MOST = 24  # tokens written at once
 
 
 def config(**fields):
@@ -21,7 +22,8 @@ def empty(**fields):
 
 
 def ids(*values):
-  return jnp.array(values, jnp.int32)
+  """i32[n] in NumPy: `jnp.array` compiles a program per shape."""
+  return np.array(values, np.int32)
 
 
 def extend(cache, *num_tokens):
@@ -31,13 +33,15 @@ def extend(cache, *num_tokens):
 
 def write(cache, row, tokens, start=0):
   """Writes `tokens` of one row from a position on, in every layer; returns which were written."""
-  count = len(tokens)
-  plan = jitted.plan(cache, ids(*[row] * count), ids(*range(start, start + count)))
+  count, padding = len(tokens), MOST - len(tokens)  # one shape, one program
+  rows = ids(*[row] * count, *[len(cache.lengths)] * padding)
+  plan = jitted.plan(cache, rows, ids(*range(start, start + count), *[0] * padding))
   shape = (cache.pages.kv.shape[2], cache.pages.kv.shape[4] // 2)
+  tokens = [*tokens, *[0] * padding]
   for layer in range(cache.pages.kv.shape[1]):
     k, v = replay.values(tokens, layer, shape), replay.values(tokens, ~layer, shape)
-    cache = jitted.write(cache, jnp.int32(layer), k, v, plan)
-  return cache, plan.ok.tolist()
+    cache = jitted.write(cache, np.int32(layer), k, v, plan)
+  return cache, plan.ok.tolist()[:count]
 
 
 def read(cache, row):
@@ -46,8 +50,7 @@ def read(cache, row):
   tokens = None
   for layer in range(cache.pages.kv.shape[1]):
     k, v = (
-      np.asarray(x, np.float32)[0, :length]
-      for x in jitted.gather(cache, jnp.int32(layer), ids(row))
+      np.asarray(x, np.float32)[0, :length] for x in jitted.gather(cache, np.int32(layer), ids(row))
     )
     tokens = np.abs(k[:, 0, 0])
     np.testing.assert_array_equal(k, replay.values(tokens, layer, k.shape[1:]))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 import paged_jax
+from paged_jax import jitted
 from paged_jax.testing import replay, strategies
 
 SETTINGS = dict(
@@ -29,24 +30,37 @@ def config(**fields):
 
 CONFIGS = {
   "tight": config(page_size=4, num_pages=7, num_rows=4, max_length=14, dtype="float32"),
-  "roomy": config(page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16"),
+  "bits": config(page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16",
+                 storage_dtype="uint16"),
   "tokens": config(page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"),
   "long": config(page_size=2, num_pages=5, num_rows=3, max_length=20, dtype="float32"),
   "single": config(page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"),
-}
-CONFIGS["bits"] = dataclasses.replace(CONFIGS["roomy"], storage_dtype="uint16")
+}  # fmt: skip
 CONFIGS["whole"] = dataclasses.replace(CONFIGS["tight"], copy_on_write=False)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_history_matches_the_plain_model(name):
-  config = CONFIGS[name]
+def traced_once():
+  """The verbs, compiled; one that is traced a second time raises."""
+  chex.clear_trace_counter()
+  verbs = types.SimpleNamespace(init=jitted.init)
+  for name in {*strategies.VERBS, "plan", "pages_needed"}:
+    traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
+    donated = () if name in ("plan", "pages_needed") else 0
+    setattr(verbs, name, jax.jit(traced, donate_argnums=donated))
+  return verbs
+
+
+@pytest.mark.parametrize(
+  "name",
+  [name if name == "tight" else pytest.param(name, marks=pytest.mark.once) for name in CONFIGS],
+)
+def test_every_history_matches_the_plain_model_and_traces_each_verb_once(name):
+  config, verbs = CONFIGS[name], traced_once()
 
   @hypothesis.settings(max_examples=30, derandomize=True, **SETTINGS)
   @hypothesis.given(strategies.histories(config, max_steps=40))
   def run(history):
-    replay.check(config, history)
+    replay.check(config, history, verbs)
 
   run()
 
@@ -59,31 +73,12 @@ def test_every_history_matches_the_plain_model_for_any_config(data):
   replay.check(config, data.draw(strategies.histories(config, max_steps=60)))
 
 
-def test_a_history_traces_each_verb_once():
-  config = CONFIGS["tight"]
-  verbs = types.SimpleNamespace(init=paged_jax.init)
-  for name in {*strategies.VERBS, "plan", "pages_needed"}:
-    traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
-    setattr(verbs, name, jax.jit(traced))
-
-  @hypothesis.settings(
-    max_examples=30, derandomize=True, phases=[hypothesis.Phase.generate], **SETTINGS
-  )
-  @hypothesis.given(strategies.histories(config, max_steps=40))
-  def run(history):
-    replay.check(config, history, verbs)
-
-  run()
-  chex.clear_trace_counter()
-
-
 def test_the_comparison_with_the_model_can_fail():
   def greedy_extend(cache, num_tokens):
-    cache, info = paged_jax.jitted.extend(cache, num_tokens)
+    cache, info = jitted.extend(cache, num_tokens)
     return cache, info._replace(ok=~info.ok)
 
-  names = [*strategies.VERBS, "plan", "pages_needed", "init"]
-  verbs = types.SimpleNamespace(**{name: getattr(paged_jax.jitted, name) for name in names})
+  verbs = types.SimpleNamespace(**vars(jitted))
   verbs.extend = greedy_extend
   config = CONFIGS["tight"]
   with pytest.raises(AssertionError, match="ok of"):

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import attention
 from paged_jax.types import Pages, Plan, Tables
+
+device = jax.device_put  # `jnp.asarray` compiles a program per shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ CASES = (
   Case("mixed", (40, 9, 12, 31), (25, 1, 1, 20), spare_rows=0),
   Case("mixed, many spare rows", (40, 9, 12), (5, 1, 1), spare_rows=20),
   Case("lengths at page boundaries", (3, 6, 7, 5, 1), (3, 1, 2, 1, 1)),
-  Case("empty rows", (0, 7, 0, 5), (0, 1, 0, 1)),
+  Case("empty rows", (0, 7, 0, 5), (0, 1, 0, 2), spare_rows=0),
   Case("padding between rows", (9, 30, 5), (2, 17, 1), padding=3, spare_rows=0),
-  Case("tokens refused", (9, 30, 5), (2, 8, 1), refused=(0, 4, 5, 10)),
+  Case("tokens refused", (9, 30, 5), (2, 9, 1), refused=(0, 4, 5, 11)),
   Case("rows that start late", (9, 30, 5), (3, 8, 1), starts=(4, 22, 4)),
   Case("heads MHA", (9, 14), (1, 6), num_heads=3, num_kv_heads=3),
   Case("heads MQA", (9, 14), (1, 6), num_heads=5, num_kv_heads=1),
@@ -71,13 +72,13 @@ CASES = (
   Case("several chunks", (1700, 3, 600), (1, 3, 2), page_size=16),
   Case("several chunks, prefill", (1100, 90), (90, 64), page_size=8, spare_rows=0),
   Case("window", (9, 30, 5), (3, 8, 1), window=4),
-  Case("window 1", (9, 30, 5), (3, 8, 1), window=1),
+  Case("window 1", (9, 30, 5), (3, 8, 1), window=1, traced=True),
   Case("window far behind", (1700, 3, 600), (4, 3, 2), window=20, page_size=16),
   Case("window traced", (9, 30, 5), (3, 8, 1), window=7, traced=True),
   Case("window traced, none", (9, 30, 5), (3, 8, 1), window=2**31 - 1, traced=True),
-  Case("window and start", (9, 30, 5), (3, 8, 1), window=7, starts=(2, 18, 0)),
+  Case("window and start", (9, 30, 5), (3, 8, 1), window=7, starts=(2, 18, 0),
+       traced=True),
   Case("scale", (9, 14), (1, 6), scale=0.3),
-  Case("scale traced", (9, 14), (1, 6), scale=1.7, traced=True),
   Case("softcap", (9, 14), (1, 6), softcap=1.5),
   Case("softcap traced", (9, 14), (1, 6), softcap=5.0, traced=True),
   Case("sinks", (9, 14, 40), (1, 6, 25), sinks=True, spare_rows=0),
@@ -112,29 +113,33 @@ class Problem:
   def attend(self, implementation: str, **changes) -> tuple[jax.Array, jax.Array]:
     """The backend's answer; `changes` replace fields."""
     p = dataclasses.replace(self, **changes)
-    num_rows = p.tables.block_tables.shape[0]
-    plan = _plan(p.plan.rows, p.plan.positions, p.plan.ok, num_rows, implementation)
     arrays = {name: x for name, x in p.options.items() if isinstance(x, jax.Array)}
     statics = tuple((name, x) for name, x in p.options.items() if name not in arrays)
     interpreted = attention.platform(implementation) not in (None, jax.default_backend())
     run = _interpret if interpreted else _attend
-    return run(p.q, p.pages, p.tables, plan, arrays, layer=p.layer, statics=statics)
+    tokens = (p.plan.rows, p.plan.positions, p.plan.ok)
+    return run(p.q, p.pages, p.tables, tokens, arrays, implementation, p.layer, statics)
 
 
-def _call(q, pages, tables, plan, arrays, *, layer, statics):
+def _call(q, pages, tables, tokens, arrays, implementation, layer, statics):
+  plan = _plan(*tokens, tables.block_tables.shape[0], implementation)
   return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
 
 
 # An interpreter runs once and on little data: most of its time would go to LLVM's optimizer.
 INTERPRETER = {"xla_backend_optimization_level": 0}
-_attend = jax.jit(_call, static_argnames=("layer", "statics"))
-_interpret = jax.jit(_call, static_argnames=("layer", "statics"), compiler_options=INTERPRETER)
+_STATIC = ("implementation", "layer", "statics")
+_attend = jax.jit(_call, static_argnames=_STATIC)
+_interpret = jax.jit(_call, static_argnames=_STATIC, compiler_options=INTERPRETER)
+_kept = [None]
 
 
-def forget():
-  """The programs so far: they may be another interpreter's."""
-  _attend.clear_cache()
-  _interpret.clear_cache()
+def forget(keep=None):
+  """The programs so far, except those of `keep`, an interpreter's name."""
+  if keep is None or _kept != [keep]:
+    _attend.clear_cache()
+    _interpret.clear_cache()
+  _kept[:] = [keep]
 
 
 def build(case: Case, seed: int = 0) -> Problem:
@@ -142,11 +147,12 @@ def build(case: Case, seed: int = 0) -> Problem:
   starts = np.array(case.starts or (0,) * len(case.lengths), np.int32)
   lengths = np.array(case.lengths, np.int32)
   t, h, d = case.page_size, case.num_kv_heads, case.head_dim
-  per_row = -(-max(lengths) // t) + 1
+  # Sizes that many cases share, so that they are data of one program.
+  per_row = max(16, 1 << int(-(-max(lengths) // t)).bit_length())
   firsts, ends = starts // t, -(-lengths // t)
   counts = np.where(lengths > 0, ends - firsts, 0)
   used = int(counts.sum())
-  n = used + 3
+  n = max(32, 1 << (used + 2).bit_length())
   ids = _shuffled(rng, n, used)
 
   tables = np.full((len(lengths) + case.spare_rows, per_row), n, np.int32)
@@ -165,17 +171,16 @@ def build(case: Case, seed: int = 0) -> Problem:
   live = (positions >= starts[:, None]) & (positions < lengths[:, None])
   k, v = np.where(live[..., None, None], rows_kv.astype(np.float32), 0)
 
-  pages = Pages(kv=jnp.asarray(kv), dtype=np.dtype(case.dtype))
+  pages = Pages(kv=device(kv), dtype=np.dtype(case.dtype))
   if case.bits:
-    pages = dataclasses.replace(pages, kv=pages.kv.view(f"uint{8 * kv.itemsize}"))
+    pages = dataclasses.replace(pages, kv=device(kv.view(f"uint{8 * kv.itemsize}")))
   rows, positions = _batch(case, len(tables))
   q = rng.standard_normal((len(rows), case.num_heads, d)).astype(case.q_dtype or case.dtype)
   return Problem(
-    q=jnp.asarray(q),
+    q=device(q),
     pages=pages,
     layer=layer,
-    tables=Tables(jnp.asarray(tables), jnp.asarray(starts), jnp.asarray(lengths),
-                  jnp.zeros(len(tables), bool)),
+    tables=Tables(*map(device, (tables, starts, lengths, np.zeros(len(tables), bool)))),
     plan=plan(rows, positions, len(tables), refused=case.refused),
     options=_options(case, rng),
     k=k,
@@ -224,11 +229,11 @@ def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _options(case: Case, rng) -> dict[str, Any]:
-  dtypes = {"scale": jnp.float32, "window": jnp.int32, "softcap": jnp.float32}
+  dtypes = {"scale": np.float32, "window": np.int32, "softcap": np.float32}
   options = {name: getattr(case, name) for name in dtypes}
   if case.traced:
-    options |= {n: jnp.asarray(x, dtypes[n]) for n, x in options.items() if x is not None}
-  sinks = jnp.asarray(rng.standard_normal(case.num_heads), jnp.float32) if case.sinks else None
+    options |= {n: device(dtypes[n](x)) for n, x in options.items() if x is not None}
+  sinks = device(rng.standard_normal(case.num_heads, np.float32)) if case.sinks else None
   return options | {"sinks": sinks}
 
 

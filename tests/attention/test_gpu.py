@@ -49,7 +49,7 @@ FEW = [c for c in CASES if c.name in ("several chunks", "window far behind", "ev
 def as_backend(monkeypatch, **options):
   attend = functools.partial(gpu.attend, **options)
   monkeypatch.setattr(gpu, "BACKEND", gpu.BACKEND._replace(attend=attend))
-  cases.forget()
+  cases.forget(keep=f"gpu {options}")
 
 
 @pytest.fixture
@@ -88,6 +88,7 @@ def test_the_compiled_kernel_equals_the_definition_in_float64(case, monkeypatch)
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 def test_rows_are_split_into_any_number_of_shares(case, num_sms, interpreted, monkeypatch):
   monkeypatch.setattr(gpu.splits, "num_sms", lambda: num_sms)
+  cases.forget(keep=f"gpu on {num_sms} SMs")
   check(case)
 
 

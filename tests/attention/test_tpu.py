@@ -39,7 +39,7 @@ def interpreted(monkeypatch):
   def use(interpret):
     attend, write = (functools.partial(f, interpret=interpret) for f in (tpu.attend, tpu.write))
     monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
-    cases.forget()
+    cases.forget(keep=f"tpu {interpret}")
 
   return use
 
