@@ -445,11 +445,15 @@ CALLS["restore"] = (restored, (jnp.zeros((4, 2, 4, 32)), jnp.int32(2)))
 CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
 
 
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
-@pytest.mark.parametrize(
-  ("name", "dtype"),
-  [*((name, "float32") for name in CALLS), ("extend", "bfloat16"), ("write", "bfloat16")],
-)
+LEDGER_ONLY = ("fork", "reorder", "trim", "slide", "free", "hold", "drop", "adopt")
+IN_PLACE = [
+  (name, "float32", True) for name in CALLS
+]  # vmap, where a `cond` copies what it carries
+IN_PLACE += [(name, "float32", False) for name in CALLS if name not in LEDGER_ONLY]
+IN_PLACE += [("extend", "bfloat16", False), ("write", "bfloat16", False)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "batched"), IN_PLACE)
 def test_no_verb_copies_the_pool(name, dtype, batched):
   verb, args = CALLS[name]
   cache = abstract(dataclasses.replace(BIG, dtype=dtype).stored_for("cpu"))
