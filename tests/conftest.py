@@ -4,12 +4,11 @@ import os
 import pathlib
 from importlib import metadata
 
-flags = "--xla_force_host_platform_device_count=8"
+asked = os.environ.get("XLA_FLAGS", "")
+AS_USERS_DO = f"--xla_force_host_platform_device_count=8 {asked}"
 if metadata.version("jaxlib").startswith("0.10."):
   # This version miscompiles some reductions on CPU, silently.
-  flags += " --xla_cpu_experimental_ynn_fusion_type=-reduce"
-asked = os.environ.get("XLA_FLAGS", "")
-AS_USERS_DO = f"{flags} {asked}"
+  AS_USERS_DO = f"--xla_cpu_experimental_ynn_fusion_type=-reduce {AS_USERS_DO}"
 # Most of the tests' time is compilation. Without LLVM's optimizations, with one module per program
 # and (up to jax 0.10) without MLIR, it takes a quarter of the time.
 QUICKLY = (
@@ -28,6 +27,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+jax.devices()  # the flags are read
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -112,7 +112,7 @@ def test_what_is_no_value_of_a_field_is_refused_by_its_name(name, values):
 
 
 def test_what_would_fail_in_a_round_is_refused_before():
-  e = engine(max_beams=3)
+  e = engine(max_beams=4)
   with pytest.raises(ValueError, match="seed"):
     Sampling(num_beams=3, seed=2**32 - 1)
   with pytest.raises(ValueError, match="priority"):
@@ -150,7 +150,7 @@ def test_a_prompt_with_a_single_new_token_is_cached_with_its_logits():
 
 @pytest.mark.once
 def test_a_round_that_fails_ends_the_stream_of_a_search(monkeypatch):
-  e = engine(max_beams=3)
+  e = engine(max_beams=4)
 
   async def listen():
     async for _ in e.stream(PROMPTS[0], Sampling(max_new_tokens=12, num_beams=3)):

@@ -71,7 +71,7 @@ def stories(draw):
 @given(stories())
 def test_any_mix_of_requests_gives_each_its_own_text(story):
   setting, requests, forced = story
-  e = engine(max_beams=2, **setting)
+  e = engine(max_beams=4, **setting)
   handles = {}
   for turn in range(2000):
     for n, request in enumerate(requests):
@@ -273,7 +273,7 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 
 def test_nothing_compiles_after_warm_up(compiled):
   jax.clear_caches()  # nor is anything there already
-  e, steps = engine(drafter=PromptLookup(2), max_beams=2), []
+  e, steps = engine(drafter=PromptLookup(3), max_beams=4), []
   e.warm_up(lambda done, total: steps.append((done, total)))
   assert steps == [(n, 6) for n in range(7)]
   assert compiled

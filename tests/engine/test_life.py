@@ -230,7 +230,7 @@ def test_generate_returns_although_others_go_on():
 
 
 def test_a_search_that_cannot_go_on_ends_as_a_whole():
-  e = engine(num_pages=10, max_beams=3)
+  e = engine(num_pages=10, max_beams=4)
   e.generate([PROMPTS[4]], wanted(2))  # 5 pages
   assert e.manager.pin(PROMPTS[4])
   (found,) = e.generate([PROMPTS[0]], Sampling(20, num_beams=3))
@@ -292,7 +292,7 @@ def test_a_closed_manager_is_collected():
 
 def test_a_second_engine_on_the_same_model_compiles_nothing(compiled):
   def serve():
-    with engine(max_beams=2) as e:
+    with engine(max_beams=4) as e:
       e.warm_up()
       e.generate(PROMPTS[:3], [wanted(6), Sampling(6, num_samples=2), Sampling(6, num_beams=2)])
 

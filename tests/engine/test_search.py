@@ -27,7 +27,7 @@ def test_searches_find_what_they_find_alone(num_steps, num_pages):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5])
 def test_texts_that_end_keep_their_place_and_are_ranked(length_penalty):
-  e = engine(max_beams=3)
+  e = engine(max_beams=4)
   for prompt in PROMPTS[:3]:
     plain = tiny.search(prompt, 3, 8)
     stops = (plain[0][0][2], plain[1][0][4])
@@ -44,7 +44,7 @@ def test_texts_that_end_keep_their_place_and_are_ranked(length_penalty):
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_a_preempted_search_finds_the_same(preemption):
   for moment in range(1, 6):
-    e = engine(max_beams=3, num_steps=1, preemption=preemption)
+    e = engine(max_beams=4, num_steps=1, preemption=preemption)
     handle = e.submit(PROMPTS[2], Sampling(max_new_tokens=6, num_beams=3))
     for _ in range(moment):
       e.step()
@@ -54,7 +54,7 @@ def test_a_preempted_search_finds_the_same(preemption):
 
 
 def test_a_cancelled_search_gives_everything_back():
-  e = engine(max_beams=3)
+  e = engine(max_beams=4)
   handle = e.submit(PROMPTS[2], Sampling(max_new_tokens=20, num_beams=3))
   e.step()
   e.step()
