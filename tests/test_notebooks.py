@@ -20,6 +20,7 @@ def pictures(notebook):
 
 
 @pytest.mark.once
+@pytest.mark.timeout(180)  # a process that compiles all its programs, and trains
 @SOURCES
 def test_notebook_runs_without_errors(source, tmp_path, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(paged_jax.__file__).parent.parent))

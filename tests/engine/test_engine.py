@@ -67,6 +67,7 @@ def stories(draw):
   return setting, requests, forced
 
 
+@pytest.mark.timeout(180)  # it compiles the programs of four kinds of engine
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(stories())
 def test_any_mix_of_requests_gives_each_its_own_text(story):
@@ -271,6 +272,7 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 # What a call costs
 
 
+@pytest.mark.timeout(180)  # it compiles all programs of an engine
 def test_nothing_compiles_after_warm_up(compiled):
   jax.clear_caches()  # nor is anything there already
   e, steps = engine(drafter=PromptLookup(3), max_beams=4), []
