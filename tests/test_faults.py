@@ -145,6 +145,14 @@ def test_a_partial_fork_does_not_show_what_its_parent_wrote_further_on():
   assert read(cache, 2) == [9] * 5 + [0] * 3
 
 
+def test_a_fork_of_all_but_one_token_does_not_show_it_once_its_parent_is_gone():
+  cache, _ = write(extend(empty(), 6, 0, 0)[0], 0, [9] * 6)
+  cache, _ = jitted.fork(cache, ids(0), ids(1), ids(5))
+  cache, _ = jitted.free(cache, jnp.array([True, False, False]))
+  cache, _ = extend(cache, 0, 1, 0)
+  assert read(cache, 1) == [9] * 5 + [0]
+
+
 def test_a_trimmed_token_does_not_come_back():
   cache, _ = write(extend(empty(), 7, 0, 0)[0], 0, [9] * 7)
   cache, _ = jitted.trim(cache, ids(5, 0, 0))
