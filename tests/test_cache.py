@@ -167,6 +167,8 @@ def test_tokens_out_of_order_or_in_pieces_get_no_slot():
   cache, _ = extend(empty(), 8, 8, 0)
   plan = jitted.plan(cache, ids(0, 0, 0, 1, 0), ids(5, 3, 6, 0, 7))
   assert plan.ok.tolist() == [True, False, False, True, False]
+  plan = jitted.plan(cache, ids(0, 0, 0, 1, 1), ids(4, 5, 5, 0, 1))  # a position named twice
+  assert plan.ok.tolist() == [True, True, False, True, True]
   plan = jitted.plan(cache, ids(0, 0, 3, 1, 1), ids(5, 6, 0, 0, 1))
   assert plan.ok.all() and len(set(plan.slots.tolist())) == 5
 
