@@ -448,9 +448,8 @@ CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
 
 
 LEDGER_ONLY = ("fork", "reorder", "trim", "slide", "free", "hold", "drop", "adopt")
-IN_PLACE = [
-  (name, "float32", True) for name in CALLS
-]  # vmap, where a `cond` copies what it carries
+# Under vmap, where a `cond` copies what it carries, all verbs; alone those that move bytes.
+IN_PLACE = [(name, "float32", True) for name in CALLS]
 IN_PLACE += [(name, "float32", False) for name in CALLS if name not in LEDGER_ONLY]
 IN_PLACE += [("extend", "bfloat16", False), ("write", "bfloat16", False)]
 
