@@ -145,6 +145,12 @@ def test_a_partial_fork_does_not_show_what_its_parent_wrote_further_on():
   assert read(cache, 2) == [9] * 5 + [0] * 3
 
 
+def test_a_fork_of_more_tokens_than_its_parent_holds_is_refused_even_on_the_same_page():
+  cache, _ = write(extend(empty(), 5, 0, 0)[0], 0, [9] * 5)
+  cache, info = jitted.fork(cache, ids(0), ids(1), ids(6))
+  assert info.ok.tolist() == [False] and cache.lengths.tolist() == [5, 0, 0]
+
+
 def test_a_fork_of_all_but_one_token_does_not_show_it_once_its_parent_is_gone():
   cache, _ = write(extend(empty(), 6, 0, 0)[0], 0, [9] * 6)
   cache, _ = jitted.fork(cache, ids(0), ids(1), ids(5))
