@@ -12,7 +12,7 @@ from managed import Story, check_bytes, fill, manager
 import paged_jax
 from paged_jax import jitted
 from paged_jax.host import Prefix, Request, errors
-from paged_jax.host.state import batches, bucket
+from paged_jax.host.state import BYTE_SIZES, batches, bucket
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="num_steps")
@@ -293,3 +293,18 @@ def test_pages_restored_behind_a_program_are_those_that_the_device_takes():
   assert three.num_cached == 8
   np.testing.assert_array_equal(m.read_kv(three, 0, 0, 8)[0], k)
   assert m.audit().clean
+
+
+def test_more_pages_than_a_batch_of_images_come_back_in_order():
+  most = BYTE_SIZES[-1]
+  m = manager(num_pages=2 * most, num_rows=2, max_length=8 * most, options=dict(num_host_pages=40))
+  handle = m.allocate(Request("a", 4 * (most + 3)))
+  k = np.broadcast_to(
+    np.arange(4 * (most + 3), dtype=np.float32)[:, None, None], (4 * (most + 3), 2, 2)
+  )
+  m.write_kv(handle, 1, 0, k, -k)
+  m.swap_out(handle)
+  m.swap_in(handle)
+  got_k, got_v = m.read_kv(handle, 1, 0, len(k))
+  np.testing.assert_array_equal(got_k, k)
+  np.testing.assert_array_equal(got_v, -k)
