@@ -8,8 +8,9 @@ from importlib import metadata
 import pytest
 
 import paged_jax
+from paged_jax.host import Manager
 
-MODULES = ["", ".models", ".testing", ".testing.invariants", ".sharding", ".viz"]
+MODULES = ["", ".host", ".models", ".testing", ".testing.invariants", ".sharding", ".viz"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -22,6 +23,11 @@ def test_each_public_function_and_class_has_an_example(name):
   for public in getattr(module, "__all__", names):
     value = getattr(module, public)
     assert inspect.ismodule(value) or ">>> " in (value.__doc__ or ""), public
+
+
+def test_each_method_of_a_manager_has_an_example():
+  for name, method in inspect.getmembers(Manager, inspect.isfunction):
+    assert name.startswith("_") or ">>> " in (method.__doc__ or ""), name
 
 
 def test_the_docstring_of_the_package_lists_each_verb_once_and_what_is_stable():

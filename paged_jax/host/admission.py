@@ -1,4 +1,4 @@
-"""Who gets rows and pages, who grows, and who leaves."""
+"""Rows and pages for sequences: how sequences begin, grow, shrink and end."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,9 +18,9 @@ class Admission:
   """Bodies of allocate, extend, trim, slide and deallocate. Not thread-safe.
 
   Args:
-    sequences: Who is live.
-    reclaim: What makes room.
-    prefixes: What prompts may start on.
+    sequences: The live sequences.
+    reclaim: Makes room by eviction.
+    prefixes: Finds the stored prefixes that prompts start on.
   """
 
   def __init__(self, sequences: Sequences, reclaim: Reclaim, prefixes: Prefixes):
@@ -35,11 +35,11 @@ class Admission:
   def allocate(
     self, manager: Clones, requests: Sequence[Request], reserve: int, spare: int
   ) -> list[Handle]:
-    """Rows and pages for new sequences, all or none.
+    """Gives rows and pages to new sequences, all or none.
 
-    # cached prefix   [a][b][c ]        held by the index
-    # adopt           [a][b][c ]        the row holds them, too
-    # extend          [a][b][c'][d]     c is copied before the row writes behind its tokens
+    # stored prefix   [a][b][c ]        the host holds these pages, for the index
+    # adopt           [a][b][c ]        the row holds them too
+    # extend          [a][b][c'][d]     the row takes c', a copy of c, and d, and gives up c
     """
     self.check(requests)
     prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
@@ -48,14 +48,14 @@ class Admission:
     self._reclaim.expire()
     matches = [self._prefixes.match(*each, touch=True) for each in zip(requests, prompts)]
     found = dict.fromkeys(each for match in matches for each in match.held)
-    with self._reclaim.guarding(found):
+    with self._reclaim.guarding(found):  # eviction must not take what the requests start on
       if self._turn.level() == pressure.Level.CRITICAL:
         self._reclaim.collect(int(self._turn.options.high_watermark * self._config.num_pages))
       stay = not found or self._fits(requests, matches, reserve)
       if stay:
         self._reclaim.make_room(self.needed(requests, matches) + reserve, spare)
         self._kept.to_device([each for each in found if each.page is None])
-    if not stay:
+    if not stay:  # there is no room beside the prefixes: the requests start from nothing
       matches = [NOTHING] * len(requests)
       self._reclaim.make_room(self.needed(requests, matches) + reserve, spare)
     handles = [self.begin(manager, *each) for each in zip(requests, matches)]
@@ -70,7 +70,7 @@ class Admission:
     return handles
 
   def check(self, requests: Sequence[Request]) -> None:
-    """Raises about a request that could never be met, or whose id is in use."""
+    """Raises if a request can never be granted, or its id is in use."""
     config = self._config
     seen = set()
     for request in requests:
@@ -92,7 +92,7 @@ class Admission:
         raise errors.TooLong(request.request_id, max(request.num_tokens, known), limit)
 
   def needed(self, requests: Sequence[Request], matches: Sequence[Match]) -> int:
-    """Pages that these requests take: restored, copied and new ones."""
+    """Pages that these requests take: restored, copied and new pages."""
     restored = {each for match in matches for each in match.held if each.page is None}
     grown = sum(
       self._ledger.pages_to_begin(match.length, request.num_tokens)
@@ -101,7 +101,7 @@ class Admission:
     return grown + len(restored)
 
   def _fits(self, requests: Sequence[Request], matches: Sequence[Match], reserve: int = 0) -> bool:
-    """Whether there is room for these requests and a reserve; what they match is guarded."""
+    """Whether there is room for these requests and a reserve, with the matched pages guarded."""
     needed = self.needed(requests, matches) + reserve
     return needed <= self._state.num_free or needed <= self.available
 
@@ -124,7 +124,7 @@ class Admission:
     return bool(self._sequences.rows) and (fits or self._fits([request], [NOTHING]))
 
   def begin(self, manager: Clones, request: Request, match: Match) -> Handle:
-    """A row for a request, and what is known of its tokens."""
+    """Begins a sequence in a free row, and records its tokens."""
     handle = self._sequences.begin(
       manager, request.request_id, request.max_length, request.namespace
     )
@@ -136,7 +136,11 @@ class Admission:
     return handle
 
   def adopt(self, starts: Sequence[tuple[int, list[Held], int, int]]) -> None:
-    """Empty rows begin on kept pages: (row, pages, start, length) each."""
+    """Starts empty rows on held pages; each of `starts` is (row, held pages, start, length).
+
+    # held   [a][b][c ]     refcount 1, holds 1
+    # row    [a][b][c ]     refcount 2, holds 1
+    """
     config = self._config
     starts = [each for each in starts if each[3]]
     if not starts:
@@ -157,7 +161,11 @@ class Admission:
   # Growing and shrinking
 
   def extend(self, num_tokens: Mapping[Handle, int]) -> None:
-    """Room in rows, all or none."""
+    """Makes room in rows, all or none.
+
+    # row before   [a][b ]           others hold b too
+    # row after    [a][b'][c]        the row takes b', a copy of b, and c, and gives up b
+    """
     growth: dict[int, int] = {}
     for handle, count in num_tokens.items():
       row = self._sequences.running(handle)
@@ -174,12 +182,18 @@ class Admission:
     self._kept.apply("extend", counts)
 
   def _by_row(self, growth: Mapping[int, int]) -> np.ndarray:
+    """Tokens i32[S] for each row, from those of some rows."""
     num_tokens = np.zeros(self._config.num_rows, np.int32)
     num_tokens[list(growth)] = list(growth.values())
     return num_tokens
 
   def cut(self, verb: str, handle: Handle, at: int) -> None:
-    """Trims or slides a row; whole pages outside are released."""
+    """Trims a row to `at` tokens, or slides it to start at `at`; releases whole pages outside.
+
+    # row         [a][b][c][d]
+    # trim  at    [a][b]           c and d lose this holder
+    # slide at          [c][d]     a and b lose this holder
+    """
     row = self._sequences.running(handle)
     begin, end = self._sequences.bounds(row)
     if not (begin if verb == "trim" and at else 0) <= at <= end:
@@ -196,7 +210,11 @@ class Admission:
   # Leaving
 
   def deallocate(self, request_ids: Sequence) -> None:
-    """Ends sequences, all or none: their own holds on pages, wherever these are, are released."""
+    """Ends sequences, all or none.
+
+    # row           [a][b]     both lose this holder; b stays if the prefix index has it
+    # swapped out   [a] img    both lose this user; an image that nothing uses is forgotten
+    """
     handles = [self._sequences.get(request_id) for request_id in request_ids]
     if len(set(request_ids)) != len(request_ids):
       raise ValueError(f"request_ids must be distinct, got {list(request_ids)}")
@@ -210,7 +228,7 @@ class Admission:
     self.num_deallocations += len(handles)
 
   def free(self, rows: list[int]) -> None:
-    """Rows become empty, and free for others."""
+    """Empties rows, and makes them free."""
     marked = np.zeros(self._config.num_rows, bool)
     marked[rows] = True
     marked &= self._ledger.lengths > 0

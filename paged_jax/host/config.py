@@ -1,4 +1,4 @@
-"""What a manager is told: how to behave, and what a new sequence asks for."""
+"""What a user gives a manager: its options, and requests for sequences."""
 
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -10,10 +10,10 @@ from paged_jax.host.eviction import LRU, Policy
 
 
 def whole(name: str, value, least: int | None = None) -> int:
-  """`value` as an int, of at least `least` if given.
+  """`value` as an int.
 
   Raises:
-    ValueError: It is none; the message has the name and the value.
+    ValueError: It is not an integer, or below `least`; the message has the name and the value.
   """
   whole_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
   if not whole_number or (least is not None and value < least):
@@ -24,24 +24,32 @@ def whole(name: str, value, least: int | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ManagerConfig:
-  """What a manager does beyond the cache itself.
+  """Options of a manager.
 
   Raises:
     ValueError: A field is out of range; the message names the field and its value.
+
+  >>> from paged_jax import host
+  >>> host.ManagerConfig(num_host_pages=128, spill=True).max_prefixes
+  100
+  >>> host.ManagerConfig(high_watermark=2)
+  Traceback (most recent call last):
+  ...
+  ValueError: high_watermark must be in [0, 1], got 2
   """
 
-  num_host_pages: int = 512
-  swapping: bool = True
-  low_watermark: float = 0.3  # fraction of the pages that are free
-  high_watermark: float = 0.1
-  prefix_cache: bool = True
-  max_prefixes: int = 100  # whole sequences in the prefix cache
-  min_prefix_length: int = 16  # tokens
-  eviction: Policy = LRU
-  spill: bool = False  # evicted prefix pages go to the host pool while it has room
+  num_host_pages: int = 512  # pages of the host pool
+  swapping: bool = True  # whether sequences and prefixes may move to host memory
+  low_watermark: float = 0.3  # fraction of pages; pressure is MEDIUM if fewer are free
+  high_watermark: float = 0.1  # pressure is HIGH if fewer are free
+  prefix_cache: bool = True  # whether prefixes may be stored
+  max_prefixes: int = 100  # most stored prefixes
+  min_prefix_length: int = 16  # fewest tokens of a stored prefix
+  eviction: Policy = LRU  # the order in which prefixes leave
+  spill: bool = False  # evicted prefix pages move to the host pool while it has room
   scrub: bool = False  # pages are cleared when they become free
-  canary: bool = False  # one more layer holds a mark of who wrote each slot; reads check it
-  event_buffer: int = 4096
+  canary: bool = False  # one more layer marks which sequence wrote each slot; reads check the marks
+  event_buffer: int = 4096  # events that are kept for readers
 
   def __post_init__(self):
     for name, least in dict(
@@ -70,21 +78,25 @@ class ManagerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a new sequence asks for.
+  """A request for a new sequence.
 
-  With `tokens` it starts on the longest prefix of them that is cached; `initial_tokens` is then
-  all of them unless given. Fields left None are not checked against the pool. Namespaces that are
-  equal in Python (1 and True) are one.
+  A sequence starts on the longest cached prefix of its `tokens`.
 
   Raises:
-    ValueError: A number is negative or none, or an id cannot be hashed; the message names the field and its value.
+    ValueError: A number is negative or not an integer, or an id cannot be hashed; the message names
+      the field and its value.
+
+  >>> from paged_jax import host
+  >>> host.Request("a", 20).num_tokens, host.Request("b", tokens=[5, 6, 7]).num_tokens
+  (20, 3)
   """
 
   request_id: Hashable
-  initial_tokens: int | None = None
-  tokens: Sequence[int] | np.ndarray | None = None
-  namespace: Hashable = None
-  max_length: int | None = None  # tokens, at most a row's capacity
+  initial_tokens: int | None = None  # tokens that the sequence has room for; None = those given
+  tokens: Sequence[int] | np.ndarray | None = None  # ids of its first tokens, if known
+  namespace: Hashable = None  # prefixes are found in the same one only; 1 and True are the same
+  max_length: int | None = None  # most tokens, at most a row's capacity; None = that
+  # Checked against the pool, if given:
   num_layers: int | None = None
   num_kv_heads: int | None = None
   head_dim: int | None = None
@@ -104,7 +116,7 @@ class Request:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens that the sequence starts with."""
+    """Tokens that the sequence starts with room for."""
     if self.initial_tokens is not None:
       return self.initial_tokens
     return 0 if self.tokens is None else len(self.tokens)

@@ -1,11 +1,20 @@
-"""What the manager refuses. Every error carries its numbers, and leaves all state as it was."""
+"""Errors of the manager. Each has its numbers as fields, and no sequence was changed."""
 
 import dataclasses
 from collections.abc import Hashable
 
 
 class CacheError(Exception):
-  """Base of everything that a manager raises about a request."""
+  """Base of all errors that a manager raises about a request.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> try:
+  ...   manager.allocate_many([host.Request("a", 64), host.Request("b", 64)], reserve=1)
+  ... except host.errors.OutOfPages as error:
+  ...   print(error, error.needed - error.free)
+  9 pages are needed, but 8 are free 1
+  """
 
   template = ""
 
@@ -15,25 +24,25 @@ class CacheError(Exception):
 
 @dataclasses.dataclass(eq=False)
 class OutOfPages(CacheError):
-  """Too few pages are free, counting those of prefixes that nobody uses."""
+  """Too few pages are available: free, or freed by eviction."""
 
   needed: int
-  free: int
+  free: int  # available ones
   template = "{needed} pages are needed, but {free} are free"
 
 
 @dataclasses.dataclass(eq=False)
 class OutOfHostPages(CacheError):
-  """Too few pages are free in the host pool."""
+  """Too few host pages are available: free, or freed by dropping spilled prefixes."""
 
   needed: int
-  free: int
+  free: int  # available ones
   template = "{needed} host pages are needed, but {free} are free"
 
 
 @dataclasses.dataclass(eq=False)
 class OutOfRows(CacheError):
-  """Every row of the batch has a sequence."""
+  """Too few rows are free."""
 
   needed: int
   free: int
@@ -42,11 +51,11 @@ class OutOfRows(CacheError):
 
 @dataclasses.dataclass(eq=False)
 class TooLong(CacheError):
-  """A sequence would not fit in a row, or in what its request allowed."""
+  """A sequence would hold more tokens than a row can, or than its request allows."""
 
   request_id: Hashable
-  needed: int
-  capacity: int
+  needed: int  # tokens
+  capacity: int  # tokens
   template = "request {request_id!r} needs {needed} tokens, but may hold {capacity}"
 
 
@@ -77,7 +86,7 @@ class StaleHandle(CacheError):
 
 @dataclasses.dataclass(eq=False)
 class ShapeMismatch(CacheError):
-  """A request, or what it writes, has another shape or dtype than the pool."""
+  """A request, or keys and values to write, have another shape or dtype than the pool."""
 
   name: str
   wanted: object
@@ -87,17 +96,17 @@ class ShapeMismatch(CacheError):
 
 @dataclasses.dataclass(eq=False)
 class UnmappedToken(CacheError):
-  """A position outside the tokens that a sequence holds."""
+  """The sequence does not hold this token."""
 
   request_id: Hashable
-  page: int
-  token: int
+  page: int  # logical page
+  token: int  # position
   template = "request {request_id!r} holds no token {token} (logical page {page})"
 
 
 @dataclasses.dataclass(eq=False)
 class NotEmpty(CacheError):
-  """The target of a share holds tokens of its own."""
+  """The target of a share holds tokens already."""
 
   request_id: Hashable
   num_tokens: int
@@ -122,7 +131,7 @@ class NotSwappedOut(CacheError):
 
 @dataclasses.dataclass(eq=False)
 class Disabled(CacheError):
-  """The operation was switched off when the manager was made."""
+  """The manager's options, or the cache's config, switch this feature off."""
 
   feature: str
   template = "{feature} is off"
@@ -130,9 +139,9 @@ class Disabled(CacheError):
 
 @dataclasses.dataclass(eq=False)
 class CanaryMismatch(CacheError):
-  """A slot does not hold what this sequence wrote there."""
+  """A slot does not have the mark of the sequence that wrote it."""
 
   request_id: Hashable
-  token: int
-  page: int
+  token: int  # position
+  page: int  # physical page
   template = "request {request_id!r}: token {token}, on page {page}, is not what was written"

@@ -1,4 +1,4 @@
-"""In which order cached things go: a policy is a value, and a queue asks it."""
+"""The order of eviction: a policy is a value, and a queue follows it."""
 
 import contextlib
 import dataclasses
@@ -10,33 +10,36 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 @dataclasses.dataclass(slots=True)
 class Use:
-  """How a thing was used. Times are ticks of the index: one for each lookup or store."""
+  """How a prefix was used. Times are ticks of the index: one for each lookup or store."""
 
-  stored: int
-  last: int
-  hits: int = 0
-  num_tokens: int = 0  # from the beginning of the prompt
-  touched: bool = False  # since the clock's hand passed
+  stored: int  # tick of the store
+  last: int  # tick of the newest use
+  hits: int = 0  # lookups that found it
+  num_tokens: int = 0  # from the start of the prompt to its end
+  touched: bool = False  # whether it was used since CLOCK last passed it
 
 
 class Used(Protocol):
-  """Something that keeps record of its use."""
+  """A thing with a record of its use."""
 
   use: Use
 
 
 class Policy(NamedTuple):
-  """What goes first: the lowest `rank`. A rank must not fall while a thing waits.
+  """An order of eviction: the prefix of the lowest `rank` goes first.
 
-  Example: the least often used prefix goes first, the shortest among equals.
+  The rank of a prefix must not fall while the prefix is stored. Here the prefix with the fewest
+  hits goes first, and the shortest of equals:
 
-  >>> from paged_jax.host import eviction
-  >>> rarest = eviction.Policy("rarest", lambda use: (use.hits, use.num_tokens))
+  >>> from paged_jax import host
+  >>> rarest = host.eviction.Policy("rarest", lambda use: (use.hits, use.num_tokens))
+  >>> host.ManagerConfig(eviction=rarest).eviction.name
+  'rarest'
   """
 
   name: str
   rank: Callable[[Use], Any]
-  second_chance: bool = False  # what was used since it came up goes to the end instead
+  second_chance: bool = False  # a prefix used since its last turn goes to the end instead, once
 
 
 LRU = Policy("lru", lambda use: use.last)
@@ -48,19 +51,21 @@ Thing = TypeVar("Thing", bound=Used)
 
 
 class Queue(Generic[Thing]):
-  """Things in the order of a policy, at O(log n) each. Ranks are read again when a thing comes up.
+  """Things in the order of a policy, at O(log n) each.
+
+  A thing's rank is read again when its turn comes.
 
   Args:
-    policy: What goes first.
-    now: The next tick.
-    alive: Whether a thing still belongs here; those that do not are forgotten.
+    policy: The order.
+    now: Returns the next tick.
+    alive: Whether a thing still belongs in the queue; the queue forgets the others.
   """
 
   def __init__(self, policy: Policy, now: Callable[[], int], alive: Callable[[Thing], bool]):
     self._policy, self._now, self._alive = policy, now, alive
     self._number = itertools.count()
     self._heap: list = []
-    self._new: list[Thing] = []  # not in the heap yet: most things die before anything is popped
+    self._new: list[Thing] = []  # pushed, not in the heap yet: most leave before a pop
     self._limit = 64
 
   def push(self, thing: Thing) -> None:
@@ -78,12 +83,12 @@ class Queue(Generic[Thing]):
     return self._policy.rank(thing.use), next(self._number), thing
 
   def pop(self, ready: Callable[[Thing], bool]) -> Thing | None:
-    """The first thing that is `ready`; the others wait on."""
+    """Removes the first thing that is `ready`, and returns it; None if no thing is."""
     with contextlib.closing(self.pops(ready)) as things:
       return next(things, None)
 
   def pops(self, ready: Callable[[Thing], bool]) -> Generator[Thing, None, None]:
-    """Every thing that is `ready`, the first one first; the others wait on when it is closed."""
+    """Removes the things that are `ready`, in order; the others stay in the queue."""
     waiting: dict[int, Thing] = {}
     try:
       while self._heap or self._new:

@@ -1,6 +1,6 @@
-"""What a program, or a request, would take. Never waits for the reports of programs.
+"""Pages that programs and requests would take. Never waits for the reports of programs.
 
-The numbers are those of the last report taken over, with all that came after it except programs.
+The numbers are those of the host's ledger: unreported programs are not counted yet.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from paged_jax.host.sequences import Handle, Sequences
 
 
 class Forecast:
-  """Counts of pages, for those who run programs on the manager's cache.
+  """Counts of pages, for callers that run programs on the manager's cache. Not thread-safe.
 
   Args:
-    sequences: Who is live.
-    reclaim: What could be freed.
-    admission: What requests take.
-    prefixes: What prompts may start on.
+    sequences: The live sequences.
+    reclaim: Counts the pages that could be freed.
+    admission: Counts the pages that requests take.
+    prefixes: Finds the stored prefixes that prompts start on.
   """
 
   def __init__(
@@ -33,32 +33,37 @@ class Forecast:
 
   @property
   def num_mapped(self) -> int:
-    """Pages that rows map, a shared one once for each row."""
+    """Pages that rows map; a shared page counts once for each row."""
     return int(np.count_nonzero(self._ledger.block_tables < self._ledger.num_pages))
 
   @property
   def num_idle(self) -> int:
-    """Pages that only the host holds; eviction frees at most so many."""
+    """Pages that only the host uses; eviction frees at most this many."""
     return self._reclaim.num_idle
 
   def to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
-    """Pages that `allocate` would take for these tokens, besides those in the prefix cache."""
+    """Pages that `allocate` would take for these tokens, beyond those in the prefix cache."""
     request = Request(None, tokens=tokens)
     match = self._prefixes.match(request, encoded(tokens), touch=False)
     return self._admission.needed([request], [match])
 
   def to_reach(self, lengths: np.ndarray) -> int:
-    """Pages that rows take, copies included, to grow to `lengths` i32[S] tokens, if they have fewer."""
+    """Pages that rows would take, copies included, to grow to `lengths` i32[S] tokens."""
     more = np.maximum(lengths - self._ledger.lengths, 0)
     return int(self._ledger.pages_needed(more).sum())
 
   def to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
-    """Most pages that sequences take to grow to `length` tokens each while they `reorder` among
-    themselves, but keep sharing their first `shared` tokens."""
+    """Most pages that a beam search would take; see `Manager.pages_to_search`.
+
+    # shared     [a][b]            each row maps these; they stay as they are
+    # row 0            [c][d]      d is row 0's alone: it counts as there already
+    # row 1            [c][e]      c is held by these rows only: it counts so too
+    # at worst         [.][.]      for each row, up to `length` tokens
+    """
     ledger = self._ledger
     size = ledger.page_size
     rows = [self._sequences.place(handle) for handle in handles]
     pages = ledger.block_tables[rows, shared // size :]
-    own, entries = np.unique(pages[pages < ledger.num_pages], return_counts=True)
-    alone = int((ledger.refcount[own] == entries).sum())
+    pages, entries = np.unique(pages[pages < ledger.num_pages], return_counts=True)
+    alone = int((ledger.refcount[pages] == entries).sum())  # pages that no other holder has
     return max(0, len(rows) * (-(-length // size) - shared // size) - alone)

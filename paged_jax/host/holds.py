@@ -1,11 +1,11 @@
-"""A page that the host keeps: one object, on the device or in host memory.
+"""A held page: a page that the host keeps, on the device or in host memory.
 
     # prefix index  ──┐
     #                 ├──▶ Held (page 7)        one `hold` in the ledger
     # swapped A     ──┤
     # swapped B     ──┴──▶ Held (an image)      one page of the host pool
 
-Whatever number of users a page has, it moves once, and all of them find it where it is.
+All users of a held page share one object. So the page moves once, and all users find it.
 """
 
 import dataclasses
@@ -17,32 +17,31 @@ from paged_jax.types import Pages
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Held:
-  """One page kept by the host. Exactly one of `page` and `image` is set while anyone needs it."""
+  """One held page. While it has a user, exactly one of `page` and `image` is set."""
 
-  page: int | None = None  # on the device
-  image: Pages | None = None  # in host memory, [L,H,T,2D]
-  nodes: list[Any] = dataclasses.field(
-    default_factory=list, repr=False
-  )  # that keep it in the index
-  swapped: int = 0  # swapped sequences that keep it
+  page: int | None = None  # its device page
+  image: Pages | None = None  # its bytes in host memory, [L,H,T,2D]
+  # Users:
+  nodes: list[Any] = dataclasses.field(default_factory=list, repr=False)  # of the prefix index
+  swapped: int = 0  # swapped sequences
   # Written by `reclaim` only:
-  busy: bool = False  # a row uses it, too
-  guards: int = 0  # reasons for which it must stay where it is
-  blocked: int = 0  # nodes in which it, or a page after it, is busy or guarded
-  covered: int = 0  # nodes in which a page after it is on the device
-  kind: int = 0
+  busy: bool = False  # a row uses the page too
+  guards: int = 0  # changes under way that need the page where it is
+  blocked: int = 0  # nodes in which this page, or one after it, is busy, guarded or pinned
+  covered: int = 0  # nodes in which a page after this one is on the device
+  kind: int = 0  # see `reclaim`
 
   @property
   def indexed(self) -> int:
-    """How often the prefix index keeps it."""
+    """How many nodes of the prefix index use it."""
     return len(self.nodes)
 
   @property
   def kept(self) -> bool:
-    """Whether anyone still needs it."""
+    """Whether anything on the host uses it."""
     return bool(self.nodes) or self.swapped > 0
 
 
 def pages_of(held: Iterable[Held]) -> list[int]:
-  """The device pages of those that are on the device."""
+  """The device pages of those held pages that are on the device."""
   return [each.page for each in held if each.page is not None]

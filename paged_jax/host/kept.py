@@ -1,6 +1,6 @@
-"""The pages that the host keeps: where each one is, and how it moves.
+"""The held pages: where each one is, and how it moves.
 
-# free ◀── drop ── kept on the device ── to_host ──▶ kept in host memory
+# free ◀── drop ── held on the device ── to_host ──▶ held in host memory
 #                       ▲                                  │
 #                       └──────────── to_device ───────────┘
 """
@@ -14,7 +14,7 @@ from paged_jax.host.state import ID_SIZES, State, batches
 
 
 class Kept:
-  """Every page that the host keeps, the host pool, and the counts of what moved.
+  """Every held page, the host pool, and the counts of pages that moved. Not thread-safe.
 
   Args:
     state: The cache and its ledger.
@@ -23,53 +23,74 @@ class Kept:
 
   def __init__(self, state: State, options: ManagerConfig):
     self.state = state
-    self.by_page: dict[int, Held] = {}  # those on the device
+    self.by_page: dict[int, Held] = {}  # the held pages on the device
     self.changed: Callable[[Held], None] = lambda held: None  # called when one moved, came or went
     self.num_host_pages = options.num_host_pages
-    self.num_used = 0  # host pages
-    self.peak_used = 0
+    self.num_used = 0  # host pages in use
+    self.peak_used = 0  # most host pages in use at once
     self.count = dict.fromkeys(
       ("pages_taken", "pages_released", "pages_swapped_out", "pages_swapped_in", "evicted_pages"), 0
     )
     self.peak = 0  # most device pages in use at once
-    self._scrub = options.scrub
+    self._options = options
 
   @property
   def num_free_host(self) -> int:
-    """Host pages that nothing occupies."""
+    """Host pages that are free."""
     return self.num_host_pages - self.num_used
 
   # Verbs, counted
 
   def apply(self, verb: str, *operands) -> None:
-    """One verb; it must be granted."""
+    """Applies one verb, which must be granted, and counts."""
     self.state.apply(verb, *operands)
     self.count_pages()
 
   def count_pages(self) -> None:
-    """Pages taken and released since the last time, and the peak."""
+    """Counts pages taken and released since the last call, and the peak."""
     used = self.state.config.num_pages - self.state.num_free
     change = used - (self.count["pages_taken"] - self.count["pages_released"])
     self.count["pages_taken" if change > 0 else "pages_released"] += abs(change)
     self.peak = max(self.peak, used)
 
   def drop(self, pages: list[int]) -> None:
-    """The host gives up its holds on these device pages."""
+    """Gives up the host's holds on these device pages.
+
+    # page 7 before    row, host     refcount 2, holds 1
+    #        after     row           refcount 1, holds 0; free if there is no row
+    """
     if pages:
       self.state.apply_ids("drop", pages)
       self.count_pages()
       self.scrub(pages)
 
   def scrub(self, pages: list[int]) -> None:
-    """Clears those of `pages` that became free, if the manager is to do so."""
-    if self._scrub:
+    """In scrub mode, clears those of `pages` that are free."""
+    if self._options.scrub:
       for _, ids in batches(pages, self.state.config.num_pages, ID_SIZES):
         self.state.cache = self.state.verbs.scrub(self.state.cache, ids)
 
-  # Who keeps what
+  def warm_up(self) -> None:
+    """Compiles the verbs that these options need, for each size of a batch."""
+    options = self._options
+    self.state.warm_up(
+      holding=options.swapping or options.prefix_cache,
+      swapping=options.swapping and options.num_host_pages > 0,
+      scrubbing=options.scrub,
+    )
+
+  # Users of held pages
 
   def at(self, pages: Iterable[int]) -> tuple[list[Held], list[int]]:
-    """What is kept on these device pages, and which of them the ledger must hold for that."""
+    """The held pages at these device pages; a page that is not held yet becomes one.
+
+    # pages     7  8  9      the host holds 7 and 8 already
+    # found     7  8  9      a `Held` for each
+    # fresh           9      the caller applies `hold` to it
+
+    Returns:
+      The held pages, and the device pages that the ledger must `hold` for them.
+    """
     found, fresh = [], []
     for page in pages:
       held = self.by_page.get(page)
@@ -81,12 +102,19 @@ class Kept:
     return found, fresh
 
   def swap(self, held: Held, change: int) -> None:
-    """One swapped sequence more, or less, needs a page."""
+    """One swapped sequence more (`change` 1) or less (-1) uses a held page."""
     held.swapped += change
     self.changed(held)
 
   def forget(self, held: Iterable[Held]) -> list[int]:
-    """Forgets those that nobody needs; returns the device pages to drop."""
+    """Forgets those of these held pages that nothing uses.
+
+    # on the device     by_page ──▶ returned, to be dropped
+    # in host memory    host pool ──▶ gone
+
+    Returns:
+      The device pages to drop.
+    """
     pages = []
     for each in held:
       if each.kept:
@@ -101,13 +129,16 @@ class Kept:
     return pages
 
   def let_go(self, held: Iterable[Held]) -> None:
-    """Forgets those that nobody needs, and drops their pages."""
+    """Forgets those of these held pages that nothing uses, and drops their device pages."""
     self.drop(self.forget(held))
 
   # Bytes
 
   def to_host(self, held: list[Held]) -> None:
-    """The bytes of device pages go to host memory, and the pages become free.
+    """Moves held pages to host memory; their device pages become free.
+
+    # Held before    page 7, image -      the host is the only holder of page 7
+    #      after     page -, image x      page 7 is free, one host page more is used
 
     Raises:
       OutOfHostPages: The host pool has no room; nothing moved.
@@ -126,7 +157,11 @@ class Kept:
     self.count["pages_swapped_out"] += len(held)
 
   def to_device(self, held: list[Held]) -> None:
-    """The bytes of images go to fresh pages, for which there must be room."""
+    """Moves held pages back to the device, to new pages; enough pages must be free.
+
+    # Held before    page -, image x
+    #      after     page 3, image -      the host is the only holder of page 3
+    """
     if held:
       pages = self.state.restore([each.image for each in held if each.image is not None])
       for each, page in zip(held, pages):

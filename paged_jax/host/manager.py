@@ -1,17 +1,18 @@
-"""The manager: a counter over desks. Here are its public names, their docstrings and the lock.
+"""The manager: a counter over desks. This file has its public names, their docstrings and the lock.
 
-It speaks to the cache in verbs only, decides everything on the host's ledger, and so never waits for
-the device. One lock covers each change; callbacks run after it. Axis letters as in types.py.
+A method takes the lock and passes the work to one desk. Desks decide on the host's ledger and
+change the cache by verbs only, so they never read the device. Callbacks run after the lock is
+released. Axis letters as in types.py.
 
     # Manager ─┬─ admission   allocate, extend, trim, slide, deallocate
     #          ├─ sharing     share_prefix, clone, cow_copy
-    #          ├─ prefixes    find, store, pin, clear      ── prefix (the tree)
+    #          ├─ prefixes    find, store, clear       ── prefix (the tree)
     #          ├─ swap        swap_out, swap_in
     #          ├─ tensors     write_kv, read_kv
     #          ├─ reclaim     gc, evict_prefixes: all eviction
-    #          ├─ forecast    what programs would take
+    #          ├─ forecast    pages that programs would take
     #          └─ report      stats, audit
-    # all on    sequences (who is live), kept (the host's pages), turn (one change), state (the cache)
+    # below     sequences (live ones), kept (held pages), turn (one change), state (cache and ledger)
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from paged_jax.host.forecast import Forecast
 from paged_jax.host.kept import Kept
 from paged_jax.host.prefix import Match, PrefixIndex, encoded
 from paged_jax.host.prefixes import Prefix, Prefixes, PrefixStats
-from paged_jax.host.reclaim import Reclaim
+from paged_jax.host.reclaim import Collected, Reclaim
 from paged_jax.host.sequences import Handle, Sequences
 from paged_jax.host.sharing import Sharing
 from paged_jax.host.state import State, Ticket
@@ -44,9 +45,9 @@ from paged_jax.types import Cache
 class Manager:
   """Paged KV cache manager. Safe to call from several threads.
 
-  A method that changes something may raise any error of `paged_jax.host.errors`, and then has changed
-  no sequence. While a program is unreported (see `run`), the next method waits for its report, unless
-  its docstring says otherwise.
+  A method that raises an error of `paged_jax.host.errors` has changed no sequence. A method first
+  waits for the reports of programs that are under way (see `run`), except where its docstring says
+  otherwise.
 
   >>> from paged_jax import CacheConfig
   >>> from paged_jax.host import Manager, Request
@@ -56,15 +57,15 @@ class Manager:
   >>> manager.store_prefix(handle), manager.free_pages
   (True, 6)
   >>> manager.deallocate("a")
-  >>> manager.free_pages, manager.available_pages  # the prefix keeps two pages, which may be evicted
+  >>> manager.free_pages, manager.available_pages  # the prefix keeps two pages, until evicted
   (6, 8)
 
   Args:
-    config: The cache.
-    options: What the manager does beyond it.
-    clock: Seconds, for lifetimes and access times.
-    shardings: Where the cache lives, as `paged_jax.sharding.shardings` says; one device by default.
-    verbs: Compiled verbs to use, `paged_jax.jitted` by default.
+    config: Sizes and dtypes of the cache.
+    options: How the manager behaves.
+    clock: Returns seconds, for lifetimes of prefixes and access times.
+    shardings: Where the cache lives, from `paged_jax.sharding.shardings`; None = one device.
+    verbs: The compiled verbs.
   """
 
   def __init__(
@@ -105,126 +106,229 @@ class Manager:
     self.close()
 
   def close(self) -> None:
-    """Waits until everything that the manager asked of the device is done."""
+    """Waits until the device has done all work that the manager asked for.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> manager.close()
+    >>> with manager:  # or so: closes at the end
+    ...   handle = manager.allocate(host.Request("a", 20))
+    """
     with self._turn.change():
       jax.block_until_ready(self._state.cache)
 
   # Beginning, growing, ending
 
   def allocate(self, request: Request) -> Handle:
-    """A new sequence. See `allocate_many`."""
+    """Begins one sequence; see `allocate_many`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", initial_tokens=20))
+    >>> handle.num_tokens, handle.pages
+    (20, [0, 1])
+    """
     return self.allocate_many([request])[0]
 
   def allocate_many(
     self, requests: Sequence[Request], *, reserve: int = 0, spare: int = 0, wait: bool = True
   ) -> list[Handle]:
-    """New sequences, all or none: one call of each verb for all of them.
+    """Begins sequences, all or none, in one call of each verb.
 
-    Cached prefixes are kept before any page is taken, unless there is only room without. On a full
-    hit with stored logits nothing is left to compute, and `handle.last_logits` has them; otherwise
-    at least the last token is.
+    A sequence starts on the longest cached prefix of its tokens. Such prefixes are not evicted for
+    these requests, except if there is no room otherwise. If the prefix cache has all tokens of a
+    request and their logits, nothing is left to compute, and `handle.last_logits` has the logits.
+    Otherwise at least the last token is left to compute.
 
     Args:
-      requests: What each asks for.
+      requests: One for each new sequence.
       reserve: Pages that must be free afterwards.
-      spare: If prefixes must be evicted, those on so many more pages go at once.
-      wait: Whether to wait for the reports of programs. If not, what these may still take must be
-        in the reserve, and which pages the new sequences have is known after the reports.
+      spare: If prefixes must be evicted, this many pages more are evicted at once.
+      wait: Whether to wait for the reports of programs. If False, `reserve` must include the pages
+        that these programs may still take, and the new sequences' pages are known only after the
+        reports.
 
     Raises:
-      DuplicateRequest: An id is live already, or given twice.
+      DuplicateRequest: A live sequence has the id, or two requests have the same.
       ShapeMismatch: A request has other layers, heads, head dim or dtype than the pool.
-      TooLong: More initial tokens than may be held.
-      OutOfRows, OutOfPages: There is no room; what is needed includes the reserve.
+      TooLong: A request starts with more tokens than it may hold.
+      OutOfRows, OutOfPages: There is no room; `needed` includes the reserve.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handles = manager.allocate_many([host.Request("a", 20), host.Request("b", 5)])
+    >>> [handle.pages for handle in handles]
+    [[0, 1], [2]]
     """
     reserve, spare = whole("reserve", reserve, 0), whole("spare", spare, 0)
     with self._turn.change(wait=wait):
       return self._admission.allocate(self, requests, reserve, spare)
 
   def extend(self, handle: Handle, num_tokens: int) -> None:
-    """Room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
+    """Makes room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
 
     Raises:
-      StaleHandle, SwappedOut, TooLong: Whom or how much.
-      OutOfPages: All pages are in use.
-      Disabled: It would need a copy, and copy-on-write is off.
+      StaleHandle, SwappedOut: The sequence ended, or is in host memory.
+      TooLong: The sequence would hold more tokens than it may.
+      OutOfPages: Too few pages are available.
+      Disabled: A page must be copied, and copy-on-write is off.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.extend(handle, 13)
+    >>> handle.num_tokens, handle.pages
+    (33, [0, 1, 2])
     """
     self.extend_many({handle: num_tokens})
 
   def extend_many(self, num_tokens: Mapping[Handle, int]) -> None:
-    """Room in many sequences at once, all or none: one call for all of them."""
+    """Makes room in several sequences, all or none, in one call; see `extend`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> a, b = manager.allocate_many([host.Request("a", 20), host.Request("b", 5)])
+    >>> manager.extend_many({a: 13, b: 1})
+    >>> a.num_tokens, b.num_tokens
+    (33, 6)
+    """
     with self._turn.change():
       self._admission.extend(num_tokens)
 
   def trim(self, handle: Handle, num_tokens: int) -> None:
-    """A sequence keeps its first `num_tokens` tokens, and releases whole pages behind them.
+    """Cuts a sequence to its first `num_tokens` tokens, and releases the whole pages after them.
 
     Raises:
-      UnmappedToken: It does not hold that many, or has slid past them.
+      UnmappedToken: The sequence holds fewer tokens, or has slid past these.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.trim(handle, 16)
+    >>> handle.num_tokens, handle.pages
+    (16, [0])
     """
     with self._turn.change():
       self._admission.cut("trim", handle, whole("num_tokens", num_tokens))
 
   def slide(self, handle: Handle, start: int) -> None:
-    """A sequence forgets its tokens before `start`, and releases whole pages before them.
+    """Forgets a sequence's tokens before `start`, and releases the whole pages before it.
 
     Raises:
-      UnmappedToken: It does not reach that far.
+      UnmappedToken: The sequence holds fewer tokens than `start`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.slide(handle, 16)
+    >>> handle.num_tokens, handle.pages  # positions stay as they were
+    (20, [1])
     """
     with self._turn.change():
       self._admission.cut("slide", handle, whole("start", start))
 
   def deallocate(self, request_id: Hashable) -> None:
-    """Ends a sequence: its own holds on pages, on the device or in host memory, are released.
+    """Ends a sequence and gives up its pages, on the device or in host memory.
+
+    A page becomes free if no other sequence and no prefix uses it.
 
     Raises:
       UnknownRequest: No live sequence has this id.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.deallocate("a")
+    >>> handle.is_valid, manager.free_pages
+    (False, 8)
     """
     self.deallocate_many([request_id])
 
   def deallocate_many(self, request_ids: Sequence[Hashable], *, wait: bool = True) -> None:
-    """Ends many sequences, all or none, in one call.
+    """Ends several sequences, all or none, in one call.
 
     Args:
-      request_ids: Which.
-      wait: Whether to wait for the reports of programs, which scrub mode always does. If not, no
-        program dispatched later may use these sequences' rows.
+      request_ids: Their ids, all distinct.
+      wait: Whether to wait for the reports of programs. If False, no program that is run later may
+        use the rows of these sequences. Scrub mode always waits.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> a, b = manager.allocate_many([host.Request("a", 20), host.Request("b", 5)])
+    >>> manager.deallocate_many(["a", "b"])
+    >>> manager.free_pages
+    8
     """
     with self._turn.change(wait=wait or self.options.scrub):
       self._admission.deallocate(request_ids)
 
   def can_allocate(self, request: Request) -> bool:
-    """Whether `allocate` would succeed now. Pages of prefixes that nobody uses count as free."""
+    """Whether `allocate` would succeed now; pages that can be evicted count as room.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> manager.can_allocate(host.Request("a", 64)), manager.can_allocate(host.Request("a", 65))
+    (True, False)
+    """
     with self._turn.change():
       return self._admission.fits(request)
 
   # Sharing
 
   def share_prefix(self, source: Handle, target: Handle, num_tokens: int) -> None:
-    """The empty `target` gets the first tokens of `source`, on the same pages.
+    """Puts the first tokens of `source` into the empty `target`, on the same pages.
 
     Raises:
       NotEmpty: The target holds tokens.
-      UnmappedToken: The source does not hold that many.
+      UnmappedToken: The source does not hold that many tokens.
       Disabled: Part of a page would be shared, and copy-on-write is off.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> other = manager.allocate(host.Request("b"))
+    >>> manager.share_prefix(handle, other, 16)
+    >>> handle.pages, other.pages
+    ([0, 1], [0])
     """
     with self._turn.change():
       self._sharing.share(source, target, whole("num_tokens", num_tokens))
 
   def clone(self, handle: Handle, request_id: Hashable, *, num_tokens: int | None = None) -> Handle:
-    """A new sequence that shares the pages of `handle`'s first `num_tokens`, by default of all."""
+    """Begins a sequence that shares the pages of `handle`'s first `num_tokens` tokens; None = all.
+
+    No page is copied until one of the two sequences writes into it.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> copy = manager.clone(handle, "b")
+    >>> manager.extend(copy, 1)  # copies the shared tail page
+    >>> handle.pages, copy.pages
+    ([0, 1], [0, 2])
+    """
     length = None if num_tokens is None else whole("num_tokens", num_tokens)
     with self._turn.change():
       return self._sharing.clone(self, handle, request_id, length)
 
   def cow_copy(self, handle: Handle, first_page: int = 0) -> list[int]:
-    """Makes the logical pages from `first_page` on the sequence's own; returns its pages.
+    """Copies the shared ones of a sequence's pages, from logical page `first_page` on.
 
-    Shared ones are copied, remapped and released, so that tokens on them may be rewritten.
+    Afterwards no other sequence or prefix uses these pages, so their tokens may be rewritten.
+
+    Returns:
+      The sequence's pages.
 
     Raises:
       Disabled: Copy-on-write is off.
       OutOfPages: There is no room for the copies.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> copy = manager.clone(handle, "b")
+    >>> manager.cow_copy(copy, 1)
+    [0, 2]
     """
     with self._turn.change():
       return self._sharing.own_pages(handle, whole("first_page", first_page, 0))
@@ -232,7 +336,18 @@ class Manager:
   # Prefixes
 
   def find_prefix(self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None) -> Match:
-    """The longest stored prefix of `tokens`; counts as a use. `allocate` looks for itself."""
+    """The longest stored prefix of `tokens`; it counts as used. Does not wait for reports.
+
+    `allocate` does its own lookup.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.find_prefix(range(30)).length
+    20
+    """
     with self._turn.lock:
       return self._prefixes.find(namespace, encoded(tokens))
 
@@ -245,37 +360,52 @@ class Manager:
     ttl: float | None = None,
     pinned: bool = False,
   ) -> bool:
-    """Keeps the pages of a sequence's first tokens for others to start on.
+    """Keeps the pages of a sequence's first tokens, for later requests to start on.
 
     Args:
-      handle: The sequence; it may go on, and end, as it likes.
-      tokens: What it holds from position 0 on; by default all that is known of it.
-      last_logits: Returned when somebody asks for exactly these tokens; None keeps those that are
-        stored.
-      ttl: Seconds until they are gone; None = never.
-      pinned: Whether they stay until `pin` says otherwise.
+      handle: The sequence; it may go on and end as usual.
+      tokens: The tokens that it holds, from position 0 on; None = all that the manager knows.
+      last_logits: Given to a request for exactly these tokens. None keeps those stored before.
+      ttl: Seconds until the prefix is forgotten; None = never.
+      pinned: Whether the prefix stays until `pin` releases it.
 
     Returns:
-      Whether they were stored: not if too short, or if every entry is pinned or in use.
+      Whether the prefix was stored. It is not if it is too short, or if the prefix cache is full
+      and all its prefixes are pinned or in use.
 
     Raises:
-      UnmappedToken: The sequence does not hold that many tokens, or has slid.
+      UnmappedToken: The sequence holds fewer tokens, or has slid.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle, ttl=60)
+    True
+    >>> manager.deallocate("a")
+    >>> manager.allocate(host.Request("b", tokens=range(30))).num_cached
+    20
     """
     return self.store_prefixes([Prefix(handle, tokens, last_logits, ttl, pinned)])[0]
 
   def store_prefixes(self, prefixes: Sequence[Prefix], *, wait: bool = True) -> list[bool]:
-    """Keeps the pages of several prefixes, in order; one call of each verb for all of them.
+    """Keeps the pages of several prefixes, in order, in one call of each verb.
 
     Args:
-      prefixes: What to keep.
-      wait: Whether to wait for the reports of programs. If not, these must not take a page of the
-        prefixes from their sequences, as a copy on write or a trim would.
+      prefixes: See `store_prefix`.
+      wait: Whether to wait for the reports of programs. If False, these programs must not take pages
+        of the prefixes from their sequences, as a copy on write or a trim would.
 
     Returns:
-      Which were stored; see `store_prefix`.
+      Whether each prefix was stored.
 
     Raises:
-      UnmappedToken: A sequence does not hold that many tokens, or has slid; nothing is stored.
+      UnmappedToken: A sequence holds fewer tokens, or has slid; nothing is stored.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefixes([host.Prefix(handle), host.Prefix(handle, range(4))])  # too short
+    [True, False]
     """
     with self._turn.change(wait=wait):
       return self._prefixes.store(prefixes)
@@ -283,64 +413,141 @@ class Manager:
   def pin(
     self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None, *, pinned: bool = True
   ) -> bool:
-    """Pins or unpins a stored sequence; False if there is no such one."""
+    """Pins or unpins a stored prefix; False if there is none. Does not wait for reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.pin(range(20))
+    True
+    >>> manager.deallocate("a")
+    >>> manager.evict_prefixes(1)  # pinned
+    0
+    """
     with self._turn.lock:
       return self._index.pin(namespace, encoded(tokens), pinned)
 
   def evict_prefixes(self, count: int) -> int:
-    """Removes up to `count` stored sequences that nobody uses; returns how many."""
+    """Removes up to `count` stored prefixes that no sequence uses; returns how many.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.evict_prefixes(1)  # a sequence uses it
+    0
+    >>> manager.deallocate("a")
+    >>> manager.evict_prefixes(1)
+    1
+    """
     count = whole("count", count)
     with self._turn.change():
       return self._reclaim.evict_entries(count)
 
   def clear_prefixes(self, *, pinned: bool = True, reset_counters: bool = False) -> int:
-    """Forgets every prefix, also those in use; sequences keep what they use.
+    """Forgets every prefix, those in use too; sequences keep the pages that they use.
 
     Args:
-      pinned: Whether pinned ones go, too.
-      reset_counters: Whether `prefix_stats` begins anew.
+      pinned: Whether pinned prefixes are forgotten too.
+      reset_counters: Whether the numbers of `prefix_stats` start from zero again.
 
     Returns:
-      How many stored sequences are gone.
+      How many stored prefixes were forgotten.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.clear_prefixes(), handle.pages
+    (1, [0, 1])
     """
     with self._turn.change():
       return self._prefixes.clear(pinned=pinned, reset_counters=reset_counters)
 
   def prefix_stats(self) -> PrefixStats:
-    """The prefix cache's numbers."""
+    """The prefix cache's numbers. Does not wait for reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.find_prefix(range(30)).length
+    20
+    >>> stats = manager.prefix_stats()
+    >>> stats.queries, stats.hits, stats.tokens_hit  # `allocate` asked first
+    (2, 1, 20)
+    """
     with self._turn.lock:
       return self._prefixes.stats()
 
   # Swap
 
   def swap_out(self, handle: Handle) -> None:
-    """Moves a sequence to host memory and gives its row away; see `swap_out_many`."""
+    """Moves a sequence to host memory, and frees its row; see `swap_out_many`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.swap_out(handle)
+    >>> handle.is_swapped, manager.free_pages
+    (True, 8)
+    """
     self.swap_out_many([handle])
 
   def swap_out_many(self, handles: Sequence[Handle]) -> None:
-    """Moves sequences to host memory, all or none.
+    """Moves sequences to host memory, all or none, and frees their rows.
 
-    A page that a row or the prefix cache still uses stays where it is, held for the sequence; it
-    moves when it has no such user and room is needed. Whoever shares a page, it moves once.
+    A page that another row or the prefix cache uses stays on the device, held for the sequence. It
+    moves later, if room is needed and only swapped sequences use it. A page moves once, however
+    many sequences share it.
 
     Raises:
       Disabled: Swapping is off.
-      SwappedOut: It is there already.
+      SwappedOut: A sequence is in host memory already.
       OutOfHostPages: The host pool has no room.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handles = manager.allocate_many([host.Request("a", 20), host.Request("b", 5)])
+    >>> manager.swap_out_many(handles)
+    >>> manager.stats().swapped, manager.stats().free_host_pages
+    (2, 509)
     """
     with self._turn.change():
       self._swap.out(handles)
 
   def swap_in(self, handle: Handle) -> None:
-    """Brings a sequence back into a row; see `swap_in_many`."""
+    """Brings a sequence back into a row; see `swap_in_many`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.swap_out(handle)
+    >>> manager.swap_in(handle)
+    >>> handle.is_swapped, handle.num_tokens
+    (False, 20)
+    """
     self.swap_in_many([handle])
 
   def swap_in_many(self, handles: Sequence[Handle]) -> None:
-    """Brings sequences back, all or none, bit for bit.
+    """Brings sequences back into rows, all or none. Every bit is as it was.
 
     Raises:
-      NotSwappedOut: It is on the device.
+      NotSwappedOut: A sequence is on the device.
       OutOfRows, OutOfPages: There is no room.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handles = manager.allocate_many([host.Request("a", 20), host.Request("b", 5)])
+    >>> manager.swap_out_many(handles)
+    >>> manager.swap_in_many(handles)
+    >>> manager.stats().running
+    2
     """
     with self._turn.change():
       self._swap.back(handles)
@@ -348,14 +555,23 @@ class Manager:
   # Bytes
 
   def write_kv(self, handle: Handle, layer: int, position: int, k, v) -> None:
-    """Writes keys and values [B,H,D] (or [H,D] for one token) of tokens from `position` on.
+    """Writes keys and values [B,H,D] of the tokens from `position` on; [H,D] for one token.
 
-    A page that others hold, and those behind it, are copied first, so that only this sequence sees
-    the write.
+    If others use the page of `position` or a later one, the sequence gets a copy first. So only this
+    sequence sees the write.
 
     Raises:
       UnmappedToken: The sequence does not hold all of these tokens.
       ShapeMismatch: Keys or values have another shape.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> import numpy as np
+    >>> manager.write_kv(handle, 0, 4, np.ones((2, 1, 4)), np.ones((2, 1, 4)))
+    >>> k, v = manager.read_kv(handle, 0, 3, 4)
+    >>> k[:, 0, 0].tolist()
+    [0.0, 1.0, 1.0, 0.0]
     """
     k, v = self._tensors.checked(k, v)
     layer, position = self._tensors.layer(layer), whole("position", position)
@@ -365,30 +581,48 @@ class Manager:
   def read_kv(
     self, handle: Handle, layer: int, start: int, num_tokens: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values [num_tokens,H,D] in token order, on the host; waits for the device.
+    """Keys and values [num_tokens,H,D] on the host, in token order. Waits for the device.
 
     Raises:
       UnmappedToken: The sequence does not hold all of these tokens.
-      CanaryMismatch: In canary mode, a slot is not what this sequence wrote.
+      CanaryMismatch: In canary mode, a slot does not have what this sequence wrote.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> k, v = manager.read_kv(handle, layer=0, start=3, num_tokens=4)
+    >>> k.shape, v.shape
+    ((4, 1, 4), (4, 1, 4))
     """
     layer, start = self._tensors.layer(layer), whole("start", start)
     num_tokens = whole("num_tokens", num_tokens)
     with self._turn.change():
       read = self._tensors.read(handle, layer, start, num_tokens)
-    return read()  # waits, outside the lock
+    return read()  # waits for the device, outside the lock
 
   # Programs of the user's own
 
   def run(self, program: Callable, *args, **kwargs) -> Ticket:
-    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result).
+    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result), and does not wait.
 
-    The cache is donated if the program says so. `log` is a `paged_jax.Log` of every ledger verb
-    that it ran. Nothing waits: the log is read by the next method, or by `settle`. Room for what
-    the program may extend is for the caller to see to (`available_pages`).
+    The cache is donated if the program says so. `log` is the program's report: a `paged_jax.Log` of
+    every ledger verb that it ran. The next method, or `settle`, reads it. The caller sees to it that
+    there are enough pages for the program (`available_pages`).
 
     Returns:
-      A ticket: `ticket.result` is the third thing that the program returned, `settle(ticket)` takes
-      over its report.
+      A ticket: `ticket.result` is the program's `result`, and `settle(ticket)` takes over its
+      report.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> import jax, numpy as np, paged_jax
+    >>> def grow(cache, num_tokens):
+    ...   cache, info = paged_jax.extend(cache, num_tokens)
+    ...   return cache, paged_jax.Log(((num_tokens[None],),), ("extend",)), info.ok
+    >>> ticket = manager.run(jax.jit(grow), np.array([13, 0], np.int32))
+    >>> manager.settle(ticket), handle.pages, ticket.result.tolist()
+    (5, [0, 1, 2], [True, True])
     """
     with self._turn.lock:
       return self._state.run(program, *args, **kwargs)
@@ -400,17 +634,20 @@ class Manager:
     tokens: np.ndarray | None = None,
     num_tokens: np.ndarray | None = None,
   ) -> int:
-    """Waits for the report of a program and those before it, by default for all, and takes them over.
-
-    Tokens that came with them are recorded; see `record`.
+    """Waits for the reports of a program and of those before it, and takes them over.
 
     Args:
-      ticket: What `run` returned.
-      tokens: Given with `num_tokens`, or not at all.
+      ticket: What `run` returned; None = the newest one.
+      tokens: The tokens that came with the reports, for `record`; with `num_tokens` or not at all.
       num_tokens: See `record`.
 
     Returns:
-      Free pages, as of the last report taken.
+      Free pages after the last of these reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> manager.settle()  # no program is under way
+    8
     """
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
@@ -420,28 +657,40 @@ class Manager:
       return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
-    """Notes what sequences came to hold, so that `store_prefix` knows it.
+    """Notes the new tokens of sequences, so that `store_prefix` knows them. Does not wait.
 
     Args:
-      tokens: i32[K,S] new tokens of each row, one step a line.
-      num_tokens: i32[S] how many of them, from the first line on, are a row's.
+      tokens: i32[K,S] new tokens of each row, step by step.
+      num_tokens: i32[S] how many of these each row has, from the first step on.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> import numpy as np
+    >>> manager.extend(handle, 1)
+    >>> manager.record(np.array([[71, 0]]), np.array([1, 0]))  # row 0 now ends in token 71
+    >>> manager.store_prefix(handle), manager.find_prefix([*range(20), 71]).length
+    (True, 21)
     """
     with self._turn.lock:
       self._sequences.record(tokens, num_tokens)
 
   def warm_up(self) -> None:
-    """Compiles what sequences come, go, share and move with; nothing changes."""
-    with self._turn.change():
-      options = self.options
-      swapping = options.swapping and options.num_host_pages > 0
-      holding = options.swapping or options.prefix_cache
-      self._state.warm_up(holding=holding, swapping=swapping, scrubbing=options.scrub)
+    """Compiles all verbs that the manager uses; changes nothing.
 
-  # What a program may take. These do not wait for reports, see `forecast`.
+    >>> from paged_jax import CacheConfig, host
+    >>> options = host.ManagerConfig(prefix_cache=False, swapping=False, num_host_pages=0)
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64), options)
+    >>> manager.warm_up()
+    """
+    with self._turn.change():
+      self._kept.warm_up()
+
+  # What a program may take. None of these waits for reports; see `forecast`.
 
   @property
   def num_free(self) -> int:
-    """Free pages, without waiting."""
+    """Free pages."""
     return self._state.num_free
 
   @property
@@ -456,13 +705,13 @@ class Manager:
 
   @property
   def num_mapped(self) -> int:
-    """Pages that rows map, a shared one once for each row."""
+    """Pages that rows map; a shared page counts once for each row."""
     with self._turn.lock:
       return self._forecast.num_mapped
 
   @property
   def num_idle(self) -> int:
-    """Pages that only the host holds; eviction frees at most so many."""
+    """Pages that only the host uses; eviction frees at most this many."""
     with self._turn.lock:
       return self._forecast.num_idle
 
@@ -473,59 +722,108 @@ class Manager:
       return self._reclaim.reclaimable
 
   def pages_to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
-    """Pages that `allocate` would take for these tokens, besides those in the prefix cache."""
+    """Pages that `allocate` would take for these tokens, beyond those in the prefix cache.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.pages_to_begin(range(30)), manager.pages_to_begin(range(1, 31))
+    (1, 2)
+    """
     with self._turn.lock:
       return self._forecast.to_begin(tokens)
 
   def pages_to_reach(self, lengths: np.ndarray) -> int:
-    """Pages that rows take, copies included, to grow to `lengths` i32[S] tokens, if they have fewer."""
+    """Pages that rows would take, copies included, to grow to `lengths` i32[S] tokens.
+
+    A row that has more tokens already takes none.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> import numpy as np
+    >>> manager.pages_to_reach(np.array([33, 0]))
+    1
+    """
     with self._turn.lock:
       return self._forecast.to_reach(lengths)
 
   def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
-    """Most pages that sequences take to grow to `length` tokens each while they `reorder` among
-    themselves, but keep sharing their first `shared` tokens."""
+    """Most pages that a beam search over these sequences would take.
+
+    They grow to `length` tokens each, `reorder` among themselves, and keep sharing their first
+    `shared` tokens.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> copy = manager.clone(handle, "b")
+    >>> manager.pages_to_search([handle, copy], length=40, shared=20)
+    3
+    """
     with self._turn.lock:
       return self._forecast.to_search(handles, length, shared)
 
   # Room
 
-  def gc(self, target: int | None = None) -> report.Collected:
-    """Evicts what nobody uses, least wanted first, until `target` pages are free.
+  def gc(self, target: int | None = None) -> Collected:
+    """Evicts pages that no sequence uses, in the policy's order, until `target` pages are free.
 
     Args:
-      target: Pages; the low watermark by default.
+      target: Pages; None = as many as the low watermark asks for.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.deallocate("a")
+    >>> manager.gc(target=8).num_pages
+    2
     """
-    if target is None:
-      target = int(np.ceil(self.options.low_watermark * self.config.num_pages))
     with self._turn.change():
-      began, entries, free = time.perf_counter(), self._index.num_entries, self._state.num_free
-      self._reclaim.collect(target)
-      freed = self._state.num_free - free
-      return report.Collected(
-        num_pages=freed,
-        num_bytes=freed * self._state.config.page_bytes,
-        num_entries=entries - self._index.num_entries,
-        seconds=time.perf_counter() - began,
-      )
+      return self._reclaim.collect(target)
 
   def check_pressure(self) -> pressure.Level:
-    """The level now."""
+    """The pressure level now.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> manager.check_pressure().name
+    'LOW'
+    >>> handles = manager.allocate_many([host.Request("a", 64), host.Request("b", 64)])
+    >>> manager.check_pressure().name
+    'CRITICAL'
+    """
     with self._turn.change():
       return self._turn.level()
 
   def on_pressure(self, callback: pressure.Callback) -> Callable[[], None]:
-    """Calls `callback(change)` whenever the level changes; returns what ends that.
+    """Calls `callback(change)` after each change of the pressure level.
 
-    It runs in the thread that changed the level, after the transition and outside the lock, so
-    it may call anything here. What it raises is logged.
+    The callback runs in the thread that changed the level, outside the lock, so it may call any
+    method. An error that it raises is logged.
+
+    Returns:
+      A function that ends the calls.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> stop = manager.on_pressure(lambda change: print(change.entered.name, change.num_free))
+    >>> handle = manager.allocate(host.Request("a", 64))
+    >>> manager.allocate(host.Request("b", 32)).num_tokens
+    MEDIUM 2
+    32
+    >>> stop()
     """
     with self._turn.lock:
       return self._turn.notifier.subscribe(callback)
 
   @property
   def free_pages(self) -> int:
-    """Pages without a holder, as in `stats`."""
+    """Pages that nothing uses."""
     with self._turn.change():
       return self._state.num_free
 
@@ -539,35 +837,72 @@ class Manager:
 
   @property
   def cache(self) -> Cache:
-    """The cache as it is now; valid until the next method that changes it."""
+    """The cache now, valid until the next method that changes it. Does not wait for reports."""
     with self._turn.lock:
       return self._state.cache
 
   def get_handle(self, request_id: Hashable) -> Handle:
-    """The handle of a live request.
+    """The handle of a live sequence. Does not wait for reports.
 
     Raises:
-      UnknownRequest: There is none.
+      UnknownRequest: No live sequence has this id.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.get_handle("a") is handle
+    True
     """
     with self._turn.lock:
       return self._sequences.get(request_id)
 
   def list_handles(self) -> list[Handle]:
-    """Handles of all live requests, oldest first."""
+    """The handles of all live sequences, oldest first. Does not wait for reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> [handle.request_id for handle in manager.list_handles()]
+    ['a']
+    """
     with self._turn.lock:
       return list(self._sequences.by_id.values())
 
   def stats(self) -> report.Stats:
-    """Exact numbers, as of now."""
+    """The manager's numbers, exact at the time of the call.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> stats = manager.stats()
+    >>> stats.running, stats.used_pages, stats.free_pages
+    (1, 2, 6)
+    """
     with self._turn.change():
       return report.stats(self._sequences, self._admission, self._reclaim)
 
   def events(self, since: int = 0) -> events.Batch:
-    """What happened after event number `since`; see `events.Batch`."""
+    """What happened after event number `since`; see `events.Batch`. Does not wait for reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> [(event.kind, event.num_pages) for event in manager.events().events]
+    [('stored', 2)]
+    """
     with self._turn.lock:
       return self._turn.events.read(since)
 
   def audit(self) -> report.AuditReport:
-    """Reconciles device, twin, what the host keeps, and the host pool. Reads the device."""
+    """Compares the device, the host's ledger, held pages and the host pool. Reads the device.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> manager.audit().clean
+    True
+    """
     with self._turn.change():
       return report.audit(self._sequences, self._index, self._reclaim)

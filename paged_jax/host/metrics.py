@@ -11,7 +11,7 @@ _GAUGES = {
   "num_pages": "Pages in the pool",
   "free_pages": "Pages without a holder",
   "peak_pages": "Most pages in use at once",
-  "reclaimable_pages": "Pages kept for prefixes or swapped sequences only",
+  "reclaimable_pages": "Pages that eviction could free",
   "num_host_pages": "Pages of the host pool",
   "free_host_pages": "Free pages of the host pool",
   "running": "Sequences in a row of the cache",
@@ -20,12 +20,12 @@ _GAUGES = {
 _COUNTERS = {
   "allocations": "Sequences begun",
   "deallocations": "Sequences ended",
-  "refusals": "Requests refused for want of room",
+  "refusals": "Calls refused because room was missing",
   "pages_taken": "Pages taken from the pool",
   "pages_released": "Pages given back to the pool",
   "copies": "Pages copied on write",
   "pages_swapped_out": "Pages moved to host memory",
-  "pages_swapped_in": "Pages moved back",
+  "pages_swapped_in": "Pages moved back to the device",
   "evicted_pages": "Pages that the prefix cache gave up",
 }
 _PREFIX_COUNTERS = {
@@ -39,14 +39,24 @@ _PREFIX_COUNTERS = {
 class ManagerCollector(Collector):
   """Metrics `paged_jax_*` of one manager, read when Prometheus asks.
 
-  Example: `prometheus_client.REGISTRY.register(ManagerCollector(manager))`.
+  Args:
+    manager: The manager.
+    prefix: The first part of each metric's name.
+
+  >>> import prometheus_client
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> registry = prometheus_client.CollectorRegistry()
+  >>> registry.register(ManagerCollector(manager))
+  >>> int(registry.get_sample_value("paged_jax_free_pages"))
+  8
   """
 
   def __init__(self, manager: Manager, prefix: str = "paged_jax"):
     self._manager, self._prefix = manager, prefix
 
   def collect(self) -> Iterator[Metric]:
-    """Every metric, as of now."""
+    """Every metric now."""
     stats, prefixes = self._manager.stats(), self._manager.prefix_stats()
     for name, text in _GAUGES.items():
       yield GaugeMetricFamily(f"{self._prefix}_{name}", text, getattr(stats, name))

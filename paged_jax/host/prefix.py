@@ -1,16 +1,17 @@
-"""The prefix index: stored token sequences, found by their tokens, down to a part of a page.
+"""The prefix index: stored prefixes, found by their tokens, also in the middle of a page.
 
 A radix tree per namespace (Morrison 1968; for KV caches Zheng et al. 2024, "SGLang", section 3).
-Edges are runs of tokens, compared as such, so two prompts can never be taken for each other. A
-node keeps the pages whose last token is on its edge; the first of them may begin above it:
+An edge is a run of tokens. Lookups compare the tokens themselves and no hash, so two prompts are
+never confused. A node uses the pages whose last token is on its edge; its first page may begin
+above it:
 
     # page size 4     0 1 2 3 4 5 ┬ 6 7 8      page 1 of the upper branch is its own copy of
     # pages           [a     ][b  │  ][c]      tokens 4 and 5, and so is page 1 of the lower one
     #                             └ 6 9
     #                          [d    ]
 
-Times are ticks, one for each lookup or store; a lifetime is in seconds of the clock passed in.
-The tree only finds, stores and removes: what leaves it, and when, is decided in `reclaim`.
+Use is noted in ticks, one for each lookup or store. A lifetime is in seconds of the clock.
+The tree finds, stores and removes; `reclaim` decides which pages leave it, and when.
 """
 
 import array
@@ -30,10 +31,10 @@ TOKEN_BYTES = 4
 
 
 def encoded(tokens: Sequence[int] | np.ndarray) -> bytes:
-  """Token ids as bytes, four each.
+  """Token ids as bytes, four for each.
 
   Raises:
-    ValueError: They are no flat sequence of integers in [0, 2**31).
+    ValueError: `tokens` is not a flat sequence of integers in [0, 2**31).
   """
   try:
     if isinstance(tokens, np.ndarray):
@@ -61,29 +62,29 @@ def _short(value) -> str:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Entry:
-  """A whole stored sequence."""
+  """What is known of a stored prefix, which ends at the end of a node."""
 
-  last_logits: Any  # whatever came with it
+  last_logits: Any  # what the caller stored with it
   pinned: bool
-  expires: float  # seconds of the clock
+  expires: float  # time of the clock, seconds
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Node:
-  """The tokens `start..end` of every sequence that goes through here."""
+  """The tokens `start..end` of all stored prefixes that pass through this node."""
 
   parent: "Node | None" = dataclasses.field(repr=False)
-  tokens: bytes
-  end: int
-  held: list[Held]
+  tokens: bytes  # of its edge, `encoded`
+  end: int  # tokens from the root to the end of its edge
+  held: list[Held]  # the pages whose last token is on its edge
   use: Use
-  entry: Entry | None = None
+  entry: Entry | None = None  # of the prefix that ends here, if one was stored
   children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict, repr=False)
-  count: Any = None  # what `reclaim` knows of it
+  count: Any = None  # for `reclaim`
 
   @property
   def attached(self) -> bool:
-    """Whether it is in the tree, below a root."""
+    """Whether the node is in the tree, below a root."""
     key = self.tokens[:TOKEN_BYTES]
     return self.parent is not None and self.parent.children.get(key) is self
 
@@ -97,20 +98,20 @@ class Match(NamedTuple):
   """What a lookup found."""
 
   length: int  # tokens of the query that are stored
-  last_logits: Any  # of the last of them, if they are the whole query and came with logits
+  last_logits: Any  # those of the query's last token, if exactly the query was stored with some
   held: list[Held]  # ceil(length / T) pages
 
 
 class PrefixIndex:
-  """Longest stored prefix of a query, with its pages. Knows nothing of devices.
+  """Finds the longest stored prefix of a query, with its pages. Not thread-safe.
 
   Args:
     page_size: Tokens per page, T.
-    max_entries: Whole sequences kept; 0 stores nothing.
-    min_length: Shorter sequences are not stored, in tokens.
-    clock: Seconds, for lifetimes.
-    edited: Called with a node and a number before the node's pages from that number on, its children
-      or its entry change.
+    max_entries: Most stored prefixes; 0 stores nothing.
+    min_length: Fewest tokens of a stored prefix.
+    clock: Returns seconds, for lifetimes.
+    edited: Called as `edited(node, first)` before the node's pages from number `first` on, its
+      children or its entry change.
   """
 
   def __init__(
@@ -131,14 +132,12 @@ class PrefixIndex:
   def _empty(self) -> None:
     self._roots: dict[Hashable, Node] = {}
     self._mortal: list = []  # heap of (expiry, number, node)
-    self._expired: list[
-      Held
-    ] = []  # pages of what has outlived its time, until `expire` returns them
-    self.num_entries = self.num_pinned = 0
-    self.num_tokens = 0
+    self._expired: list[Held] = []  # pages of expired prefixes, until `expire` returns them
+    self.num_entries = self.num_pinned = 0  # stored prefixes, and how many of them are pinned
+    self.num_tokens = 0  # tokens of all edges
 
   def clear(self) -> list[Held]:
-    """Forgets everything; returns the pages that nobody needs now."""
+    """Forgets every stored prefix; returns the pages that nothing uses now."""
     held = self._expired
     for node in list(self.nodes()):
       held += self._release(node, 0)
@@ -159,7 +158,7 @@ class PrefixIndex:
   # Lookup
 
   def find(self, namespace: Hashable, tokens: bytes) -> Match:
-    """The longest stored prefix of `tokens`, which counts as used."""
+    """The longest stored prefix of `tokens`; it counts as used."""
     node, length = self._walk(namespace, tokens, split=True)
     tick, at = self.tick(), node
     while at.parent is not None:
@@ -169,16 +168,20 @@ class PrefixIndex:
     return self._match(node, length, tokens)
 
   def peek(self, namespace: Hashable, tokens: bytes) -> Match:
-    """The same, leaving no trace."""
+    """The longest stored prefix of `tokens`; it does not count as used."""
     return self._match(*self._walk(namespace, tokens, split=False), tokens)
 
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
+    """The match of the first `length` tokens, which end at `node` or on its edge."""
     entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None
     logits = None if entry is None else entry.last_logits
     return Match(length, logits, self._pages(node, length))
 
   def _walk(self, namespace: Hashable, tokens: bytes, *, split: bool) -> tuple[Node, int]:
-    """The node whose edge the match ends on (or, if `split`, at whose end) and the match's length."""
+    """The node on whose edge the match of `tokens` ends, and the match's length in tokens.
+
+    With `split`, an edge on which the match ends is cut there, so the match ends with its node.
+    """
     self._bury()
     node, at = self._roots.get(namespace), 0
     if node is None:
@@ -195,11 +198,11 @@ class PrefixIndex:
     return node, at // TOKEN_BYTES
 
   def _pages(self, node: Node, length: int) -> list[Held]:
-    """The pages of the first `length` tokens on the way to `node` (or part of the way along it)."""
+    """The pages of the first `length` tokens, which end at `node` or on its edge."""
     size = self.page_size
     count = -(-length // size)
-    while count > node.start // size + len(node.held):  # a page that ends below
-      node = next(iter(node.children.values()))  # any one: all have these tokens
+    while count > node.start // size + len(node.held):  # its last page ends below
+      node = next(iter(node.children.values()))  # any child: all have these tokens
     pages: list[Held | None] = [None] * count
     at: Node | None = node
     while at is not None and at.parent is not None:
@@ -210,7 +213,11 @@ class PrefixIndex:
     return [each for each in pages if each is not None]
 
   def _split(self, node: Node, length: int) -> Node:
-    """Cuts `length` tokens off the head of a node's edge; returns the upper part."""
+    """Cuts a node after the first `length` tokens of its edge; returns the upper part.
+
+    # page size 4     0 1 2 3 4 5 6 7      ──▶     0 1 2 3 4 5 ─ 6 7
+    # pages           [a     ][b     ]             [a     ]       [b]      b ends in the lower part
+    """
     assert node.parent is not None
     self.edited(node, 0)
     cut = node.start + length
@@ -244,20 +251,22 @@ class PrefixIndex:
     ttl: float | None = None,
     pinned: bool = False,
   ) -> list[Held] | None:
-    """Stores a sequence on its pages; storing it again replaces its lifetime, its pin, and its
-    logits, if there are new ones.
+    """Stores a prefix with its pages.
+
+    A prefix that is stored again gets the new lifetime and pin, and new logits if there are any.
 
     Args:
       namespace: Part of the key: model, adapter, tenant, weights.
       tokens: Token ids, `encoded`.
-      held: `held(n)` are its pages from number n on; asked for once, without those of what is
-        stored already.
-      last_logits: Returned when a query is exactly this sequence.
-      ttl: Seconds until it is gone; None = never.
-      pinned: Whether it stays until it is unpinned.
+      held: `held(n)` returns the prefix's pages from number n on. It is called at most once, and not
+        for pages that the index has already.
+      last_logits: Returned for a query of exactly these tokens.
+      ttl: Seconds until the prefix is forgotten; None = never.
+      pinned: Whether the prefix stays until it is unpinned.
 
     Returns:
-      The pages that nobody needs now, or None if nothing was stored: too short, or `full`.
+      The pages that nothing uses now; None if the prefix is too short or the index is `full`, and
+      nothing was stored.
     """
     length = len(tokens) // TOKEN_BYTES
     if not self._storable(tokens) or self.full(namespace, tokens):
@@ -284,17 +293,25 @@ class PrefixIndex:
     return released
 
   def _mark_mortal(self, node: Node) -> None:
+    """Notes when a node's entry expires."""
     if node.entry is not None and node.entry.expires != math.inf:
       heapq.heappush(self._mortal, (node.entry.expires, self.tick(), node))
 
   def _grow(
     self, node: Node, tokens: bytes, held: Callable[[int], list[Held]], tick: int
   ) -> tuple[Node, list[Held]]:
-    """A new branch under `node`, and the partial page that it makes superfluous."""
+    """A new branch under `node`.
+
+    # page size 4     0 1 2 3 4 5      ──▶     0 1 2 3 4 5 ─ 6 7
+    # pages           [a     ][b ]             [a     ]       [c]      c has 4 and 5 too: b goes
+
+    Returns:
+      The new node, and the pages that nothing uses now.
+    """
     size = self.page_size
     released: list[Held] = []
     if node.end % size and not node.children and node.held:
-      # the branch has a page with the same tokens and more
+      # The branch has a page with the same tokens and more.
       released = self._release(node, len(node.held) - 1)
     end = node.end + len(tokens) // TOKEN_BYTES
     child = Node(
@@ -312,7 +329,7 @@ class PrefixIndex:
     return child, [each for each in released if not each.kept]
 
   def pin(self, namespace: Hashable, tokens: bytes, pinned: bool) -> bool:
-    """Pins or unpins a stored sequence; False if there is no such one."""
+    """Pins or unpins a stored prefix; False if there is none."""
     node = self._stored(namespace, tokens)
     if node is None or node.entry is None:
       return False
@@ -323,7 +340,7 @@ class PrefixIndex:
     return True
 
   def _stored(self, namespace: Hashable, tokens: bytes) -> Node | None:
-    """The node of exactly this stored sequence."""
+    """The node of the stored prefix `tokens`, or None if exactly this prefix is not stored."""
     node, at = self._walk(namespace, tokens, split=False)
     exact = node.end == at == len(tokens) // TOKEN_BYTES
     return node if exact and node.entry is not None else None
@@ -331,12 +348,12 @@ class PrefixIndex:
   # Removing
 
   def forget_last(self, node: Node, count: int = 1) -> list[Held]:
-    """Forgets a node's last `count` device pages, with all that comes after the first of these.
+    """Forgets a node's last `count` device pages, and all pages and nodes after the first of them.
 
-    A page that also has the last tokens of a node above passes to that one.
+    If a forgotten page also has the last tokens of a node above, that node gets it; see `_detach`.
 
     Returns:
-      What nobody keeps any more.
+      The pages that nothing uses now.
     """
     on_device = [i for i, each in enumerate(node.held) if each.page is not None]
     released: list[Held] = []
@@ -345,7 +362,11 @@ class PrefixIndex:
     return released + self.forget_from(node, on_device[-count])
 
   def forget_from(self, node: Node, index: int) -> list[Held]:
-    """Forgets the pages of a childless node from number `index` on; returns what nobody needs now."""
+    """Forgets the pages of a childless node from number `index` on.
+
+    Returns:
+      The pages that nothing uses now.
+    """
     cut = (node.start // self.page_size + index) * self.page_size
     if cut <= node.start:
       return self._detach(node)
@@ -357,12 +378,13 @@ class PrefixIndex:
     return [each for each in gone if not each.kept]
 
   def _detach(self, node: Node) -> list[Held]:
-    """Takes a childless node off the tree.
+    """Removes a childless node from the tree; returns the pages that nothing uses now.
 
-    A page that begins above it has the last tokens of its parent, too, and passes to it:
+    A first page that begins above the node also has the last tokens of its parent. The parent gets
+    it, if it has no other child:
 
-        # page size 4     0 1 2 3 4 5 ─ 6 7      ──▶     0 1 2 3 4 5
-        # pages           [a     ]      [b ]             [a     ][b ]
+    # page size 4     0 1 2 3 4 5 ─ 6 7      ──▶     0 1 2 3 4 5
+    # pages           [a     ]      [b ]             [a     ][b ]
     """
     parent = node.parent
     assert parent is not None and not node.children
@@ -377,7 +399,7 @@ class PrefixIndex:
     return [each for each in gone if not each.kept]
 
   def _release(self, node: Node, index: int) -> list[Held]:
-    """Takes the pages of a node from number `index` on."""
+    """Takes a node's pages from number `index` on away from it; returns them."""
     self.edited(node, index)
     gone = node.held[index:]
     del node.held[index:]
@@ -386,6 +408,7 @@ class PrefixIndex:
     return gone
 
   def _remove_entry(self, node: Node) -> None:
+    """Forgets that a prefix ends at this node."""
     if node.entry is not None:
       self.edited(node, len(node.held))
       self.num_entries -= 1
@@ -393,7 +416,14 @@ class PrefixIndex:
       node.entry = None
 
   def retire(self, node: Node) -> list[Held]:
-    """Removes a whole sequence, and the pages that no other one goes through."""
+    """Removes the prefix that ends at a node, and the nodes that no other prefix passes through.
+
+    # stored     a b c ┬ d e      retire(e): d and e go; a, b and c stay, since g needs them
+    #                  └ f g
+
+    Returns:
+      The pages that nothing uses now.
+    """
     self._remove_entry(node)
     released = []
     while node.parent is not None and not node.children and node.entry is None:
@@ -403,23 +433,28 @@ class PrefixIndex:
     return released
 
   def _storable(self, tokens: bytes) -> bool:
+    """Whether a prefix is long enough to be stored."""
     return self.max_entries > 0 and len(tokens) // TOKEN_BYTES >= max(self.min_length, 1)
 
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
-    """Whether a sequence must go before this one can be stored."""
+    """Whether another prefix must go before this one can be stored."""
     self._bury()
     crowded = self.num_entries >= self.max_entries and self._storable(tokens)
     return crowded and self._stored(namespace, tokens) is None
 
   def expire(self) -> list[Held]:
-    """Removes what has outlived its time; returns what is kept no more since the last call."""
+    """Removes the prefixes whose lifetime is over.
+
+    Returns:
+      The pages of prefixes that expired since the last call, if nothing uses them now.
+    """
     self._bury()
     self._roots = {name: root for name, root in self._roots.items() if root.children}
     expired, self._expired = self._expired, []
     return [each for each in expired if not each.kept]
 
   def _bury(self) -> None:
-    """Removes the sequences that have outlived their time, except pinned ones."""
+    """Removes the prefixes whose lifetime is over, except pinned ones."""
     while self._mortal and self._mortal[0][0] <= self._clock():
       node = heapq.heappop(self._mortal)[2]
       entry = node.entry
@@ -427,23 +462,15 @@ class PrefixIndex:
         self._expired += self.retire(node)
 
   def end_of(self, node: Node) -> tuple[Node, Held]:
-    """The page with the last tokens of a node, and the node at or below it that keeps this page."""
+    """The node, at or below this one, that has the page of this node's last token; and this page."""
     last = (node.end - 1) // self.page_size
     while node.start // self.page_size + len(node.held) <= last:
-      node = next(iter(node.children.values()))  # any one: all have these tokens
+      node = next(iter(node.children.values()))  # any child: all have these tokens
     return node, node.held[last - node.start // self.page_size]
 
 
-def last_page(node: Node) -> Held | None:
-  """The last page of a node that is on the device, or None."""
-  for each in reversed(node.held):
-    if each.page is not None:
-      return each
-  return None
-
-
 def _below(node: Node) -> Iterator[Node]:
-  """Every node under this one, parents first."""
+  """Every node below this one, parents first."""
   stack = list(node.children.values())
   while stack:
     at = stack.pop()
@@ -452,7 +479,7 @@ def _below(node: Node) -> Iterator[Node]:
 
 
 def _common(edge: bytes, tokens: bytes, at: int) -> int:
-  """Tokens that an edge shares with `tokens` from byte `at` on."""
+  """How many first tokens `edge` shares with `tokens` from byte `at` on."""
   size = min(len(edge), len(tokens) - at) // TOKEN_BYTES
   left = np.frombuffer(edge, "<i4", size)
   right = np.frombuffer(tokens, "<i4", size, at)

@@ -1,4 +1,4 @@
-"""The prefix cache at the counter: lookups, and sequences whose pages are kept for others."""
+"""The prefix cache: lookups, and prefixes whose pages are kept for later requests."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -15,26 +15,41 @@ NOTHING = Match(0, None, [])
 
 
 class Prefix(NamedTuple):
-  """What `store_prefixes` keeps of a sequence; see `Manager.store_prefix`."""
+  """A prefix to store, for `Manager.store_prefixes`; `Manager.store_prefix` explains the fields.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+  >>> manager.store_prefixes([host.Prefix(handle, range(16), pinned=True), host.Prefix(handle)])
+  [True, True]
+  """
 
   handle: Handle
-  tokens: Sequence[int] | np.ndarray | None = None
+  tokens: Sequence[int] | np.ndarray | None = None  # None = all that the manager knows
   last_logits: Any = None
-  ttl: float | None = None
+  ttl: float | None = None  # seconds, None = no end
   pinned: bool = False
 
 
 class PrefixStats(NamedTuple):
-  """The prefix cache's numbers. A hit is a lookup that found at least one token."""
+  """The prefix cache's numbers. A hit is a lookup that found at least one token.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> manager.find_prefix(range(20)).length
+  0
+  >>> manager.prefix_stats().misses, manager.prefix_stats().hit_rate
+  (1, 0.0)
+  """
 
   queries: int
   hits: int
   misses: int
   tokens_queried: int
   tokens_hit: int
-  evictions: int  # pages that left the device
-  entries: int
-  cached_tokens: int
+  evictions: int  # device pages that the prefix cache gave up
+  entries: int  # stored prefixes
+  cached_tokens: int  # tokens stored; those that prefixes share count once
 
   @property
   def hit_rate(self) -> float:
@@ -46,8 +61,8 @@ class Prefixes:
   """Lookups and stores. Not thread-safe: callers are inside a `turn.change` or its lock.
 
   Args:
-    sequences: Whose pages are stored.
-    reclaim: What makes room among the entries.
+    sequences: The live sequences.
+    reclaim: Removes a stored prefix when the index is full.
     index: The tree.
   """
 
@@ -61,27 +76,30 @@ class Prefixes:
   # Lookups
 
   def find(self, namespace: Hashable, tokens: bytes) -> Match:
-    """The longest stored prefix; counts as a lookup and as a use."""
+    """The longest stored prefix; it counts as a lookup and as used."""
     match = self.index.find(namespace, tokens)
     self.count_lookup(tokens, match)
     return match
 
   def match(self, request: Request, prompt: bytes, *, touch: bool) -> Match:
-    """The cached beginning of a request, cut to what it can use."""
+    """The longest stored prefix of a request's prompt, cut to the tokens that the request can use.
+
+    `touch` says whether the prefix counts as used.
+    """
     if not (prompt and self._turn.options.prefix_cache):
       return NOTHING
     look_up: Callable[[Hashable, bytes], Match] = self.index.find if touch else self.index.peek
     match, size = look_up(request.namespace, prompt), len(prompt) // TOKEN_BYTES
     length = min(match.length, request.num_tokens)
     if match.last_logits is None:
-      length = min(length, size - 1)  # at least the last token is computed
+      length = min(length, size - 1)  # the last token must be computed, for its logits
     if not self._config.copy_on_write:
       length -= length % self._config.page_size
     held = match.held[: -(-length // self._config.page_size)]
     return Match(length, match.last_logits if length == size else None, held)
 
   def count_lookup(self, prompt: bytes, match: Match) -> None:
-    """Counts a lookup of a prompt."""
+    """Counts a lookup of `prompt` that found `match`."""
     count = self._lookups
     count["queries"] += 1
     count["hits" if match.length else "misses"] += 1
@@ -89,7 +107,7 @@ class Prefixes:
     count["tokens_hit"] += match.length
 
   def stats(self) -> PrefixStats:
-    """The numbers."""
+    """The prefix cache's numbers."""
     return PrefixStats(
       **self._lookups,
       evictions=self._kept.count["evicted_pages"] - self._forgotten,
@@ -100,12 +118,12 @@ class Prefixes:
   # Stores
 
   def store(self, prefixes: Sequence[Prefix]) -> list[bool]:
-    """Keeps the pages of several prefixes, in order; which were stored.
+    """Keeps the pages of several prefixes, in order; returns which were stored.
 
-    The rows and the host hold the same pages; when a row ends, the host's hold remains:
+    The row and the host hold the same pages. When the row's sequence ends, the host's hold remains:
 
-        # row of A    [7][8][9]         refcount 2, holds 1        after A ends: 1, 1
-        # index       [7][8][9]
+    # row of A    [7][8][9]         refcount 2, holds 1        after A ends: 1, 1
+    # index       [7][8][9]
     """
     keys = [self._key(prefix) for prefix in prefixes]
     held: list[int] = []
@@ -116,7 +134,7 @@ class Prefixes:
     return stored
 
   def _key(self, prefix: Prefix) -> bytes:
-    """The encoded tokens of a prefix that its sequence holds."""
+    """The encoded tokens of a prefix; raises unless its sequence holds them."""
     row, ttl = self._sequences.running(prefix.handle), prefix.ttl
     start, length = self._sequences.bounds(row)
     tokens = self._sequences.known(row, length) if prefix.tokens is None else prefix.tokens
@@ -127,7 +145,10 @@ class Prefixes:
     return encoded(tokens)
 
   def _store(self, prefix: Prefix, key: bytes, held: list[int], dropped: list[int]) -> bool:
-    """Notes a prefix, and the pages to `hold` and to `drop` for it; whether it was stored."""
+    """Puts a prefix into the index; returns whether it was stored.
+
+    Adds to `held` the pages that the ledger must `hold` for it, and to `dropped` those to `drop`.
+    """
     handle, row = prefix.handle, self._sequences.running(prefix.handle)
     if self.index.full(handle.namespace, key):
       evicted = self._reclaim.evict_entry()
@@ -153,7 +174,7 @@ class Prefixes:
     return True
 
   def clear(self, *, pinned: bool, reset_counters: bool) -> int:
-    """Forgets every prefix, or all except pinned ones; how many stored sequences are gone."""
+    """Forgets every prefix, or all except pinned ones; returns how many."""
     before = self.index.num_entries
     if pinned:
       self._kept.let_go(self.index.clear())

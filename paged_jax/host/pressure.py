@@ -1,4 +1,4 @@
-"""How full the pool is, in four levels, and who wants to know."""
+"""Memory pressure: how full the pool is, in four levels, and the callbacks for changes."""
 
 import collections
 import enum
@@ -11,16 +11,22 @@ _LOG = logging.getLogger(__name__)
 
 
 class Level(enum.IntEnum):
-  """By the fraction of pages that are free, against the two watermarks."""
+  """How full the pool is, by the fraction of pages that are free and the two watermarks.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> manager.check_pressure() < host.Level.HIGH
+  True
+  """
 
   LOW = 0  # at or above the low watermark
   MEDIUM = 1  # below the low watermark
   HIGH = 2  # below the high watermark
-  CRITICAL = 3  # nothing is free
+  CRITICAL = 3  # no page is free
 
 
 class Change(NamedTuple):
-  """The level went from `left` to `entered`, with so many pages free."""
+  """A change of the level, from `left` to `entered`, with `num_free` pages free."""
 
   left: Level
   entered: Level
@@ -40,11 +46,13 @@ def level(num_free: int, num_pages: int, low: float, high: float) -> Level:
 
 
 class Notifier:
-  """Changes of level, in order, to everyone who subscribed. Not thread-safe but for `deliver`."""
+  """Calls subscribers about changes of the level, in order. Only `deliver` is thread-safe."""
 
   def __init__(self, start: Level):
     self.level = start
-    self._subscriptions: list[list[Callback]] = []  # one each, to tell equal ones apart
+    self._subscriptions: list[
+      list[Callback]
+    ] = []  # each in its own list, so that equal callbacks differ
     self._changes: collections.deque[Change] = collections.deque()
     self._delivering = threading.Lock()
 
@@ -59,15 +67,16 @@ class Notifier:
     return unsubscribe
 
   def observe(self, entered: Level, num_free: int) -> None:
-    """Notes the level after a transition."""
+    """Notes the level after a change of the manager."""
     if entered != self.level:
       self._changes.append(Change(self.level, entered, num_free))
       self.level = entered
 
   def deliver(self) -> None:
-    """Calls back about what was noted, in order. The caller holds no lock of its own.
+    """Calls the callbacks about all noted changes, in order. The caller must not hold the lock.
 
-    One thread delivers at a time; whoever comes meanwhile, also from a callback, leaves it to it.
+    One thread delivers at a time. If another thread, or a callback, calls this meanwhile, it returns
+    at once, and the first thread delivers for it.
     """
     while self._changes and self._delivering.acquire(blocking=False):
       try:
@@ -77,9 +86,10 @@ class Notifier:
         self._delivering.release()
 
   def _call(self, change: Change) -> None:
+    """Calls every callback."""
     for (callback,) in self._subscriptions:
       try:
         callback(change)
       except Exception:
-        # A subscriber's fault is not that of the request which happened to change the level.
+        # The request that changed the level is not to blame for a callback's error.
         _LOG.exception("a pressure callback failed at %s", change)

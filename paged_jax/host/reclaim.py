@@ -1,16 +1,18 @@
-"""How room is made: which kept pages may leave the device, which leaves next, and where it goes.
+"""All eviction: which held pages may leave the device, which leaves next, and where it goes.
 
-A page of the prefix cache may leave if neither it nor a page after it is busy (a row uses it),
-guarded (a change under way needs it) or pinned. Pages leave from the ends of branches:
+A held page may leave if neither it nor a page after it is busy (a row uses it), guarded (the
+change under way needs it) or pinned. Pages leave from the ends of branches:
 
     # page size 4     [a][b][c] ┬ [d][e]      e is busy: d, c, b and a are blocked
     #                           └ [f][g]      g leaves first, then f
 
-    # plain           dropped: it is free at once
-    # swapped, too    moves to host memory, if the host pool has room or spilled prefixes make some
-    # with `spill`    every one moves to host memory while there is room, and stays in the index
+Where a page goes depends on what uses it:
 
-What could be freed is counted as pages and nodes change; no question visits the whole index.
+    # prefix index only            index ──▶ free
+    # a swapped sequence too       index, sequence ──▶ sequence, in host memory (if there is room)
+    # with `spill`                 index ──▶ index, in host memory (while there is room)
+
+The counts change as pages and nodes change, so no question visits the whole index.
 """
 
 import collections
@@ -18,7 +20,10 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,53 +34,79 @@ from paged_jax.host.holds import Held
 from paged_jax.host.kept import Kept
 from paged_jax.host.prefix import Node, PrefixIndex
 
-# Kinds of kept pages. A page that may leave is of one of the last four.
+# Kinds of held pages:
+#   stays       it may not leave
+#   freeable    on the device, only the index uses it: dropping it frees a device page
+#   movable     on the device, a swapped sequence uses it: moving it to the host frees a device page
+#   droppable   in host memory, only the index uses it: dropping it frees a host page
+#   covered     as droppable, once the device pages after it are gone
 _STAYS, _FREEABLE, _MOVABLE, _DROPPABLE, _COVERED = range(5)
+
+
+class Collected(NamedTuple):
+  """What `Manager.gc` did.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> manager.gc(8)[:3]  # all pages are free
+  (0, 0, 0)
+  """
+
+  num_pages: int  # that became free
+  num_bytes: int  # of these pages
+  num_entries: int  # stored prefixes that are gone
+  seconds: float
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Count:
-  """What is known of a node of the prefix index."""
+  """What `Evictable` knows of a node of the prefix index.
 
-  reach: int = 0  # of its pages, so many from the first on are blocked
-  covered: int = 0  # likewise, a page after them is on the device
-  last: int = -1  # its last page on the device
-  used_children: int = 0
+  # pages      [a][b][c][d]      b is busy: reach 2, a and b are blocked
+  # on device   x  x     x       last 3; covered 3: a, b and c have a device page after them
+  """
+
+  reach: int = 0  # the first `reach` pages of the node are blocked
+  covered: int = 0  # the first `covered` pages of the node have a device page after them
+  last: int = -1  # number of the node's last device page, -1 if it has none
+  used_children: int = 0  # children with a blocked page in or below them
   device_children: int = 0  # children with a device page in or below them
-  used: bool = False  # it counts in the parent's `used_children`
-  device: bool = False
-  parent: Node | None = None  # where it counts
-  tail: Node | None = None  # where the last page of its pinned sequence is, if below it
-  tails: int = 0  # pinned sequences above whose last page is its first
-  marked: bool = False
+  used: bool = False  # the node counts in its parent's `used_children`
+  device: bool = False  # the node counts in its parent's `device_children`
+  parent: Node | None = None  # the node in which this one counts
+  tail: Node | None = None  # the node below that has the last page of this pinned node
+  tails: int = 0  # pinned nodes above whose last page is this node's first
+  marked: bool = False  # the node waits in the heap to be counted again
 
 
 class Evictable:
-  """Which pages of the prefix index may leave, counted, and in which order.
+  """Which pages of the prefix index may leave, how many, and in which order.
+
+  Changes only mark the nodes that they touch; `settle` counts these again before an answer.
 
   Args:
-    prefixes: The index; its `edited` is taken.
-    policy: What goes first.
+    prefixes: The index; this object becomes its `edited` callback.
+    policy: The order in which nodes leave.
   """
 
   def __init__(self, prefixes: PrefixIndex, policy: Policy):
     self._prefixes = prefixes
     prefixes.edited = self.edited
-    self._marked: list = []  # heap of (-start, number, node): to be counted again, deepest first
+    self._marked: list = []  # heap of (-start, number, node): nodes to count again, deepest first
     self._numbers = itertools.count()
-    self._moved: set[Held] = set()  # their kind may have changed
+    self._moved: set[Held] = set()  # pages whose kind may have changed
     self._kinds = [0] * 5
-    self.stranded: dict[Held, None] = {}  # device pages that only swapped sequences need
+    self.stranded: dict[Held, None] = {}  # device pages that only swapped sequences use
     self.num_busy = 0
     self._leaves: Queue[Node] = Queue(policy, prefixes.tick, self._gives)
     self._spilled: Queue[Node] = Queue(policy, prefixes.tick, self._drops)
     self._entries: Queue[Node] = Queue(policy, prefixes.tick, lambda node: node.entry is not None)
 
-  # What changed
+  # Changes
 
   def edited(self, node: Node, first: int) -> None:
     """The pages of a node from number `first` on, its children or its entry are about to change."""
-    if node.parent is None:
+    if node.parent is None:  # a root has no pages
       return
     count = self._of(node)
     for each in node.held[first : count.reach]:
@@ -87,27 +118,28 @@ class Evictable:
     self._mark(node)
     if node.entry is not None:
       self._entries.push(node)
-    above, size = node.parent, self._prefixes.page_size  # its last tokens may be on a page of ours
+    # The last tokens of a node above may be on this node's first page.
+    above, size = node.parent, self._prefixes.page_size
     while above is not None and above.end % size and above.end // size == node.start // size:
       if above.entry is not None and above.entry.pinned:
         self._mark(above)
       above = above.parent
 
   def changed(self, held: Held) -> None:
-    """A page moved, or other users keep it."""
+    """A page moved, or its users changed."""
     self._moved.add(held)
     for node in held.nodes:
       self._mark(node)
 
   def set_busy(self, held: Held, busy: bool) -> None:
-    """Whether a row uses a page."""
+    """Notes whether a row uses a page."""
     if held.busy != busy:
       held.busy = busy
       self.num_busy += 1 if busy else -1
       self.changed(held)
 
   def guard(self, held: Iterable[Held], change: int = 1) -> None:
-    """These pages stay where they are; with `change` -1 no longer."""
+    """Guards pages, which then stay where they are; `change` -1 takes the guard back."""
     for each in held:
       each.guards += change
       self.changed(each)
@@ -126,7 +158,7 @@ class Evictable:
   # Counting
 
   def settle(self) -> None:
-    """Counts again what has changed."""
+    """Counts the marked nodes again, children before parents, and then the changed pages."""
     while self._marked:
       node = heapq.heappop(self._marked)[2]
       self._of(node).marked = False
@@ -136,6 +168,7 @@ class Evictable:
     self._moved.clear()
 
   def _recount(self, node: Node) -> None:
+    """Counts a node again: which of its pages are blocked and covered, and what its parent counts."""
     count, held, size = self._of(node), node.held, len(node.held)
     attached = node.attached
     pinned = attached and node.entry is not None and node.entry.pinned
@@ -160,8 +193,8 @@ class Evictable:
       self._spilled.push(node)
 
   def _move_tail(self, count: _Count, tail: Node, node: Node) -> None:
-    """The last page of a pinned sequence is in the node `tail`; if that is its own, it needs no mark."""
-    now = None if tail is node else tail
+    """Notes that the last page of a pinned node is in the node `tail`, so that `tail` blocks it."""
+    now = None if tail is node else tail  # `_recount` blocks a page of its own anyway
     if now is not count.tail:
       for each, change in ((count.tail, -1), (now, 1)):
         if each is not None:
@@ -170,7 +203,7 @@ class Evictable:
       count.tail = now
 
   def _count_in(self, parent: Node | None, count: _Count, used: bool, device: bool) -> None:
-    """A node counts in its parent, or in none if it left the tree."""
+    """Counts a node in its parent; `parent` is None if the node left the tree."""
     if parent is not count.parent:
       self._add(count.parent, -count.used, -count.device)
       count.used = count.device = False
@@ -178,6 +211,7 @@ class Evictable:
     count.parent, count.used, count.device = parent, used, device
 
   def _add(self, parent: Node | None, used: int, device: int) -> None:
+    """Adds to a parent's counts of children; marks it if it now has some, or none any more."""
     if parent is not None and (used or device):
       count = self._of(parent)
       before = bool(count.used_children), bool(count.device_children)
@@ -187,6 +221,7 @@ class Evictable:
         self._mark(parent)
 
   def _sort(self, held: Held) -> None:
+    """Counts a page under its kind."""
     kind = _kind(held)
     self._kinds[held.kind] -= 1
     self._kinds[kind] += 1
@@ -197,24 +232,24 @@ class Evictable:
       self.stranded.pop(held, None)
 
   def available(self, num_free_host: int) -> int:
-    """Device pages that could become free, with so many free host pages."""
+    """Device pages that could become free, if `num_free_host` host pages are free."""
     host = num_free_host + self._kinds[_DROPPABLE] + self._kinds[_COVERED]
     return self._kinds[_FREEABLE] + min(self._kinds[_MOVABLE], host)
 
   @property
   def num_droppable(self) -> int:
-    """Host pages that only the index needs, and could give up now."""
+    """Host pages that the index could give up now."""
     return self._kinds[_DROPPABLE]
 
   # Order
 
   def _gives(self, node: Node) -> bool:
-    """Whether a node can give up its last device page."""
+    """Whether a node can give up its last device page: no such page below, and it is not blocked."""
     count = self._of(node)
     return node.attached and not count.device_children and count.reach <= count.last
 
   def _drops(self, node: Node) -> bool:
-    """Whether a node can give up its last page, which is in host memory."""
+    """Whether a node can give up its last page, and this page is in host memory."""
     if not node.attached or node.children or not node.held or node.held[-1].page is not None:
       return False
     return self._of(node).reach < len(node.held)
@@ -225,27 +260,31 @@ class Evictable:
     return self._leaves.pop(self._gives)
 
   def next_spilled(self) -> Node | None:
-    """The node that gives up its last page next, which is in host memory."""
+    """The node that gives up a page in host memory next, its last one."""
     self.settle()
     return self._spilled.pop(self._drops)
 
   def leaving(self, node: Node, count: int) -> list[Held]:
-    """Up to `count` device pages off the end of a node that may leave, the last one first."""
-    pages = node.held[self._of(node).reach :]
-    return [each for each in reversed(pages) if each.page is not None][:count]
+    """Up to `count` device pages at the end of a node that may leave, the last one first."""
+    pages = reversed(node.held[self._of(node).reach :])
+    return [each for each in pages if each.page is not None][:count]
 
   def next_entry(self) -> Node | None:
-    """The whole sequence that goes first; None if all are in use or pinned."""
+    """The node whose stored prefix goes first; None if all are in use or pinned."""
 
     def idle(node: Node) -> bool:
-      return (
-        node.entry is not None and not node.entry.pinned and not self._prefixes.end_of(node)[1].busy
-      )
+      pinned = node.entry is None or node.entry.pinned
+      return not pinned and not self._prefixes.end_of(node)[1].busy
 
     return self._entries.pop(idle)
 
   def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
-    """How many pages or nodes are not what a count of the whole index says."""
+    """How many pages or nodes differ from a count of the whole index.
+
+    Args:
+      kept: All held pages.
+      busy: Those that rows use.
+    """
     self.settle()
     nodes = list(self._prefixes.nodes())
     pinned = {node for node in nodes if node.entry is not None and node.entry.pinned}
@@ -272,6 +311,7 @@ class Evictable:
 
 
 def _kind(held: Held) -> int:
+  """The kind of a held page, see the top of the file."""
   if not (held.blocked or held.busy or held.guards):
     if held.page is not None and held.kept:
       return _MOVABLE if held.swapped else _FREEABLE
@@ -281,13 +321,13 @@ def _kind(held: Held) -> int:
 
 
 class Reclaim:
-  """Frees pages that only the host keeps.
+  """Frees pages that only the host uses. Not thread-safe.
 
   Args:
-    kept: The pages.
+    kept: The held pages.
     prefixes: The prefix index.
     options: The manager's.
-    event: Called with a kind and a number of pages when pages leave.
+    event: Called with an event's kind and a number of pages when pages leave.
   """
 
   def __init__(
@@ -298,19 +338,20 @@ class Reclaim:
     event: Callable[[str, int], None],
   ):
     self._kept, self._prefixes, self._event = kept, prefixes, event
-    self._state, self._spills = kept.state, options.spill
+    self._state, self._options = kept.state, options
     self._evictable = Evictable(prefixes, options.eviction)
     kept.changed = self._changed
 
   # How much could be freed
 
   def _changed(self, held: Held) -> None:
-    if held.page is None:
+    """A held page moved, or its users changed."""
+    if held.page is None:  # no row uses an image
       self._evictable.set_busy(held, False)
     self._evictable.changed(held)
 
   def _settle(self) -> None:
-    """Takes over which pages rows use, and counts."""
+    """Takes over from the ledger which held pages rows use, and counts."""
     ledger, evictable = self._state.ledger, self._evictable
     if ledger.touched:
       pages = np.fromiter(ledger.touched, np.int64, len(ledger.touched))
@@ -324,9 +365,9 @@ class Reclaim:
 
   @property
   def reclaimable(self) -> int:
-    """Device pages that could be made free now.
+    """Device pages that could be freed now.
 
-    Those that swapped sequences need, too, must fit in the host pool; no other page waits for them.
+    Those that swapped sequences use must fit in the host pool.
     """
     self._settle()
     return self._evictable.available(self._kept.num_free_host)
@@ -344,12 +385,12 @@ class Reclaim:
     return self._kept.num_free_host + self._evictable.num_droppable
 
   def stranded(self) -> list[Held]:
-    """Device pages that only swapped sequences need."""
+    """Device pages that only swapped sequences use."""
     self._settle()
     return list(self._evictable.stranded)
 
   def audit(self, kept: Iterable[Held]) -> int:
-    """How many kept pages are not counted as they should be."""
+    """How many held pages are counted wrongly."""
     self._settle()
     ledger = self._state.ledger
     pages = [page for page in self._kept.by_page if ledger.refcount[page] > ledger.holds[page]]
@@ -357,7 +398,7 @@ class Reclaim:
 
   @contextlib.contextmanager
   def guarding(self, held: Iterable[Held]) -> Iterator[None]:
-    """These pages stay where they are meanwhile."""
+    """Inside this context these pages stay where they are."""
     held = list(held)
     self._evictable.guard(held)
     try:
@@ -368,10 +409,10 @@ class Reclaim:
   # Room on the device
 
   def make_room(self, needed: int, spare: int = 0) -> None:
-    """Evicts until `needed` pages are free; if it must evict, until `spare` more are.
+    """Evicts until `needed` pages are free. If that takes any eviction, `spare` pages more are freed.
 
     Raises:
-      OutOfPages: There is no such room; nothing was evicted.
+      OutOfPages: Too few pages are available; nothing was evicted.
     """
     free = self._state.num_free
     if needed <= free:
@@ -383,32 +424,46 @@ class Reclaim:
       raise errors.OutOfPages(needed=needed, free=available)
 
   def reclaim(self, target: int) -> None:
-    """Frees pages that only the host keeps until `target` are free, or none is left."""
+    """Frees pages that only the host uses, until `target` pages are free or none can be freed.
+
+    # first    pages that only swapped sequences use          ──▶ host memory
+    # then     pages of the index, in the policy's order      ──▶ free, or host memory
+    """
     while (short := target - self._state.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
+      # An empty batch is not always the end: the index may have left pages to swapped sequences,
+      # and host pages for them to move to.
       if not batch and not (self._evictable.stranded and self.host_room):
-        return  # otherwise the index gave up what others need, and made room for it to move
+        return
       moving = [each for each in batch if each.kept]
-      self._evicted([each for each in batch if not each.kept])  # first: it may make room below
+      self._evicted([each for each in batch if not each.kept])  # first: this may free host pages
       self.to_host(moving)
       if moving:
         self._event("spilled", len(moving))
 
   def _victims(self, count: int) -> list[Held]:
-    """The next pages to leave the device; those still kept must move to the host."""
+    """About `count` pages of the index that leave the device next.
+
+    # no spill, or no room     [a][b]  the node forgets b      b is in the batch, to be dropped
+    #   and swapped, room      [a][b]  the node forgets b      b is in the batch, to be moved
+    #   and swapped, no room   [a][b]  the node forgets b      b stays, for the swapped sequence alone
+    # spill, and room          [a][b]  the node keeps b        b is in the batch, to be moved
+
+    Returns:
+      The pages to drop, and those to move to host memory, which are still kept.
+    """
     batch: list[Held] = []
     room = self.host_room
-    found = 0  # pages of the batch that are on the device
+    found = 0  # device pages in the batch
     with contextlib.ExitStack() as leaving:
       while found < count and (node := self._evictable.next_leaf()) is not None:
-        if self._spills and room > 0:
+        if self._options.spill and room > 0:
           gone = self._evictable.leaving(node, min(room, count - len(batch)))
           room -= len(gone)
-          leaving.enter_context(self.guarding(gone))  # not chosen again
+          leaving.enter_context(self.guarding(gone))  # so that it is not chosen again
         else:
           pages = self._evictable.leaving(node, count - found)
           gone = self._prefixes.forget_last(node, len(pages))
-          # Without room they stay, for the swapped sequences alone.
           moving = [each for each in pages if each.swapped and not each.indexed][:room]
           room -= len(moving)
           gone += moving
@@ -417,11 +472,11 @@ class Reclaim:
     return batch
 
   def _evicted(self, held: list[Held]) -> None:
-    """Drops the pages that the prefix index gave up."""
+    """Drops pages that the prefix index gave up: those on the device become free."""
     self._kept.drop(self.given_up(held))
 
   def given_up(self, held: list[Held]) -> list[int]:
-    """Forgets what the prefix index gave up; returns the device pages to drop."""
+    """Forgets pages that the prefix index gave up; returns the device pages to drop."""
     pages = self._kept.forget(dict.fromkeys(held))
     if held:
       self._kept.count["evicted_pages"] += len(pages)
@@ -431,7 +486,11 @@ class Reclaim:
   # Room in host memory
 
   def to_host(self, held: list[Held]) -> None:
-    """The bytes of device pages go to host memory; spilled prefixes make room there."""
+    """Moves device pages to host memory; drops spilled prefixes if the host pool is full.
+
+    # held       device page ──▶ image
+    # spilled    image       ──▶ gone, from the ends of branches
+    """
     if held:
       with self.guarding(held):
         short = len(held) - self._kept.num_free_host
@@ -441,20 +500,20 @@ class Reclaim:
         self._kept.let_go(released)
       self._kept.to_host(held)
 
-  # Whole sequences of the prefix index
+  # Stored prefixes
 
   def evict_entry(self) -> list[Held] | None:
-    """Removes the stored sequence that goes first; None if all are in use or pinned.
+    """Removes the stored prefix that goes first.
 
     Returns:
-      The pages that nobody needs now.
+      The pages that nothing uses now; None if all stored prefixes are in use or pinned.
     """
     self._settle()
     node = self._evictable.next_entry()
     return None if node is None else self._prefixes.retire(node)
 
   def evict_entries(self, count: int) -> int:
-    """Removes up to `count` stored sequences that nobody uses; returns how many."""
+    """Removes up to `count` stored prefixes that no sequence uses; returns how many."""
     done = 0
     while done < count and (released := self.evict_entry()) is not None:
       self._evicted(released)
@@ -462,19 +521,34 @@ class Reclaim:
     return done
 
   def expire(self) -> None:
-    """Forgets the prefixes that have outlived their time."""
+    """Forgets the prefixes whose lifetime is over."""
     self._evicted(self._prefixes.expire())
 
-  def collect(self, target: int) -> None:
-    """Forgets what outlived its time, then evicts until `target` pages are free."""
+  def collect(self, target: int | None = None) -> Collected:
+    """Forgets the prefixes whose lifetime is over, then evicts until `target` pages are free.
+
+    Args:
+      target: Pages; None = as many as the low watermark asks for.
+    """
+    state, index = self._state, self._prefixes
+    if target is None:
+      target = math.ceil(self._options.low_watermark * state.config.num_pages)
+    began, free, entries = time.perf_counter(), state.num_free, index.num_entries
     self.expire()
     self.reclaim(target)
+    freed = state.num_free - free
+    return Collected(
+      num_pages=freed,
+      num_bytes=freed * state.config.page_bytes,
+      num_entries=entries - index.num_entries,
+      seconds=time.perf_counter() - began,
+    )
 
   def unpinned(self) -> list[Held]:
-    """Removes every stored sequence that is not pinned, also those in use.
+    """Removes every stored prefix that is not pinned, those in use too.
 
     Returns:
-      The pages that nobody needs now.
+      The pages that nothing uses now.
     """
     released: list[Held] = []
     for node in reversed(list(self._prefixes.nodes())):  # children first

@@ -1,7 +1,7 @@
-"""Live sequences: each is one `Handle`, which is its record and the caller's grip on it.
+"""Live sequences: each has one `Handle`, its record, which callers name it by.
 
 # request  ──▶ Handle ──▶ a row of the cache                  running
-#                     └─▶ pages that the host keeps (Held)    swapped out
+#                     └─▶ held pages                          swapped out
 """
 
 import heapq
@@ -17,7 +17,14 @@ from paged_jax.host.turn import Turn
 
 
 class SequenceStats(NamedTuple):
-  """One sequence's numbers."""
+  """One sequence's numbers.
+
+  >>> from paged_jax import CacheConfig, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> stats = manager.allocate(host.Request("a", 24)).stats()
+  >>> stats.num_pages, stats.num_bytes, stats.utilization
+  (2, 512, 0.75)
+  """
 
   num_tokens: int
   num_pages: int  # on the device, shared ones included
@@ -28,7 +35,7 @@ class SequenceStats(NamedTuple):
 
 
 class Clones(Protocol):
-  """A manager, as a handle knows it."""
+  """The part of a manager that a handle uses."""
 
   def clone(
     self, handle: "Handle", request_id: Hashable, *, num_tokens: int | None = None
@@ -38,7 +45,10 @@ class Clones(Protocol):
 
 
 class Handle:
-  """A live sequence. After `deallocate` every use of it raises `StaleHandle`.
+  """A live sequence. After `deallocate`, every use of the handle raises `StaleHandle`.
+
+  Fields to read: `request_id`; `num_cached`, the tokens that the prefix cache gave; `last_logits`,
+  if the prefix cache had all tokens and their logits, else None.
 
   >>> from paged_jax import CacheConfig
   >>> from paged_jax.host import Manager, Request
@@ -67,17 +77,17 @@ class Handle:
     self._desk, self.manager = desk, manager
     self.request_id, self.cache_id = request_id, next(desk.cache_ids)
     self.namespace, self.max_length = namespace, max_length
-    self.num_cached = 0  # tokens that the prefix cache gave
-    self.last_logits: Any = None  # on a full hit
+    self.num_cached = 0
+    self.last_logits: Any = None
     # Written by the manager:
     self.last_access = desk.clock()
     self.place: int | None = place  # its row, None while it is swapped out
-    self.writers: list[int | None] = []  # who wrote each token, in canary mode
-    self.marked_at = 0  # reports that were known then
+    self.writers: list[int | None] = []  # cache id that wrote each token, in canary mode
+    self.marked_at = 0  # `turn.num_reports` when `writers` was last right
     # While it is swapped out:
-    self.tokens: Sequence[int] | np.ndarray = ()  # those recorded
-    self.start = self.length = 0
-    self.held: list[Held] = []
+    self.tokens: Sequence[int] | np.ndarray = ()  # its recorded tokens
+    self.start = self.length = 0  # its first live token and its length
+    self.held: list[Held] = []  # its pages
 
   def __repr__(self) -> str:
     return f"Handle({self.request_id!r}, cache_id={self.cache_id})"
@@ -89,12 +99,12 @@ class Handle:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens held."""
+    """Tokens that the sequence holds."""
     return self.stats().num_tokens
 
   @property
   def row(self) -> int:
-    """Its row of the cache, for plans of your own."""
+    """The sequence's row of the cache, for your own plans."""
     with self._desk.turn.lock:
       return self._desk.running(self)
 
@@ -106,15 +116,21 @@ class Handle:
 
   @property
   def block_table(self) -> np.ndarray:
-    """i32[P] its row of the block tables; the number of pages where it has none."""
+    """i32[P] the sequence's row of the block tables; N where it has no page."""
     with self._desk.turn.change():
       return self._desk.ledger.block_tables[self._desk.running(self)].copy()
 
   def page_at(self, logical_page: int) -> int:
-    """Physical page of a logical one.
+    """Physical page of a logical page.
 
     Raises:
-      UnmappedToken: There is no such page.
+      UnmappedToken: The sequence has no such page.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> handle.page_at(1)
+    1
     """
     table = self.block_table
     if not 0 <= logical_page < len(table) or table[logical_page] == self._desk.config.num_pages:
@@ -123,20 +139,20 @@ class Handle:
 
   @property
   def is_shared(self) -> bool:
-    """Whether any of its pages has another holder."""
+    """Whether any of the sequence's pages has another holder."""
     with self._desk.turn.change():
       pages = self._desk.mapped(self._desk.running(self))
       return bool((self._desk.ledger.refcount[pages] > 1).any())
 
   @property
   def is_swapped(self) -> bool:
-    """Whether it is in host memory."""
+    """Whether the sequence is in host memory."""
     with self._desk.turn.lock:
       return self._desk.live(self).place is None
 
   @property
   def device(self):
-    """Where its pages are; the first device of several."""
+    """The device of the pages; the first of several."""
     with self._desk.turn.lock:
       self._desk.live(self)
       devices = self._desk.turn.state.cache.pages.kv.devices()
@@ -159,29 +175,51 @@ class Handle:
 
   @property
   def head_dim(self) -> int:
-    """Width of a key, and of a value."""
+    """Values in a key, and in a value."""
     return self._desk.live(self)._desk.config.head_dim
 
   def required_pages(self, num_tokens: int) -> int:
-    """Pages that so many tokens fill."""
+    """Pages that `num_tokens` tokens fill.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> handle.required_pages(32), handle.required_pages(33)
+    (2, 3)
+    """
     return -(-num_tokens // self.page_size)
 
   def stats(self) -> SequenceStats:
-    """This sequence's numbers."""
+    """This sequence's numbers.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> handle.stats().num_tokens, handle.stats().num_bytes
+    (20, 512)
+    """
     with self._desk.turn.change():
       return self._desk.stats(self)
 
   def clone(self, request_id: Hashable) -> "Handle":
-    """A sequence of its own that shares all pages; nothing is copied until one of them writes."""
+    """Begins a sequence that shares all pages of this one; see `Manager.clone`.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", 20))
+    >>> copy = handle.clone("b")
+    >>> copy.pages, handle.is_shared
+    ([0, 1], True)
+    """
     return self.manager.clone(self, request_id)
 
 
 class Sequences:
-  """Who is live, and in which row. Not thread-safe: callers are inside a `turn.change`.
+  """The live sequences and their rows. Not thread-safe: callers are inside a `turn.change`.
 
   Args:
     turn: The manager's.
-    clock: Seconds, for access times.
+    clock: Returns seconds, for access times.
   """
 
   def __init__(self, turn: Turn, clock: Callable[[], float]):
@@ -189,7 +227,7 @@ class Sequences:
     self.config, self.ledger = turn.config, turn.state.ledger
     self.by_id: dict[Hashable, Handle] = {}
     self.cache_ids = itertools.count(1)
-    self.rows = list(range(self.config.num_rows))  # a heap of the free ones
+    self.rows = list(range(self.config.num_rows))  # a heap of the free rows
     width = self.config.pages_per_row * self.config.page_size + 1  # the last column takes surplus
     self._tokens = np.zeros((self.config.num_rows, width), np.int32)
     self._known = np.zeros(self.config.num_rows, np.int32)  # recorded tokens of each row
@@ -197,20 +235,20 @@ class Sequences:
   # Handles
 
   def live(self, handle: Handle) -> Handle:
-    """The handle, if its sequence is live."""
+    """The handle; raises unless its sequence is live."""
     if self.by_id.get(handle.request_id) is not handle:
       raise errors.StaleHandle(handle.request_id, handle.cache_id)
     return handle
 
   def place(self, handle: Handle) -> int:
-    """A running sequence's row; to ask is no access."""
+    """A running sequence's row; does not count as an access."""
     row = self.live(handle).place
     if row is None:
       raise errors.SwappedOut(handle.request_id)
     return row
 
   def running(self, handle: Handle) -> int:
-    """A running sequence's row, for somebody who uses it."""
+    """A running sequence's row; counts as an access."""
     row = self.place(handle)
     handle.last_access = self.clock()
     return row
@@ -231,7 +269,7 @@ class Sequences:
   def begin(
     self, manager: Clones, request_id: Hashable, max_length: int | None, namespace: Hashable
   ) -> Handle:
-    """A new sequence in a free row, which must be there."""
+    """Begins a sequence in a free row; there must be one."""
     capacity = self.config.pages_per_row * self.config.page_size
     handle = Handle(
       self, manager, request_id, place=heapq.heappop(self.rows), namespace=namespace,
@@ -241,14 +279,14 @@ class Sequences:
     return handle
 
   def occupy(self, handle: Handle) -> int:
-    """A swapped sequence gets a free row, which must be there."""
+    """Gives a swapped sequence a free row; there must be one."""
     handle.place = row = heapq.heappop(self.rows)
     handle.last_access = self.clock()
     self.know(row, handle.tokens)
     return row
 
   def vacate(self, row: int) -> None:
-    """A row has no sequence any more."""
+    """Makes a row free."""
     heapq.heappush(self.rows, row)
 
   def mapped(self, row: int) -> list[int]:
@@ -261,7 +299,7 @@ class Sequences:
     return int(self.ledger.starts[row]), int(self.ledger.lengths[row])
 
   def unmapped(self, handle: Handle, token: int) -> errors.UnmappedToken:
-    """What to raise about a token that a sequence does not hold."""
+    """The error for a token that a sequence does not hold."""
     return errors.UnmappedToken(handle.request_id, token // self.config.page_size, token)
 
   def length(self, handle: Handle) -> int:
@@ -290,33 +328,33 @@ class Sequences:
       last_access=handle.last_access,
     )
 
-  # Tokens that rows are known to hold, from position 0 on
+  # Recorded tokens: those that the manager knows, from position 0 on
 
   def know(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
-    """The recorded tokens of a sequence that just got its row."""
+    """Records `tokens` as the tokens of a row, in place of all before."""
     self._known[row] = len(tokens)
     self._tokens[row, : len(tokens)] = tokens
 
   def known(self, row: int, num_tokens: int | None = None) -> np.ndarray:
-    """The first `num_tokens` recorded tokens of a row, or all."""
+    """The first `num_tokens` recorded tokens of a row; None = all."""
     known = int(self._known[row])
     return self._tokens[row, : known if num_tokens is None else min(known, num_tokens)]
 
   def forget(self, row: int, length: int) -> None:
-    """A row's tokens from `length` on are not known any more."""
+    """Forgets a row's recorded tokens from `length` on."""
     self._known[row] = min(self._known[row], length)
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
-    """Adds new tokens i32[K,S], `num_tokens` i32[S] of each row."""
+    """Adds to each row the first `num_tokens` i32[S] of its new tokens i32[K,S]."""
     known, capacity = self._known, self._tokens.shape[1] - 1
     num_tokens = np.minimum(num_tokens, capacity - known).astype(np.int32)
     rows = np.flatnonzero(num_tokens)
     columns = np.minimum(known[rows, None] + np.arange(len(tokens)), capacity)
-    self._tokens[rows[:, None], columns] = tokens[:, rows].T  # what is too much is not known
+    self._tokens[rows[:, None], columns] = tokens[:, rows].T  # surplus goes to the last column
     self._known = known + num_tokens
 
   def audit(self, used: Iterable[int]) -> int:
-    """How many rows are wrong, where rows `used` hold something."""
+    """How many rows are wrong: free and `used`, or of two sequences, or of none and not free."""
     rows = [each.place for each in self.by_id.values() if each.place is not None]
     free = set(self.rows)
     return (

@@ -1,4 +1,4 @@
-"""Sequences on the same pages: shares, clones, and copies that make pages a sequence's own."""
+"""Sequences on the same pages: shares, clones, and the copies that end sharing."""
 
 import numpy as np
 
@@ -14,9 +14,9 @@ class Sharing:
   """Bodies of share_prefix, clone and cow_copy. Not thread-safe.
 
   Args:
-    sequences: Who is live.
-    reclaim: What makes room for copies.
-    admission: What begins a clone.
+    sequences: The live sequences.
+    reclaim: Makes room for copies.
+    admission: Begins clones.
   """
 
   def __init__(self, sequences: Sequences, reclaim: Reclaim, admission: Admission):
@@ -25,10 +25,10 @@ class Sharing:
     self._config, self._ledger = self._turn.config, self._turn.state.ledger
 
   def share(self, source: Handle, target: Handle, num_tokens: int) -> None:
-    """The empty `target` gets the first tokens of `source`, on the same pages.
+    """Puts the first tokens of `source` into the empty `target`, on the same pages.
 
-    # source   [a][b][c ]        refcounts 1 1 1
-    # target   [a][b][c ]        refcounts 2 2 2; the first to write behind c's tokens copies c
+    # source before   [a][b][c ]        refcounts 1 1 1
+    # both after      [a][b][c ]        refcounts 2 2 2; the first that grows copies c
     """
     src, dst = self._sequences.running(source), self._sequences.running(target)
     if num_tokens > target.max_length:
@@ -36,7 +36,10 @@ class Sharing:
     if self._ledger.lengths[dst]:
       raise errors.NotEmpty(target.request_id, int(self._ledger.lengths[dst]))
     self._check(source, src, num_tokens)
-    rows = (src, dst, num_tokens), (self._config.num_rows, self._config.num_rows, 0)  # and padding
+    rows = (
+      (src, dst, num_tokens),
+      (self._config.num_rows, self._config.num_rows, 0),
+    )  # one, and padding
     self._turn.kept.apply("fork", *np.array(rows, np.int32).T)
     self._sequences.know(dst, self._sequences.known(src, num_tokens))
     target.writers, target.marked_at = source.writers[:num_tokens], source.marked_at
@@ -44,6 +47,7 @@ class Sharing:
     self._turn.event("forked", target.request_id, num_pages, num_tokens)
 
   def _check(self, source: Handle, row: int, num_tokens: int) -> None:
+    """Raises unless the first `num_tokens` tokens of a row can be shared."""
     begin, end = self._sequences.bounds(row)
     if not (begin <= num_tokens <= end or num_tokens == 0):
       raise self._sequences.unmapped(source, num_tokens)
@@ -53,7 +57,7 @@ class Sharing:
   def clone(
     self, manager: Clones, source: Handle, request_id: object, num_tokens: int | None
   ) -> Handle:
-    """A new sequence on the pages of `source`."""
+    """Begins a sequence on the pages of `source`; see `share`."""
     row = self._sequences.running(source)
     request = Request(request_id, 0, namespace=source.namespace, max_length=source.max_length)
     self._admission.check([request])
@@ -66,7 +70,7 @@ class Sharing:
     return copy
 
   def own_pages(self, handle: Handle, first_page: int) -> list[int]:
-    """The pages from number `first_page` on get no other holder; returns the sequence's pages."""
+    """Makes the row the only holder of its pages from number `first_page` on; returns all its pages."""
     row = self._sequences.running(handle)
     if not self._config.copy_on_write:
       raise errors.Disabled("copy-on-write")
@@ -74,7 +78,11 @@ class Sharing:
     return self._sequences.mapped(row)
 
   def own(self, handle: Handle, start: int) -> None:
-    """The pages of token `start` and after get no other holder: shared ones are copied."""
+    """Makes the row the only holder of its pages from the one of token `start` on.
+
+    # row before   [a][b][c]      others hold a and b too; start is on b
+    # row after    [a][b'][c]     the row takes b', a copy of b, and gives up b
+    """
     row, size = self._sequences.running(handle), self._config.page_size
     first_token, length = self._sequences.bounds(row)
     if not 0 <= start < max(length, 1):

@@ -1,10 +1,10 @@
 """The cache on the device, and its ledger on the host, which move together.
 
-Both ledgers run the same verbs and get the same page ids (law 8), so the host knows every page
-without asking the device. A program that the user runs on the cache reports what it did to the
-ledger in a `Log`; until then the host's ledger is behind. Verbs that follow such a program go to the
-device at once, and to the host's ledger twice: at once, as if the program did nothing, and again
-after its report, since only then the pages that they take are known.
+Both ledgers run the same verbs and get the same page ids, so the host knows every page without
+asking the device. A user's program that runs on the cache reports its ledger verbs in a `Log`.
+Until the report is here, the host's ledger is behind. A verb after such a program goes to the
+device once. The host's ledger does it twice: at once, as if the program did nothing, and again
+after the report, which decides which pages the verb takes.
 
     # device   extend ─ program ─ free ─ extend ─ program ─
     # host     extend ─ . . . . . free ─ extend ─ . . . . . report: rewind ─ replay ─ free ─ extend
@@ -26,22 +26,28 @@ from paged_jax.types import Cache, Log, Pages
 Verb = tuple[str, tuple[np.ndarray, ...]]  # its name and operands
 
 ID_SIZES = (16, 512)  # batches of ids that are compiled
-BYTE_SIZES = (1, 2, 4, 8, 16)  # batches of pages whose bytes move: each page is an array of its own
+BYTE_SIZES = (1, 2, 4, 8, 16)  # compiled batches of pages whose bytes move; each is its own array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ticket:
-  """A program that was run: `result` is the third thing it returned, at once; `Manager.settle`
-  takes over what it did to the ledger."""
+  """A program that `Manager.run` started; `Manager.settle` takes over its report.
 
-  result: Any
+  >>> from paged_jax import CacheConfig, Log, host
+  >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+  >>> ticket = manager.run(lambda cache: (cache, Log((), ()), "done"))
+  >>> ticket.result, manager.settle(ticket)
+  ('done', 8)
+  """
+
+  result: Any  # the third value that the program returned
   number: int = dataclasses.field(repr=False)
   state: "State" = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass
 class _Program:
-  """A program whose report is not taken over, and the verbs that followed it."""
+  """A program whose report is not taken over yet, and the verbs that followed it."""
 
   number: int
   log: Log
@@ -49,19 +55,25 @@ class _Program:
 
 
 class State:
-  """One cache, and its ledger on the host."""
+  """One cache, and its ledger on the host. Not thread-safe.
+
+  Args:
+    config: Sizes and dtypes of the stored cache.
+    verbs: The compiled verbs.
+    shardings: Where each leaf of the cache lives; None = the default device.
+  """
 
   def __init__(self, config: CacheConfig, verbs=jitted, shardings=None):
     self.config = config
     self.verbs = verbs
     cache = verbs.init(config)
-    # Placed for good from the start: a cache that is placed later compiles everything again.
+    # The cache is placed now: one that is placed later makes every verb compile again.
     where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
     self.cache: Cache = jax.device_put(cache, where)
     self.ledger = HostLedger(config)
     self._programs: list[
       _Program
-    ] = []  # not settled yet, oldest first; the ledger's mark is at the first
+    ] = []  # unreported, oldest first; the ledger's mark is at the first
     self._numbers = itertools.count(1)
 
   @property
@@ -70,32 +82,32 @@ class State:
     return self.ledger.num_free
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
-    """One verb on both. It must be granted: the manager asks only for what fits."""
+    """Applies one verb to the cache and to the host's ledger, which must grant it."""
     self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
     if self._programs:
       self._programs[-1].verbs.append((verb, operands))
     self._follow(verb, operands)
 
   def _follow(self, verb: str, operands: tuple[np.ndarray, ...]) -> None:
-    """The host's ledger does what the device did."""
+    """Applies one verb to the host's ledger."""
     info = getattr(self.ledger, verb)(*operands)
     if not info.ok.all():
       raise AssertionError(f"the ledger refused {verb} of {operands}: {info.ok}")
 
   def apply_ids(self, verb: str, pages: list[int]) -> None:
-    """A verb on a list of pages, however long."""
+    """Applies a verb to a list of pages of any length."""
     for _, ids in batches(pages, self.config.num_pages, ID_SIZES):
       self.apply(verb, ids)
 
   def offload(self, pages: list[int]) -> list[Pages]:
-    """The bytes of device pages as images in host memory; the copies go on in the background."""
+    """Images of device pages, in host memory. The copies go on in the background."""
     images: list[Pages] = []
     for count, ids in batches(pages, self.config.num_pages, BYTE_SIZES):
       images += self.verbs.offload(self.cache, ids)[:count]
     return images
 
   def restore(self, images: list[Pages]) -> list[int]:
-    """Images in host memory into fresh pages that the host holds; reads all reports first."""
+    """Copies images into new pages that the host holds; returns these pages. Reads all reports first."""
     self.settle()
     taken: list[int] = []
     for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):
@@ -103,7 +115,7 @@ class State:
     return taken
 
   def _put(self, images: list[Pages], count: int) -> list[int]:
-    """The first `count` of a batch of images into fresh pages."""
+    """Copies the first `count` of a batch of images into new pages that the host holds."""
     self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
     pages, info = self.ledger.take_held(np.array(count), len(images))
     if not info.ok:
@@ -111,12 +123,12 @@ class State:
     return pages[:count].tolist()
 
   def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
-    """Compiles each verb for each size of a batch, by asking it for nothing.
+    """Compiles verbs for each size of a batch: applies each to padding only.
 
     Args:
-      holding: Those with which the host keeps pages, and rows start on such pages.
-      swapping: Those that move bytes.
-      scrubbing: The one that clears them.
+      holding: Whether the host holds pages: `hold`, `drop` and `adopt`.
+      swapping: Whether bytes move: `offload` and `restore`.
+      scrubbing: Whether pages are cleared: `scrub`.
     """
     s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
     nobody = np.full(2, s, np.int32)
@@ -139,7 +151,7 @@ class State:
       self._put(self.offload([n] * size), 0)
 
   def run(self, program: Callable, *args, **kwargs) -> Ticket:
-    """`program(cache, *args, **kwargs)` returns (cache, log, result)."""
+    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result)."""
     self.cache, log, result = program(self.cache, *args, **kwargs)
     if not self._programs:
       self.ledger.mark()
@@ -148,7 +160,7 @@ class State:
     return ticket
 
   def settle(self, last: Ticket | None = None) -> bool:
-    """Takes over the reports up to that of `last`, by default all; whether there were any."""
+    """Takes over the reports up to that of `last`; None = all. Returns whether there were any."""
     if last is not None and last.state is not self:
       raise ValueError(f"ticket must be of this manager's `run`, got {last}")
     settled = [each for each in self._programs if last is None or each.number <= last.number]
@@ -168,25 +180,25 @@ class State:
     return True
 
   def _repeat(self, program: _Program) -> None:
-    """The verbs that followed a program, now that its report is known."""
+    """Applies the verbs that followed a program to the host's ledger again."""
     for verb, operands in program.verbs:
       self._follow(verb, operands)
 
 
 def row_sizes(num_rows: int) -> tuple[int, ...]:
-  """Batches of rows that are compiled."""
+  """The compiled sizes of a batch of rows."""
   return tuple(sorted({min(size, max(num_rows, ID_SIZES[0])) for size in ID_SIZES}))
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:
-  """The compiled size for a batch of `size`, or the largest one."""
+  """The smallest of `sizes` that is at least `size`, or the largest one."""
   return next((each for each in sizes if each >= size), sizes[-1])
 
 
 def batches(
   ids: list[int], padding: int, sizes: tuple[int, ...]
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """`ids` in padded i32 arrays of few sizes, each with how many of its ids are real."""
+  """Pairs of (number of ids, padded i32 array): `ids` in batches of the compiled `sizes`."""
   for i in range(0, len(ids), sizes[-1]):
     part = ids[i : i + sizes[-1]]
     array = np.full(bucket(len(part), sizes), padding, np.int32)

@@ -1,4 +1,4 @@
-"""Sequences that move to host memory and back."""
+"""Swap: sequences move to host memory and back."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ class Swap:
   """Bodies of swap_out and swap_in. Not thread-safe.
 
   Args:
-    sequences: Who is live.
-    reclaim: What makes room.
-    admission: What frees rows, and starts them on kept pages.
+    sequences: The live sequences.
+    reclaim: Makes room by eviction.
+    admission: Frees rows, and starts rows on held pages.
   """
 
   def __init__(self, sequences: Sequences, reclaim: Reclaim, admission: Admission):
@@ -25,11 +25,12 @@ class Swap:
     self._kept, self._ledger = self._turn.kept, self._turn.state.ledger
 
   def out(self, handles: Sequence[Handle]) -> None:
-    """Sequences to host memory, all or none.
+    """Moves sequences to host memory, all or none.
 
-    # before   row of A [a][b]   row of B [a][c]      a is shared
-    # A out    held by A (a) b▷host                   a stays, held for A: B uses it
-    # B out    held by A and B (a▷host) c▷host        a moves once, when no row uses it
+    #             device pages                 host memory
+    # before      row A [a][b]   row B [a][c]
+    # A is out    held  [a]      row B [a][c]  b                a stays: B's row uses it
+    # B is out                                 a b c            a moves once, for both
     """
     self._check_enabled()
     rows = [self._sequences.running(handle) for handle in handles]
@@ -49,11 +50,15 @@ class Swap:
       self._turn.event("swapped_out", handle.request_id, len(handle.held), handle.length)
 
   def _check_enabled(self) -> None:
+    """Raises if swapping is off."""
     if not self._turn.options.swapping:
       raise errors.Disabled("swapping")
 
   def _check_host_room(self, rows: list[int]) -> None:
-    """Raises unless the pages that only these rows and swapped sequences use fit in the host pool."""
+    """Raises unless the host pool has room for the pages that would move.
+
+    These are the pages that only these rows and swapped sequences use.
+    """
     pages, entries = np.unique(
       [page for row in rows for page in self._sequences.mapped(row)], return_counts=True
     )
@@ -66,7 +71,12 @@ class Swap:
       raise errors.OutOfHostPages(needed=moving, free=self._reclaim.host_room)
 
   def back(self, handles: Sequence[Handle]) -> None:
-    """Sequences back into rows, all or none."""
+    """Brings sequences back into rows, all or none.
+
+    # to_device   images ──▶ new pages, which the host holds
+    # adopt       the rows hold these pages too
+    # let_go      the host gives up the pages that nothing else on the host uses
+    """
     self._check_enabled()
     for handle in handles:
       if self._sequences.live(handle).place is not None:
@@ -90,7 +100,7 @@ class Swap:
       self._kept.let_go(dict.fromkeys(handle.held))
       self._turn.event("swapped_in", handle.request_id, len(handle.held), handle.length)
       handle.held = []
-    if not self._turn.config.copy_on_write:  # adopted by whole pages
+    if not self._turn.config.copy_on_write:  # `adopt` rounded up to whole pages: cut again
       lengths = self._ledger.lengths.copy()
       for row, _, _, length in starts:
         lengths[row] = length

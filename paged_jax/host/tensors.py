@@ -1,7 +1,8 @@
-"""Keys and values of sequences, written and read by the host; in canary mode with marks beside them.
+"""Keys and values of sequences, written and read by the host; in canary mode with marks.
 
-A mark fills the token's place in one extra layer: the keys spell its position, the values the
-cache id of its writer, in digits that every dtype holds exactly. Marks move with their pages.
+Canary mode adds one layer. In it each written slot has a mark: its key spells the token's
+position, and its value spells the cache id of the sequence that wrote it, in digits that every
+dtype represents exactly. Marks move with their pages.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ class Tensors:
   """Bodies of write_kv and read_kv. Not thread-safe.
 
   Args:
-    sequences: Who is live.
-    sharing: What makes pages a sequence's own before they are written.
+    sequences: The live sequences.
+    sharing: Copies shared pages before a write.
   """
 
   def __init__(self, sequences: Sequences, sharing: Sharing):
@@ -33,13 +34,13 @@ class Tensors:
     self._canary = self._turn.options.canary
 
   def layer(self, layer: int) -> int:
-    """A layer's number, if there is such a layer."""
+    """The layer's number as an int; raises if there is no such layer."""
     if not 0 <= whole("layer", layer) < self._config.num_layers:
       raise ValueError(f"layer must be in [0, {self._config.num_layers}), got {layer}")
     return int(layer)
 
   def checked(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values as [B,H,D], if they fit the pool."""
+    """Keys and values as [B,H,D]; raises if they do not fit the pool."""
     shape = (self._config.num_kv_heads, self._config.head_dim)
     k, v = (jnp.asarray(x)[None] if jnp.ndim(x) == 2 else jnp.asarray(x) for x in (k, v))
     for name, x in (("k", k), ("v", v)):
@@ -50,7 +51,7 @@ class Tensors:
     return k, v
 
   def write(self, handle: Handle, layer: int, position: int, k: jax.Array, v: jax.Array) -> None:
-    """Keys and values [B,H,D] into the slots of tokens from `position` on."""
+    """Writes keys and values [B,H,D] into the slots of the tokens from `position` on."""
     config, state, count = self._config, self._state, k.shape[0]
     row = self._range(handle, position, count)
     self._sharing.own(handle, position)
@@ -72,7 +73,7 @@ class Tensors:
   def read(
     self, handle: Handle, layer: int, start: int, num_tokens: int
   ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    """What waits for keys and values [num_tokens,H,D] of a sequence, and returns them."""
+    """Starts a read; returns a function that waits for keys and values [num_tokens,H,D]."""
     row = self._range(handle, start, num_tokens)
     state, rows, num_layers = self._state, np.array([row], np.int32), self._config.num_layers
     gathered = state.verbs.gather(state.cache, jnp.int32(layer), rows)
@@ -93,13 +94,13 @@ class Tensors:
     return wait
 
   def _writers(self, handle: Handle) -> list[int | None]:
-    """Who wrote each token; a program leaves no marks, so nobody knows after one."""
+    """The cache id that wrote each token; empty after a program's report: programs write no marks."""
     if handle.marked_at != self._turn.num_reports:
       handle.writers, handle.marked_at = [], self._turn.num_reports
     return handle.writers
 
   def _range(self, handle: Handle, start: int, count: int) -> int:
-    """The row of a sequence that holds these tokens."""
+    """The sequence's row; raises unless it holds `count` tokens from `start` on."""
     row = self._sequences.running(handle)
     begin, end = self._sequences.bounds(row)
     for token in (start, start + count - 1):
@@ -133,6 +134,6 @@ def _mismatch(
 
 
 def _spelled(numbers: np.ndarray, width: int) -> np.ndarray:
-  """[B,D] digits, lowest first, again and again."""
+  """Digits [B,D] of numbers, lowest digit first, repeated over the width."""
   digits = np.arange(width) % _DIGITS
   return numbers[:, None].astype(np.int64) // _BASE**digits % _BASE

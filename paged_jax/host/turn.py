@@ -12,13 +12,13 @@ from paged_jax.host.state import Ticket
 
 
 class Turn:
-  """What every change of a manager goes through.
+  """The frame of every change of a manager.
 
   Args:
-    kept: The pages that the host keeps, and the cache.
-    config: The cache's, as the user gave it; in canary mode the stored one has one more layer.
+    kept: The held pages, and the cache.
+    config: The user's; in canary mode the stored cache has one more layer.
     options: The manager's.
-    stream: Where events go.
+    stream: Gets the events.
   """
 
   def __init__(
@@ -27,7 +27,7 @@ class Turn:
     self.state, self.kept, self.config, self.options = kept.state, kept, config, options
     self.lock = threading.Lock()
     self.num_refusals = 0
-    self.num_reports = 0  # times that reports of programs were taken over
+    self.num_reports = 0  # how often reports of programs were taken over
     self.notifier = pressure.Notifier(self.level())
     self.events = stream
 
@@ -35,8 +35,11 @@ class Turn:
   def change(self, *, wait: bool = True, last: Ticket | None = None) -> Iterator[None]:
     """Runs one change under the lock.
 
-    First, if it is to `wait`, takes over the reports of programs up to `last`, by default of all.
-    Afterwards updates the counts and, outside the lock, calls the pressure callbacks.
+    # lock ─ take over reports ─ the change ─ note the level ─ unlock ─ pressure callbacks
+
+    Args:
+      wait: Whether to wait for the reports of programs, and take them over.
+      last: The newest program whose report is taken over; None = all.
     """
     try:
       with self.lock:
@@ -54,14 +57,14 @@ class Turn:
       self.notifier.deliver()
 
   def level(self) -> pressure.Level:
-    """How full the pool is."""
+    """The pressure level now."""
     low, high = self.options.low_watermark, self.options.high_watermark
     return pressure.level(self.state.num_free, self.config.num_pages, low, high)
 
   def event(self, kind: str, request_id: Hashable, num_pages: int, num_tokens: int) -> None:
-    """Notes what happened to a request's pages."""
+    """Notes an event of one sequence."""
     self.events.add(kind, request_id, num_pages, num_tokens)
 
   def left(self, kind: str, num_pages: int) -> None:
-    """Notes that pages of the prefix cache left."""
+    """Notes that pages of the prefix cache left the device, or the cache."""
     self.events.add(kind, None, num_pages, num_pages * self.config.page_size)

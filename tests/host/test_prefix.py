@@ -15,7 +15,7 @@ from managed import Clock
 
 from paged_jax.host import eviction
 from paged_jax.host.holds import Held
-from paged_jax.host.prefix import PrefixIndex, encoded, last_page
+from paged_jax.host.prefix import PrefixIndex, encoded
 from paged_jax.host.reclaim import Evictable
 
 LOGITS = "logits"
@@ -28,6 +28,11 @@ def nobody(held):
 
 def always(held):
   return True
+
+
+def last_page(node):
+  """The last page of a node that is on the device, or None."""
+  return next((each for each in reversed(node.held) if each.page is not None), None)
 
 
 class Shelf:
