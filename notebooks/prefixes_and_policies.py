@@ -16,8 +16,8 @@
 # %% [markdown]
 # # Prefixes and policies
 #
-# The manager keeps the pages of finished prompts for the next request that begins the same way.
-# Which of them go first when room is needed is a policy: a value that you pass in.
+# The manager keeps the pages of finished prompts for later requests that begin the same way. When
+# it needs room, it evicts some of them. A policy, which you can pass in, decides the order.
 
 # %%
 try:
@@ -35,8 +35,9 @@ from paged_jax.host import Manager, ManagerConfig, Request, eviction
 # %% [markdown]
 # ## A hit
 #
-# Request `a` brings its prompt, and computes its keys and values (here it only takes the pages).
-# Stored with its last logits, the prompt outlives the request; `b` starts where it parts from `a`.
+# Request `a` has a prompt. A model would compute its keys and values; here it only takes pages. The
+# prompt is stored with its last logits, and stays when the request ends. Request `b` reuses the
+# tokens that it shares with `a`, and starts after them.
 
 # %%
 config = paged_jax.CacheConfig(
@@ -56,13 +57,14 @@ print(f"b starts with {b.num_cached} of 12 tokens, on pages {b.pages}")
 print(f"a again has all {again.num_cached}, and {again.last_logits}: nothing to compute")
 
 # %% [markdown]
-# Pages 0 and 1 are the same physical pages for everybody. Page 2 has the last two tokens of
-# `system`, but also the first of what follows: it was shared, and copied when `b` took its slot.
+# Both requests use the same physical pages 0 and 1. Page 2 has the last two tokens of `system`, and
+# then tokens that only `a` has. So `b` shared page 2 at first, and got a copy of it to write its own
+# tokens.
 #
 # ## Four policies on one workload
 #
-# Four system prompts come again and again; in between, long documents are read once each. Under
-# "first in, first out" the documents push the system prompts out whether they are used or not.
+# Four system prompts are used often. Between them come long documents, each used once. With "first
+# in, first out" the documents push out the system prompts, even if these are in use often.
 
 # %%
 rng = np.random.default_rng(0)
@@ -78,12 +80,12 @@ def prompts(count):
 
 
 def hit_share(policy, workload):
-  """Share of all prompt tokens that the prefix cache had."""
+  """The fraction of all prompt tokens that the prefix cache had."""
   options = ManagerConfig(eviction=policy, max_prefixes=1000, min_prefix_length=4)
   manager = Manager(config, options)
   for number, tokens in enumerate(workload):
     handle = manager.allocate(Request(number, tokens=tokens))
-    manager.store_prefix(handle, tokens[:-8])  # what may come again: not the question at its end
+    manager.store_prefix(handle, tokens[:-8])  # not its end, which does not come again
     manager.deallocate(number)
   assert manager.audit().clean
   stats = manager.prefix_stats()
@@ -91,8 +93,8 @@ def hit_share(policy, workload):
 
 
 # %% [markdown]
-# A policy ranks what could go by how it was used: the lowest rank goes first. One of our own: what
-# was never hit goes first, whatever its age.
+# A policy gives each prefix a rank by its use; the lowest rank goes first. Here is our own policy:
+# prefixes without a hit go first, at any age.
 
 # %%
 proven = eviction.Policy("proven", lambda use: (use.hits > 0, use.last))
@@ -114,7 +116,8 @@ plt.show()
 # %% [markdown]
 # ## Pressure
 #
-# The manager says when the pool fills up; a subscriber may do anything, even free what it can spare.
+# The manager calls back when the pool fills up or empties. A callback may call any method, for
+# example to end requests.
 
 # %%
 manager = Manager(config)

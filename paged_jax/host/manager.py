@@ -12,7 +12,7 @@ released. Axis letters as in types.py.
     #          ├─ reclaim     gc, evict_prefixes: all eviction
     #          ├─ forecast    pages that programs would take
     #          └─ report      stats, audit
-    # below     sequences (live ones), kept (held pages), turn (one change), state (cache and ledger)
+    # below     sequences (live ones), kept (held pages), turn (one change), state (the cache)
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class Manager:
   """Paged KV cache manager. Safe to call from several threads.
 
   A method that raises an error of `paged_jax.host.errors` has changed no sequence. A method first
-  waits for the reports of programs that are under way (see `run`), except where its docstring says
-  otherwise.
+  waits for the reports of programs that are under way (see `run`), except `num_*`, `pages_to_*` and
+  those whose docstring says so.
 
   >>> from paged_jax import CacheConfig
   >>> from paged_jax.host import Manager, Request
@@ -110,8 +110,7 @@ class Manager:
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
-    >>> manager.close()
-    >>> with manager:  # or so: closes at the end
+    >>> with manager:  # calls `close` at the end
     ...   handle = manager.allocate(host.Request("a", 20))
     """
     with self._turn.change():
@@ -320,6 +319,7 @@ class Manager:
       The sequence's pages.
 
     Raises:
+      UnmappedToken: The sequence has no such page.
       Disabled: Copy-on-write is off.
       OutOfPages: There is no room for the copies.
 
@@ -392,8 +392,8 @@ class Manager:
 
     Args:
       prefixes: See `store_prefix`.
-      wait: Whether to wait for the reports of programs. If False, these programs must not take pages
-        of the prefixes from their sequences, as a copy on write or a trim would.
+      wait: Whether to wait for the reports of programs. If False, these must not take pages of the
+        prefixes from their sequences, as a copy on write or a trim would.
 
     Returns:
       Whether each prefix was stored.
@@ -557,8 +557,7 @@ class Manager:
   def write_kv(self, handle: Handle, layer: int, position: int, k, v) -> None:
     """Writes keys and values [B,H,D] of the tokens from `position` on; [H,D] for one token.
 
-    If others use the page of `position` or a later one, the sequence gets a copy first. So only this
-    sequence sees the write.
+    Pages from there on that others use too are copied first, so only this sequence sees the write.
 
     Raises:
       UnmappedToken: The sequence does not hold all of these tokens.
@@ -603,11 +602,11 @@ class Manager:
   # Programs of the user's own
 
   def run(self, program: Callable, *args, **kwargs) -> Ticket:
-    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result), and does not wait.
+    """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result). Does not wait.
 
     The cache is donated if the program says so. `log` is the program's report: a `paged_jax.Log` of
-    every ledger verb that it ran. The next method, or `settle`, reads it. The caller sees to it that
-    there are enough pages for the program (`available_pages`).
+    every ledger verb that it ran. `settle`, or the next method that waits for reports, reads it.
+    The caller ensures that enough pages are free for the program (`available_pages`, `gc`).
 
     Returns:
       A ticket: `ticket.result` is the program's `result`, and `settle(ticket)` takes over its
@@ -679,8 +678,8 @@ class Manager:
     """Compiles all verbs that the manager uses; changes nothing.
 
     >>> from paged_jax import CacheConfig, host
-    >>> options = host.ManagerConfig(prefix_cache=False, swapping=False, num_host_pages=0)
-    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64), options)
+    >>> config = CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64)
+    >>> manager = host.Manager(config, host.ManagerConfig(num_host_pages=0))
     >>> manager.warm_up()
     """
     with self._turn.change():
@@ -769,7 +768,7 @@ class Manager:
   # Room
 
   def gc(self, target: int | None = None) -> Collected:
-    """Evicts pages that no sequence uses, in the policy's order, until `target` pages are free.
+    """Evicts pages that no row uses, in the policy's order, until `target` pages are free.
 
     Args:
       target: Pages; None = as many as the low watermark asks for.

@@ -258,8 +258,8 @@ class PrefixIndex:
     Args:
       namespace: Part of the key: model, adapter, tenant, weights.
       tokens: Token ids, `encoded`.
-      held: `held(n)` returns the prefix's pages from number n on. It is called at most once, and not
-        for pages that the index has already.
+      held: `held(n)` returns the prefix's pages from number n on. It is called at most once, for
+        the pages that the index does not have.
       last_logits: Returned for a query of exactly these tokens.
       ttl: Seconds until the prefix is forgotten; None = never.
       pinned: Whether the prefix stays until it is unpinned.
@@ -462,7 +462,7 @@ class PrefixIndex:
         self._expired += self.retire(node)
 
   def end_of(self, node: Node) -> tuple[Node, Held]:
-    """The node, at or below this one, that has the page of this node's last token; and this page."""
+    """The page of a node's last token, and before it the node, at or below, that has this page."""
     last = (node.end - 1) // self.page_size
     while node.start // self.page_size + len(node.held) <= last:
       node = next(iter(node.children.values()))  # any child: all have these tokens

@@ -75,8 +75,8 @@ class Notifier:
   def deliver(self) -> None:
     """Calls the callbacks about all noted changes, in order. The caller must not hold the lock.
 
-    One thread delivers at a time. If another thread, or a callback, calls this meanwhile, it returns
-    at once, and the first thread delivers for it.
+    One thread delivers at a time. If another thread, or a callback, calls this meanwhile, the call
+    returns at once, and the first thread delivers for it.
     """
     while self._changes and self._delivering.acquire(blocking=False):
       try:

@@ -168,7 +168,7 @@ class Evictable:
     self._moved.clear()
 
   def _recount(self, node: Node) -> None:
-    """Counts a node again: which of its pages are blocked and covered, and what its parent counts."""
+    """Counts a node again: its blocked and covered pages, and what its parent counts."""
     count, held, size = self._of(node), node.held, len(node.held)
     attached = node.attached
     pinned = attached and node.entry is not None and node.entry.pinned
@@ -244,7 +244,7 @@ class Evictable:
   # Order
 
   def _gives(self, node: Node) -> bool:
-    """Whether a node can give up its last device page: no such page below, and it is not blocked."""
+    """Whether a node can give up its last device page: it is not blocked, and no other is below."""
     count = self._of(node)
     return node.attached and not count.device_children and count.reach <= count.last
 
@@ -273,8 +273,8 @@ class Evictable:
     """The node whose stored prefix goes first; None if all are in use or pinned."""
 
     def idle(node: Node) -> bool:
-      pinned = node.entry is None or node.entry.pinned
-      return not pinned and not self._prefixes.end_of(node)[1].busy
+      stays = node.entry is None or node.entry.pinned
+      return not stays and not self._prefixes.end_of(node)[1].busy
 
     return self._entries.pop(idle)
 
@@ -409,7 +409,7 @@ class Reclaim:
   # Room on the device
 
   def make_room(self, needed: int, spare: int = 0) -> None:
-    """Evicts until `needed` pages are free. If that takes any eviction, `spare` pages more are freed.
+    """Evicts until `needed` pages are free; if it must evict, until `spare` pages more are free.
 
     Raises:
       OutOfPages: Too few pages are available; nothing was evicted.
@@ -444,10 +444,10 @@ class Reclaim:
   def _victims(self, count: int) -> list[Held]:
     """About `count` pages of the index that leave the device next.
 
-    # no spill, or no room     [a][b]  the node forgets b      b is in the batch, to be dropped
-    #   and swapped, room      [a][b]  the node forgets b      b is in the batch, to be moved
-    #   and swapped, no room   [a][b]  the node forgets b      b stays, for the swapped sequence alone
     # spill, and room          [a][b]  the node keeps b        b is in the batch, to be moved
+    # no spill, or no room     [a][b]  the node forgets b      b is in the batch, to be dropped
+    #   b swapped, and room    [a][b]  the node forgets b      b is in the batch, to be moved
+    #   b swapped, no room     [a][b]  the node forgets b      b stays, for its sequence alone
 
     Returns:
       The pages to drop, and those to move to host memory, which are still kept.
@@ -457,12 +457,12 @@ class Reclaim:
     found = 0  # device pages in the batch
     with contextlib.ExitStack() as leaving:
       while found < count and (node := self._evictable.next_leaf()) is not None:
+        pages = self._evictable.leaving(node, count - found)
         if self._options.spill and room > 0:
-          gone = self._evictable.leaving(node, min(room, count - len(batch)))
+          gone = pages[:room]
           room -= len(gone)
-          leaving.enter_context(self.guarding(gone))  # so that it is not chosen again
+          leaving.enter_context(self.guarding(gone))  # so that they are not chosen again
         else:
-          pages = self._evictable.leaving(node, count - found)
           gone = self._prefixes.forget_last(node, len(pages))
           moving = [each for each in pages if each.swapped and not each.indexed][:room]
           room -= len(moving)

@@ -70,7 +70,7 @@ class Sharing:
     return copy
 
   def own_pages(self, handle: Handle, first_page: int) -> list[int]:
-    """Makes the row the only holder of its pages from number `first_page` on; returns all its pages."""
+    """Makes the row the only holder of its pages from number `first_page` on; returns its pages."""
     row = self._sequences.running(handle)
     if not self._config.copy_on_write:
       raise errors.Disabled("copy-on-write")

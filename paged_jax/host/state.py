@@ -107,7 +107,10 @@ class State:
     return images
 
   def restore(self, images: list[Pages]) -> list[int]:
-    """Copies images into new pages that the host holds; returns these pages. Reads all reports first."""
+    """Copies images into new pages that the host holds; returns the pages.
+
+    Takes over all reports first.
+    """
     self.settle()
     taken: list[int] = []
     for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):

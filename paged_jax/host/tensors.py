@@ -94,7 +94,7 @@ class Tensors:
     return wait
 
   def _writers(self, handle: Handle) -> list[int | None]:
-    """The cache id that wrote each token; empty after a program's report: programs write no marks."""
+    """The cache id that wrote each token; empty after a report, since programs write no marks."""
     if handle.marked_at != self._turn.num_reports:
       handle.writers, handle.marked_at = [], self._turn.num_reports
     return handle.writers

@@ -1,4 +1,7 @@
-"""All integers of a cache: who holds which page. Runs without any bytes, also on the host."""
+"""The ledger: all integers of a cache, which say who holds which page. It has no bytes.
+
+Two backends have the same verbs: functions of arrays for a device, and `HostLedger` in NumPy.
+"""
 
 from paged_jax.ledger.laws import audit as audit
 from paged_jax.ledger.log import replay as replay

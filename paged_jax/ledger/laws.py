@@ -1,4 +1,4 @@
-"""The laws of a ledger, counted."""
+"""The laws of a ledger, checked."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from paged_jax.types import Audit, Ledger
 
 
 def audit(ledger: Ledger) -> Audit:
-  """Counts what breaks the laws.
+  """Counts how often each law is broken.
 
   >>> import paged_jax
   >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))

@@ -1,4 +1,4 @@
-"""What a program on the device did to a ledger, done again on another one."""
+"""Replay: another ledger repeats the verbs that a program on the device reported."""
 
 import jax
 
@@ -20,14 +20,14 @@ VERBS = {
 
 
 def check(log: Log) -> None:
-  """Raises unless all verbs of `log` can be done again, and each has its operands."""
+  """Raises unless `log` names verbs of a ledger only, and each has its operands."""
   unknown = [verb for verb in log.verbs if verb not in VERBS]
   if unknown or len(log.verbs) != len(log.operands):
     raise ValueError(f"log.verbs must be of {', '.join(VERBS)}, with operands, got {log.verbs}")
 
 
 def replay(ledger: Ledger, log: Log) -> Ledger:
-  """The ledger after everything in `log`: bit for bit that of the program which reported it.
+  """The ledger after all verbs in `log`, bit for bit the same as that of the program.
 
   >>> import jax.numpy as jnp, paged_jax
   >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))
@@ -36,7 +36,7 @@ def replay(ledger: Ledger, log: Log) -> Ledger:
   [6, 3]
 
   Raises:
-    ValueError: The log names something that is no verb of a ledger.
+    ValueError: The log names a verb that a ledger does not have, or lacks operands.
   """
   check(log)
 

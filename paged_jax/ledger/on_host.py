@@ -1,7 +1,7 @@
-"""The ledger in NumPy: all verbs, bit for bit as `verbs` computes them, changed in place.
+"""The ledger in NumPy: the same verbs as in `verbs`, with the same bits, changed in place.
 
-A verb costs the rows and pages that it names, and the words of the bitmap that a search for free
-pages passes. Nothing visits the whole pool.
+The cost of a verb grows with the rows, the pages that it names, and the words of the bitmap that
+its search for free pages passes. No verb visits the whole pool.
 """
 
 from typing import Any, NamedTuple
@@ -13,15 +13,16 @@ from paged_jax.config import CacheConfig
 from paged_jax.ledger import log as log_lib
 from paged_jax.types import Info, Log, Pool, Tables
 
-_WINDOWS = 256, 4096  # words that a search looks at: in its first step, and in later ones
+_WINDOWS = 256, 4096  # words that a search reads in its first step, and in each later one
 _BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class HostLedger:
   """All integers of a cache, on the host.
 
-  Its verbs take the same requests as those of `paged_jax.ledger` and decide the same. A verb
-  changes the ledger and returns an `Info` of NumPy values.
+  Its verbs take the same requests as those of `paged_jax.ledger`, and decide the same. A verb
+  changes the ledger and returns an `Info` of NumPy values. The public docstrings are in
+  `paged_jax.cache`.
 
   >>> import numpy as np, paged_jax
   >>> config = paged_jax.CacheConfig(num_rows=2, num_pages=4, page_size=8, max_length=16)
@@ -32,8 +33,9 @@ class HostLedger:
   >>> ledger.block_tables.tolist()
   [[0, 1], [4, 4]]
 
-  A program on the device changes its ledger and reports how only later. Until then the host goes
-  on from a mark, as if the program did nothing:
+  A program on the device changes the device's ledger, and its report comes later. Until then the
+  host goes on from a mark, as if the program did nothing. After the report it starts from the mark
+  again:
 
       # device  extend ─ program ─ free ─ extend
       # host    extend ─ mark ──── free ─ extend ─┐ the report is here
@@ -64,7 +66,7 @@ class HostLedger:
     self.lengths = np.zeros(s, np.int32)
     self.stale = np.zeros(s, np.bool_)
     self.num_copies = 0  # pages that `extend` and `unshare` copied
-    self.touched: set[int] = set()  # held pages whose holders changed; the caller clears it
+    self.touched: set[int] = set()  # held pages whose holders changed; the user of it clears it
     self._mark: _Mark | None = None
 
   @property
@@ -88,7 +90,7 @@ class HostLedger:
     return self.pages_per_row * self.page_size
 
   def snapshot(self) -> types.Ledger:
-    """A copy, as the device keeps it."""
+    """A copy in the form of the device's ledger."""
 
     def copy(array) -> Any:
       return np.array(array)
@@ -108,7 +110,7 @@ class HostLedger:
     )
     return types.Ledger(pool, tables, self.page_size, self.copy_on_write)
 
-  # The verbs.
+  # Verbs
 
   def pages_needed(self, num_tokens: np.ndarray) -> np.ndarray:
     """Pages that `extend` would take for each row, i32[S]."""
@@ -116,25 +118,26 @@ class HostLedger:
     return growth.num_new + growth.copied
 
   def pages_to_begin(self, held: int, num_tokens: int) -> int:
-    """Pages that a row takes to hold `num_tokens`, if it starts on pages with `held` of them.
+    """Pages that a row takes to hold `num_tokens`, if it starts on `held` tokens of held pages.
 
-    Others hold these pages, too: a partly filled one is copied before the row writes into it.
+    The copy of a partly filled held page counts.
     """
     size = self.page_size
     copied = num_tokens > held and held % size > 0
     return -(-num_tokens // size) - -(-held // size) + copied
 
   def shares_tail(self, num_tokens: np.ndarray) -> bool:
-    """Whether a row that grows by `num_tokens` i32[S] would write into a page that others hold."""
+    """Whether growing by `num_tokens` i32[S] would write into a page with several holders."""
     rows = ((num_tokens > 0) & (self.lengths % self.page_size > 0)).nonzero()[0]
     tails = self.block_tables[rows, self.lengths[rows] // self.page_size]
     return bool((self.refcount[tails] > 1).any())
 
   def extend(self, num_tokens: np.ndarray) -> Info:
-    """Room for `num_tokens` i32[S] more tokens in each row."""
-    # tokens      0 ...... 4 5            a row of 6 tokens, whose pages others hold too,
-    # pages       [a     ] [b  ]          grows by 3: first it takes c, a copy of b,
-    # afterwards  [a     ] [c    ] [d ]   then d, and gives up its share of b
+    """Makes room for `num_tokens` i32[S] more tokens in each row.
+
+    # row before   [a     ][b  ]           others hold b too
+    # row after    [a     ][c     ][d ]    the row takes c, a copy of b, and d, and gives up b
+    """
     growth = self._growth(num_tokens)
     ok, lengths, need = growth.valid, growth.lengths, growth.num_new + growth.copied
     if need.any():
@@ -146,7 +149,7 @@ class HostLedger:
       copied = growth.tails[fits[growth.rows] & (growth.copied[growth.rows] > 0)]
       self._count(copied, -1)
       self.num_copies += copied.size
-      # Behind a refused row the last sharer of a tail page is still not alone on it.
+      # After a refused row, the last sharer of a tail page still has another holder on it.
       fits |= need == 0
       fits[growth.rows] &= (need[growth.rows] > 0) | (self.refcount[growth.tails] <= 1)
       ok = ok & fits
@@ -156,7 +159,11 @@ class HostLedger:
     return self._info(ok)
 
   def fork(self, src: np.ndarray, dst: np.ndarray, num_tokens: np.ndarray | None = None) -> Info:
-    """Rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B]."""
+    """Makes rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B].
+
+    # src          [a][b][c]     1 1 1 holders before, 2 2 1 after
+    # dst after    [a][b]        b may be shared in part
+    """
     src = arguments.host_integers("src", src, (None,))
     dst = arguments.host_integers("dst", dst, src.shape)
     known = (src >= 0) & (src < self.num_rows)
@@ -180,7 +187,11 @@ class HostLedger:
     return self._info(ok | (dst == self.num_rows))
 
   def reorder(self, sources: np.ndarray) -> Info:
-    """Row r becomes a share of row `sources[r]`, all at once; S empties it."""
+    """Makes row r a share of row `sources[r]`, all rows at once; S empties a row.
+
+    # row 0    [a][b]   ──▶   [a][c]       sources 1, 1: row 0 becomes a holder of a and c,
+    # row 1    [a][c]   ──▶   [a][c]       and gives up a and b
+    """
     s = self.num_rows
     sources = arguments.host_integers("sources", sources, (s,))
     own = np.arange(s)
@@ -195,7 +206,7 @@ class HostLedger:
     first, count = self._span(starts, lengths)
     rows, columns = _spread(source, first, count)
     pages = self.block_tables[rows, columns]
-    # All rows share their new pages before any gives up its old ones.
+    # All rows become holders of their new pages before any row gives up its old ones.
     self._count(pages, 1)
     self._unmap(changed, *self._span(self.starts[changed], self.lengths[changed]))
     self._map(np.repeat(target, count), columns, pages)
@@ -204,14 +215,18 @@ class HostLedger:
     return self._info(ok)
 
   def unshare(self, starts: np.ndarray) -> Info:
-    """Pages of the tokens `starts` i32[S] to the end of each row get no other holder."""
+    """Makes each row the only holder of its pages from the one of token `starts` i32[S] on.
+
+    # row before   [a][b][c]      others hold a and b too; `starts` is on b
+    # row after    [a][d][c]      the row takes d, a copy of b, and gives up b
+    """
     starts = arguments.host_integers("starts", starts, (self.num_rows,))
     ok = (starts >= 0) & (starts <= self.lengths)
     first, count = self._span(np.maximum(starts, self.starts), self.lengths)
     asking = (ok & (starts < self.lengths)).nonzero()[0]
     rows, columns = _spread(asking, first[asking], count[asking])
     shared = self.refcount[self.block_tables[rows, columns]] > 1
-    short = False  # behind the first row that is short of pages nobody takes any
+    short = False  # whether pages were missing for a row: no later row takes any
     for row in np.unique(rows[shared]).tolist():
       begin, end = int(first[row]), int(first[row] + count[row])
       columns = np.arange(begin, end)
@@ -232,7 +247,7 @@ class HostLedger:
     return self._info(ok)
 
   def trim(self, lengths: np.ndarray) -> Info:
-    """Each row keeps its first `lengths` i32[S] tokens."""
+    """Cuts each row to its first `lengths` i32[S] tokens, and gives up whole pages after them."""
     lengths = arguments.host_integers("lengths", lengths, (self.num_rows,))
     ok = (lengths <= self.lengths) & (lengths >= 0) & ((lengths >= self.starts) | (lengths == 0))
     rows = (ok & (lengths < self.lengths)).nonzero()[0]
@@ -245,7 +260,7 @@ class HostLedger:
     return self._info(ok)
 
   def slide(self, starts: np.ndarray) -> Info:
-    """Each row forgets its tokens before `starts` i32[S]."""
+    """Forgets each row's tokens before `starts` i32[S], and gives up whole pages of these."""
     starts = arguments.host_integers("starts", starts, (self.num_rows,))
     ok = (starts >= 0) & (starts <= self.lengths)
     rows = (ok & (starts > self.starts)).nonzero()[0]
@@ -255,7 +270,7 @@ class HostLedger:
     return self._info(ok)
 
   def free(self, rows: np.ndarray) -> Info:
-    """Rows marked in `rows` bool[S] give everything back."""
+    """Empties the rows marked in `rows` bool[S]: they give up all their pages."""
     rows = arguments.host_booleans("rows", rows, (self.num_rows,))
     filled = rows & (self.lengths > 0)
     marked = filled.nonzero()[0]
@@ -264,7 +279,7 @@ class HostLedger:
     return self._info(~rows | filled)
 
   def hold(self, pages: np.ndarray) -> Info:
-    """One more host reference for each entry of `pages` i32[B]."""
+    """Adds a hold of the host for each entry of `pages` i32[B]."""
     pages = arguments.host_integers("pages", pages, (None,))
     ok = (pages >= 0) & (pages < self.num_pages)
     ok[ok] = self.refcount[pages[ok]] > 0
@@ -272,7 +287,7 @@ class HostLedger:
     return self._info(ok | (pages == self.num_pages))
 
   def drop(self, pages: np.ndarray) -> Info:
-    """One host reference less for each entry of `pages` i32[B]."""
+    """Removes a hold of the host for each entry of `pages` i32[B]."""
     pages = arguments.host_integers("pages", pages, (None,))
     ok = (pages >= 0) & (pages < self.num_pages)
     ok[ok] = _earlier(pages[ok]) < self.holds[pages[ok]]
@@ -286,7 +301,11 @@ class HostLedger:
     lengths: np.ndarray,
     starts: np.ndarray | None = None,
   ) -> Info:
-    """Empty rows i32[B] start life on held `pages` i32[B,C] with `lengths` i32[B] tokens."""
+    """Starts empty rows i32[B] on held `pages` i32[B,C], with `lengths` i32[B] tokens.
+
+    # host         [a][b]     1 1 holders before
+    # row after    [a][b]     2 2 holders: the host's holds remain
+    """
     rows = arguments.host_integers("rows", rows, (None,))
     pages = arguments.host_integers("pages", pages, (*rows.shape, None))
     lengths = arguments.host_integers("lengths", lengths, rows.shape)
@@ -306,8 +325,12 @@ class HostLedger:
     self._write(rows[ok], starts[ok], lengths[ok], lengths[ok] > 0)
     return self._info(ok | (rows == self.num_rows))
 
-  def take_held(self, count: np.ndarray, size: int) -> tuple[np.ndarray, Info]:
-    """Takes `count` i32[] pages for the host, all or none: i32[size], N past the last."""
+  def take_held(self, count: np.ndarray | np.int32, size: int) -> tuple[np.ndarray, Info]:
+    """Takes `count` i32[] free pages, which the host then holds, all or none.
+
+    Returns:
+      The pages i32[size] (N past the last), and `Info` with ok bool[].
+    """
     wanted = int(arguments.host_integers("count", count, ()))
     ok = 0 <= wanted <= min(size, self.num_free)
     pages = np.full(size, self.num_pages, np.int32)
@@ -315,14 +338,14 @@ class HostLedger:
       pages[:wanted] = self._take(wanted, holds=1)
     return pages, self._info(np.bool_(ok))
 
-  # Programs that report later.
+  # Programs that report later
 
   def replay(self, log: Log) -> None:
-    """Does everything in `log` again, step by step.
+    """Repeats all verbs in `log`, step by step.
 
     Raises:
-      ValueError: The log names something that is no verb of a ledger, or its operands have different
-        numbers of steps.
+      ValueError: The log names a verb that a ledger does not have, lacks operands, or has operands
+        with different numbers of steps.
     """
     log_lib.check(log)
     operands = [tuple(map(np.asarray, arrays)) for arrays in log.operands]
@@ -330,14 +353,19 @@ class HostLedger:
     if len(num_steps) > 1:
       raise ValueError(f"log.operands must have one number of steps, got {sorted(num_steps)}")
     for step in range(max(num_steps, default=0)):
-      # Most programs only extend; those that copy do so in their first step.
+      # Most programs only extend, and copy pages in their first step if at all: then all other
+      # steps are done at once.
       if step < 2 and log.verbs == ("extend",) and self._extend_all(operands[0][0][step:]):
         return
       for verb, arrays in zip(log.verbs, operands):
         getattr(self, verb)(*(x[step] for x in arrays))
 
   def _extend_all(self, num_tokens: np.ndarray) -> bool:
-    """Extends by each of `num_tokens` i32[K,S] in turn, if all is granted and nothing copied."""
+    """Extends by each of `num_tokens` i32[K,S] in turn, if all are granted and no page is copied.
+
+    Returns:
+      Whether it did; if not, nothing changed.
+    """
     size, lengths = self.page_size, np.zeros((len(num_tokens) + 1, self.num_rows), np.int64)
     np.cumsum(num_tokens, axis=0, out=lengths[1:])
     grows = lengths[-1] > 0
@@ -356,11 +384,11 @@ class HostLedger:
     return True
 
   def mark(self) -> None:
-    """Makes this the state that `rewind` brings back."""
+    """Makes the state now the one that `rewind` brings back."""
     self._mark = _Mark([], self.num_free, self.cursor, self.num_copies)
 
   def rewind(self) -> None:
-    """Brings everything back as it was at the mark, which stays."""
+    """Brings back the state at the mark, which stays."""
     if self._mark is None:
       raise ValueError("rewind needs a mark, got none")
     writes, self.num_free, self.cursor, self.num_copies = self._mark
@@ -377,14 +405,14 @@ class HostLedger:
     """Forgets the mark."""
     self._mark = None
 
-  # Questions.
+  # Questions
 
   def _info(self, ok) -> Info:
     """What a verb reports."""
     return Info._make((ok, self.num_free))
 
   def _growth(self, num_tokens: np.ndarray) -> "_Growth":
-    """What `extend` would do for each row if there were pages enough. It is counted here only."""
+    """What `extend` by `num_tokens` i32[S] asks for each row."""
     num_tokens = arguments.host_integers("num_tokens", num_tokens, (self.num_rows,))
     size, before = self.page_size, self.lengths
     valid = (num_tokens >= 0) & (num_tokens <= self.capacity - before)
@@ -396,7 +424,7 @@ class HostLedger:
     copied = np.zeros(self.num_rows, np.int32)
     rows, tails = rows[shared], tails[shared]
     if rows.size and self.copy_on_write:
-      # Row by row: of n sharers the first n - 1 copy, and leave the page to the last.
+      # Row by row: of n sharers the first n - 1 copy the page, and the last one keeps it.
       copied[rows] = self.refcount[tails] - _earlier(tails) > 1
     elif rows.size:
       valid[rows], lengths[rows] = False, before[rows]
@@ -415,10 +443,14 @@ class HostLedger:
     ok[ok] = _earlier(rows[ok]) == 0
     return ok
 
-  # Changes. Every write to an array passes `_keep`, every change of a page's holders `_count`.
+  # Changes. Every write to an array calls `_keep`, and every change of a page's holders `_count`.
 
   def _take(self, count: int, *, holds: int = 0) -> np.ndarray:
-    """Takes the next `count` free pages from the cursor on, once round the pool."""
+    """Takes the next `count` free pages from the cursor on; that many must be free.
+
+    # free      . 1 . 3 4 . 6 .      cursor 3, count 3
+    # taken           3 4   6        each gets one holder; the next cursor is 7
+    """
     if not count:
       return np.zeros(0, np.int32)
     pages = self._search(count)
@@ -429,7 +461,7 @@ class HostLedger:
     return pages
 
   def _search(self, count: int) -> np.ndarray:
-    """The pages that `_take` takes: the bitmap is searched a window at a time."""
+    """The next `count` free pages from the cursor on, once round the bitmap, window by window."""
     found, position, size = [], self.cursor, _WINDOWS[0]
     while count > 0:
       first = position // 32
@@ -445,7 +477,10 @@ class HostLedger:
     return np.concatenate(found)
 
   def _count(self, pages: np.ndarray, references: int, holds: int = 0) -> None:
-    """Each entry of `pages` adds to its page's holders; `holds` of them are the host's."""
+    """Adds `references` to the holders of each entry of `pages`; `holds` of these are the host's.
+
+    # references, holds    1 0  a row takes it     1 1  the host too     -1 0, -1 -1  gives it up
+    """
     if not pages.size:
       return
     self._keep(self.refcount, pages)
@@ -453,7 +488,7 @@ class HostLedger:
     if holds:
       self._keep(self.holds, pages)
       np.add.at(self.holds, pages, np.int32(holds))
-      self.touched.update(pages.tolist())  # the host held them before, or does now
+      self.touched.update(pages.tolist())  # held before, or now
     else:
       self._touch(pages)
     emptied = set(pages[self.refcount[pages] == 0].tolist())
@@ -462,35 +497,35 @@ class HostLedger:
       self.num_free += len(emptied)
 
   def _flip(self, pages: np.ndarray, change: np.ufunc) -> None:
-    """Adds or subtracts the bits of `pages`, all distinct, so that no carry arises."""
+    """Adds or subtracts the bits of `pages` in the bitmap; all are distinct, so no bit carries."""
     words = pages // 32
     self._keep(self.bitmap, words)
     change.at(self.bitmap, words, _BITS[pages % 32])
 
   def _map(self, rows, columns: np.ndarray, pages) -> None:
-    """Writes `pages` into the block tables; who holds them is counted apart."""
+    """Writes `pages` into the block tables; the caller counts the holders."""
     self._set(self.block_tables, (rows, columns), pages)
 
   def _unmap(self, rows: np.ndarray, first: np.ndarray, count: np.ndarray) -> None:
-    """Each row gives up its `count` logical pages from `first` on."""
+    """Takes from each row its `count` logical pages from `first` on, and counts the holders."""
     rows, columns = _spread(rows, first, count)
     pages = self.block_tables[rows, columns]
     self._map(rows, columns, self.num_pages)
     self._count(pages, -1)
 
   def _write(self, rows: np.ndarray, starts, lengths, stale) -> None:
-    """Says which tokens rows hold."""
+    """Sets which tokens rows hold."""
     self._set(self.starts, rows, starts)
     self._set(self.lengths, rows, lengths)
     self._set(self.stale, rows, stale)
 
   def _set(self, array: np.ndarray, index, values) -> None:
-    """Assigns, and keeps the old values."""
+    """Assigns values, and keeps the old ones for `rewind`."""
     self._keep(array, index)
     array[index] = values
 
   def _keep(self, array: np.ndarray, index) -> None:
-    """Keeps what a write will change, for `rewind`."""
+    """Keeps the values that a write will change, for `rewind`."""
     if self._mark is not None:
       self._mark.writes.append((array, index, array[index].copy()))
 
@@ -500,7 +535,7 @@ class HostLedger:
 
 
 class _Mark(NamedTuple):
-  """What `rewind` needs: the old values of each write since, and the numbers as they were."""
+  """What `rewind` needs: the old values of each write since the mark, and the numbers then."""
 
   writes: list[tuple[np.ndarray, Any, np.ndarray]]  # array, index, old values
   num_free: int
@@ -509,14 +544,14 @@ class _Mark(NamedTuple):
 
 
 class _Growth(NamedTuple):
-  """What `extend` asks of each row, before any question of room."""
+  """What `extend` asks for each row, whether or not enough pages are free."""
 
-  valid: np.ndarray  # bool[S] the request makes sense and fits the row
-  lengths: np.ndarray  # i32[S] wanted
-  num_pages: np.ndarray  # i32[S] logical pages that the row reaches today
+  valid: np.ndarray  # bool[S] the count is not negative and fits the row
+  lengths: np.ndarray  # i32[S] tokens afterwards
+  num_pages: np.ndarray  # i32[S] logical pages before
   num_new: np.ndarray  # i32[S] whole new pages
-  rows: np.ndarray  # those that write into a partly filled page which others hold
-  tails: np.ndarray  # the page of each of them
+  rows: np.ndarray  # the rows that write into a partly filled page with other holders
+  tails: np.ndarray  # that page of each of these rows
   copied: np.ndarray  # i32[S] 1 if that page must be copied first
 
 
@@ -531,7 +566,7 @@ def _spread(
 
 
 def _earlier(ids: np.ndarray) -> np.ndarray:
-  """How many earlier entries of `ids` name the same id."""
+  """For each entry of `ids`, how many earlier entries are equal."""
   order = ids.argsort(kind="stable")
   ids = ids[order]
   earlier = np.empty(ids.size, np.int64)

@@ -1,6 +1,6 @@
 """The page pool: a packed free-list bitmap and a refcount vector, always written together.
 
-Page ids given to these functions are in 0..N, and N is no page; the ledger sees to it.
+Page ids given to these functions are in 0..N, and N is no page. The callers check them.
 """
 
 import dataclasses
@@ -51,14 +51,17 @@ def take(
   *,
   chunk: int,
 ) -> tuple[Pool, Carry]:
-  """Takes `count` free pages, the next ones from the cursor on, and folds `place` over them.
+  """Takes the next `count` free pages from the cursor on, and folds `place` over them.
 
-  The search goes round the bitmap once, a window of words at a time, and hands out at most
-  `chunk` pages per turn; its cost depends on the pages taken and not on N.
+  # free      . 1 . 3 4 . 6 .      cursor 3, count 3
+  # taken           3 4   6        each gets one holder; the next cursor is 7
+
+  The search goes round the bitmap once, a window of words at a time. One turn takes at most `chunk`
+  pages. The cost depends on the pages taken and not on N.
 
   Args:
     pool: The pool.
-    count: i32[] pages wanted; no more than are free.
+    count: i32[] pages to take, at most the free ones.
     place: `place(carry, ranks, pages)` stores a chunk: ranks i32[chunk] number the pages of this
       call from 0, and pages i32[chunk] is N where there is none.
     carry: What `place` starts from.
@@ -83,12 +86,12 @@ def take(
 
 
 def retain(pool: Pool, pages: jax.Array) -> Pool:
-  """One more holder for each entry of `pages`, all of which have one already."""
+  """Adds a holder for each entry of `pages`, which all have one already."""
   return dataclasses.replace(pool, refcount=pool.refcount.at[pages].add(1, mode="drop"))
 
 
 def release(pool: Pool, pages: jax.Array) -> Pool:
-  """One holder less for each entry of `pages`; a page is free once it has none."""
+  """Removes a holder for each entry of `pages`; a page without holders is free."""
   n = pool.num_pages
   refcount = pool.refcount.at[pages].add(-1, mode="drop")
   emptied = refcount.at[pages].get(mode="fill", fill_value=1) == 0
@@ -103,23 +106,23 @@ def release(pool: Pool, pages: jax.Array) -> Pool:
 
 
 def hold(pool: Pool, pages: jax.Array) -> Pool:
-  """One more host reference for each entry of `pages`, all of which have a holder already."""
+  """Adds a hold of the host for each entry of `pages`, which all have a holder already."""
   return dataclasses.replace(retain(pool, pages), holds=pool.holds.at[pages].add(1, mode="drop"))
 
 
 def claim(pool: Pool, pages: jax.Array) -> Pool:
-  """The host becomes the one holder of each of `pages`, all just taken."""
+  """Makes the host the holder of each of `pages`, which were just taken."""
   return dataclasses.replace(pool, holds=pool.holds.at[pages].set(1, mode="drop"))
 
 
 def drop(pool: Pool, pages: jax.Array) -> Pool:
-  """One host reference less for each entry of `pages`."""
+  """Removes a hold of the host for each entry of `pages`; a page without holders is free."""
   pool = dataclasses.replace(pool, holds=pool.holds.at[pages].add(-1, mode="drop"))
   return release(pool, pages)
 
 
 def _flip(pool: Pool, pages: jax.Array, *, freed: bool) -> Pool:
-  """Turns the bit of each of `pages`, all distinct, and counts them."""
+  """Flips the bit of each of `pages`, all distinct, and updates the count of free pages."""
   bits = jnp.uint32(1) << (pages % _WORD).astype(jnp.uint32)
   words = jnp.where(pages < pool.num_pages, pages // _WORD, pool.free.shape[0])
   count = jnp.sum(pages < pool.num_pages, dtype=jnp.int32)
@@ -131,7 +134,7 @@ def _flip(pool: Pool, pages: jax.Array, *, freed: bool) -> Pool:
 def _search(
   pool: Pool, position: jax.Array, wanted: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Up to `wanted` free pages of the window of words at `position`, and where to go on.
+  """Up to `wanted` free pages of the window of words at `position`, and the next position.
 
   Returns:
     pages i32[chunk], ascending, N past the last one found, and the next position.
@@ -140,7 +143,9 @@ def _search(
   words = position // _WORD + jnp.arange(size, dtype=jnp.int32)
   free = pool.free.at[words].get(mode="fill", fill_value=0)
   ahead = ~jnp.uint32(0) << (position % _WORD).astype(jnp.uint32)
-  free = jnp.where(words == words[0], free & ahead, free)  # the rest waits for the end of the lap
+  free = jnp.where(
+    words == words[0], free & ahead, free
+  )  # earlier bits come last, after a full lap
 
   count = jax.lax.population_count(free).astype(jnp.int32)
   word, nth = loops.locate(count, jnp.arange(chunk, dtype=jnp.int32))

@@ -17,7 +17,7 @@ def init(num_rows: int, pages_per_row: int, num_pages: int) -> Tables:
 
 
 def num_pages_for(lengths: jax.Array, page_size: int) -> jax.Array:
-  """Pages that `lengths` tokens fill, the last one perhaps in part."""
+  """Pages that `lengths` tokens need; the last page may be partly filled."""
   return (lengths + page_size - 1) // page_size
 
 

@@ -1,8 +1,8 @@
 """The verbs on integers alone: who holds which page. `cache` adds the bytes.
 
 Every function takes a ledger and a request for all rows at once, and returns the next ledger and
-an `Info`; those that need bytes moved also return the `Copies` to make. The public docstrings are
-in `paged_jax.cache`.
+an `Info`. A verb that copies pages also returns the `Copies` to make. The public docstrings are in
+`paged_jax.cache`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from paged_jax.types import Copies, Info, Ledger, Pool, Tables
 
 
 def init(config: CacheConfig) -> Ledger:
-  """A ledger of free pages and empty rows."""
+  """A ledger whose pages are all free, and whose rows are all empty."""
   return Ledger(
     pool=pool_lib.init(config.num_pages),
     tables=tables_lib.init(config.num_rows, config.pages_per_row, config.num_pages),
@@ -35,7 +35,11 @@ def pages_needed(ledger: Ledger, num_tokens: jax.Array) -> jax.Array:
 
 
 def extend(ledger: Ledger, num_tokens: jax.Array) -> tuple[Ledger, Info, Copies]:
-  """Room for `num_tokens` i32[S] more tokens in each row."""
+  """Makes room for `num_tokens` i32[S] more tokens in each row.
+
+  # row before   [a     ][b  ]           others hold b too
+  # row after    [a     ][c     ][d ]    the row takes c, a copy of b, and d, and gives up b
+  """
   growth = _growth(ledger, num_tokens)
   pool, tables = ledger.pool, ledger.tables
   need = growth.num_new + growth.copied
@@ -56,7 +60,7 @@ def extend(ledger: Ledger, num_tokens: jax.Array) -> tuple[Ledger, Info, Copies]
     pool, jnp.sum(need, dtype=jnp.int32), place, tables.block_tables, chunk=_chunk(ledger)
   )
   pool = pool_lib.release(pool, jnp.where(copied > 0, growth.tail_page, pool.num_pages))
-  # Behind a refused row the last sharer of a tail page is still not alone on it.
+  # After a refused row, the last sharer of a tail page still has another holder on it.
   alone = pool_lib.refcounts(pool, growth.tail_page) <= 1
   ok = growth.valid & (fits | ((growth.num_new + growth.copied == 0) & alone))
   extended = ok & (growth.lengths > tables.lengths)
@@ -78,17 +82,18 @@ def extend(ledger: Ledger, num_tokens: jax.Array) -> tuple[Ledger, Info, Copies]
 
 
 class _Growth(NamedTuple):
-  """What `extend` asks of each row, before any question of room."""
+  """What `extend` asks for each row, whether or not enough pages are free."""
 
-  valid: jax.Array  # bool[S] the request makes sense and fits the row
-  lengths: jax.Array  # i32[S] wanted
-  num_pages: jax.Array  # i32[S] logical pages that the row reaches today
+  valid: jax.Array  # bool[S] the count is not negative and fits the row
+  lengths: jax.Array  # i32[S] tokens afterwards
+  num_pages: jax.Array  # i32[S] logical pages before
   num_new: jax.Array  # i32[S] whole new pages
   tail_page: jax.Array  # i32[S] the partly filled page that will be written, N if none
   copied: jax.Array  # i32[S] 1 if the tail page must be copied first
 
 
 def _growth(ledger: Ledger, num_tokens: jax.Array) -> _Growth:
+  """What `extend` by `num_tokens` i32[S] asks for each row."""
   num_tokens = arguments.integers("num_tokens", num_tokens, (ledger.num_rows,))
   pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
   valid = (num_tokens >= 0) & (num_tokens <= ledger.capacity - tables.lengths)
@@ -107,7 +112,7 @@ def _growth(ledger: Ledger, num_tokens: jax.Array) -> _Growth:
     num_pages=num_pages,
     num_new=tables_lib.num_pages_for(lengths, size) - num_pages,
     tail_page=tail,
-    # Row by row: of n sharers the first n - 1 copy, and leave the page to the last.
+    # Row by row: of n sharers the first n - 1 copy the page, and the last one keeps it.
     copied=(pool_lib.refcounts(pool, tail) - _earlier(tail) > 1).astype(jnp.int32),
   )
 
@@ -115,7 +120,11 @@ def _growth(ledger: Ledger, num_tokens: jax.Array) -> _Growth:
 def fork(
   ledger: Ledger, src: jax.Array, dst: jax.Array, num_tokens: jax.Array | None = None
 ) -> tuple[Ledger, Info]:
-  """Rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B]."""
+  """Makes rows `dst` i32[B] share the first `num_tokens` i32[B] tokens of rows `src` i32[B].
+
+  # src          [a][b][c]     1 1 1 holders before, 2 2 1 after
+  # dst after    [a][b]        b may be shared in part
+  """
   src = arguments.integers("src", src, (None,))
   dst = arguments.integers("dst", dst, src.shape)
   tables, s, size = ledger.tables, ledger.num_rows, ledger.page_size
@@ -161,7 +170,11 @@ def fork(
 
 
 def reorder(ledger: Ledger, sources: jax.Array) -> tuple[Ledger, Info]:
-  """Row r becomes a share of row `sources[r]`, all at once; S empties it."""
+  """Makes row r a share of row `sources[r]`, all rows at once; S empties a row.
+
+  # row 0    [a][b]   ──▶   [a][c]       sources 1, 1: row 0 gives up a and b,
+  # row 1    [a][c]   ──▶   [a][c]       and becomes a holder of a and c
+  """
   tables, s, size = ledger.tables, ledger.num_rows, ledger.page_size
   sources = arguments.integers("sources", sources, (s,))
   own = jnp.arange(s, dtype=jnp.int32)
@@ -196,7 +209,11 @@ def reorder(ledger: Ledger, sources: jax.Array) -> tuple[Ledger, Info]:
 
 
 def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
-  """Pages of the tokens `starts` i32[S] to the end of each row get no other holder."""
+  """Makes each row the only holder of its pages from the one of token `starts` i32[S] on.
+
+  # row before   [a][b][c]      others hold a and b too; `starts` is on b
+  # row after    [a][d][c]      the row takes d, a copy of b, and gives up b
+  """
   s, size, n = ledger.num_rows, ledger.page_size, ledger.pool.num_pages
   tables = ledger.tables
   starts = arguments.integers("starts", starts, (s,))
@@ -228,7 +245,7 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
     )
     pool = pool_lib.release(pool, jnp.where(shared, table, n))
     table = jnp.where(shared, taken.at[ranks].get(mode="fill", fill_value=n), table)
-    # Copied pages, and those between them: from the first one that is shared to the last.
+    # The pages to copy: from the first shared page to the last one, with those between.
     begin = jnp.min(jnp.where(shared, columns, ledger.pages_per_row))
     end = jnp.max(jnp.where(shared, columns + 1, 0))
     return (
@@ -259,7 +276,7 @@ def unshare(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info, Copies]:
 
 
 def trim(ledger: Ledger, lengths: jax.Array) -> tuple[Ledger, Info]:
-  """Each row keeps its first `lengths` i32[S] tokens."""
+  """Cuts each row to its first `lengths` i32[S] tokens, and gives up whole pages after them."""
   tables, size = ledger.tables, ledger.page_size
   lengths = arguments.integers("lengths", lengths, (ledger.num_rows,))
   ok = (lengths <= tables.lengths) & ((lengths >= tables.starts) | (lengths == 0)) & (lengths >= 0)
@@ -278,7 +295,7 @@ def trim(ledger: Ledger, lengths: jax.Array) -> tuple[Ledger, Info]:
 
 
 def slide(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info]:
-  """Each row forgets its tokens before `starts` i32[S]."""
+  """Forgets each row's tokens before `starts` i32[S], and gives up whole pages of these."""
   tables, size = ledger.tables, ledger.page_size
   starts = arguments.integers("starts", starts, (ledger.num_rows,))
   ok = (starts >= 0) & (starts <= tables.lengths)
@@ -291,7 +308,7 @@ def slide(ledger: Ledger, starts: jax.Array) -> tuple[Ledger, Info]:
 
 
 def free(ledger: Ledger, rows: jax.Array) -> tuple[Ledger, Info]:
-  """Rows marked in `rows` bool[S] give everything back."""
+  """Empties the rows marked in `rows` bool[S]: they give up all their pages."""
   rows = arguments.booleans("rows", rows, (ledger.num_rows,))
   tables = ledger.tables
   ok = ~rows | (tables.lengths > 0)
@@ -300,7 +317,7 @@ def free(ledger: Ledger, rows: jax.Array) -> tuple[Ledger, Info]:
 
 
 def hold(ledger: Ledger, pages: jax.Array) -> tuple[Ledger, Info]:
-  """One more host reference for each entry of `pages` i32[B]."""
+  """Adds a hold of the host for each entry of `pages` i32[B]."""
   pages = arguments.integers("pages", pages, (None,))
   n = ledger.pool.num_pages
   ok = (pages >= 0) & (pages < n)
@@ -310,7 +327,7 @@ def hold(ledger: Ledger, pages: jax.Array) -> tuple[Ledger, Info]:
 
 
 def drop(ledger: Ledger, pages: jax.Array) -> tuple[Ledger, Info]:
-  """One host reference less for each entry of `pages` i32[B]."""
+  """Removes a hold of the host for each entry of `pages` i32[B]."""
   pages = arguments.integers("pages", pages, (None,))
   n = ledger.pool.num_pages
   known = jnp.where((pages >= 0) & (pages < n), pages, n)
@@ -327,7 +344,11 @@ def adopt(
   lengths: jax.Array,
   starts: jax.Array | None = None,
 ) -> tuple[Ledger, Info]:
-  """Empty rows i32[B] start life on held `pages` i32[B,C] with `lengths` i32[B] tokens."""
+  """Starts empty rows i32[B] on held `pages` i32[B,C], with `lengths` i32[B] tokens.
+
+  # host         [a][b]     1 1 holders before
+  # row after    [a][b]     2 2 holders: the host's holds remain
+  """
   rows = arguments.integers("rows", rows, (None,))
   pages = arguments.integers("pages", pages, (*rows.shape, None))
   lengths = arguments.integers("lengths", lengths, rows.shape)
@@ -360,7 +381,11 @@ def adopt(
 
 
 def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.Array, Info]:
-  """Takes `count` i32[] pages for the host, all or none: i32[size], N past the last."""
+  """Takes `count` i32[] free pages, which the host then holds, all or none.
+
+  Returns:
+    The next ledger, the pages i32[size] (N past the last), and `Info` with ok bool[].
+  """
   count = arguments.integers("count", count, ())
   pool, n = ledger.pool, ledger.pool.num_pages
   ok = (count >= 0) & (count <= jnp.minimum(size, pool.num_free))
@@ -376,7 +401,11 @@ def take_held(ledger: Ledger, count: jax.Array, size: int) -> tuple[Ledger, jax.
 
 
 def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Targets that are empty rows, each named once: (row or S, which entries are granted)."""
+  """Which entries of `rows` are granted: `valid` ones that name an empty row, each row once.
+
+  Returns:
+    The rows (S where not granted), and which entries are granted.
+  """
   s = ledger.num_rows
   valid &= (rows >= 0) & (rows < s)
   target = jnp.where(valid, rows, s)
@@ -387,7 +416,7 @@ def _vacant(ledger: Ledger, rows: jax.Array, valid: jax.Array) -> tuple[jax.Arra
 
 
 def _unmap(ledger: Ledger, first: jax.Array, count: jax.Array) -> Ledger:
-  """Each row gives up its `count` i32[S] logical pages from `first` i32[S] on."""
+  """Releases `count` i32[S] logical pages of each row, from `first` i32[S] on."""
   none = ledger.pool.num_pages
 
   def step(carry: tuple[Pool, jax.Array], rows, nth):
@@ -404,12 +433,12 @@ def _unmap(ledger: Ledger, first: jax.Array, count: jax.Array) -> Ledger:
 
 
 def _earlier(ids: jax.Array) -> jax.Array:
-  """How many earlier entries of `ids` i32[B] name the same id."""
+  """For each entry of `ids` i32[B], how many earlier entries are equal."""
   order = jnp.arange(ids.shape[0], dtype=jnp.int32)
   same = (ids[:, None] == ids[None, :]) & (order[:, None] < order[None, :])
   return jnp.sum(same, axis=0, dtype=jnp.int32)  # over the outer axis, where CPUs use all lanes
 
 
 def _chunk(ledger: Ledger) -> int:
-  """Pages handled per turn of a loop: one for each row, within reason."""
+  """Pages handled in one turn of a loop: the number of rows, but between 32 and 512."""
   return min(max(ledger.num_rows, 32), 512)
