@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 import paged_jax
-from paged_jax.host import Manager
+from paged_jax.host import Handle, Manager
 
 MODULES = ["", ".host", ".models", ".testing", ".testing.invariants", ".sharding", ".viz"]
 
@@ -25,8 +25,9 @@ def test_each_public_function_and_class_has_an_example(name):
     assert inspect.ismodule(value) or ">>> " in (value.__doc__ or ""), public
 
 
-def test_each_method_of_a_manager_has_an_example():
-  for name, method in inspect.getmembers(Manager, inspect.isfunction):
+@pytest.mark.parametrize("kind", [Manager, Handle])
+def test_each_public_method_has_an_example(kind):
+  for name, method in inspect.getmembers(kind, inspect.isfunction):
     assert name.startswith("_") or ">>> " in (method.__doc__ or ""), name
 
 

@@ -62,7 +62,7 @@ def _short(value) -> str:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Entry:
-  """What is known of a stored prefix, which ends at the end of a node."""
+  """A stored prefix; it ends at the end of a node."""
 
   last_logits: Any  # what the caller stored with it
   pinned: bool
@@ -462,7 +462,7 @@ class PrefixIndex:
         self._expired += self.retire(node)
 
   def end_of(self, node: Node) -> tuple[Node, Held]:
-    """The page of a node's last token, and before it the node, at or below, that has this page."""
+    """The node that has the page of this node's last token, at or below it, and that page."""
     last = (node.end - 1) // self.page_size
     while node.start // self.page_size + len(node.held) <= last:
       node = next(iter(node.children.values()))  # any child: all have these tokens

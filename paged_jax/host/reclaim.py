@@ -145,11 +145,13 @@ class Evictable:
       self.changed(each)
 
   def _of(self, node: Node) -> _Count:
+    """The counts of a node."""
     if node.count is None:
       node.count = _Count()
     return node.count
 
   def _mark(self, node: Node) -> None:
+    """Notes that a node must be counted again."""
     count = self._of(node)
     if not count.marked and node.parent is not None:
       count.marked = True
@@ -173,8 +175,11 @@ class Evictable:
     attached = node.attached
     pinned = attached and node.entry is not None and node.entry.pinned
     self._move_tail(count, self._prefixes.end_of(node)[0] if pinned else node, node)
-    used = (i + 1 for i in reversed(range(size)) if held[i].busy or held[i].guards)
-    reach = size if pinned or count.used_children else next(used, min(count.tails, 1, size))
+    if pinned or count.used_children:
+      reach = size
+    else:
+      needed = (i + 1 for i in reversed(range(size)) if held[i].busy or held[i].guards)
+      reach = next(needed, min(count.tails, 1, size))
     count.last = next((i for i in reversed(range(size)) if held[i].page is not None), -1)
     covered = size if count.device_children else max(count.last, 0)
     for i in range(min(reach, count.reach), max(reach, count.reach)):
@@ -194,7 +199,7 @@ class Evictable:
 
   def _move_tail(self, count: _Count, tail: Node, node: Node) -> None:
     """Notes that the last page of a pinned node is in the node `tail`, so that `tail` blocks it."""
-    now = None if tail is node else tail  # `_recount` blocks a page of its own anyway
+    now = None if tail is node else tail  # its own pages are blocked anyway
     if now is not count.tail:
       for each, change in ((count.tail, -1), (now, 1)):
         if each is not None:
@@ -291,16 +296,17 @@ class Evictable:
     tails = {self._prefixes.end_of(node)[0] for node in pinned}
     used, device, wrong = set(), set(), 0
     blocked, covered = collections.Counter[Held](), collections.Counter[Held]()
-    waiting = set(self._leaves)
+    queued = set(self._leaves)
     for node in reversed(nodes):  # children first
+      whole = node in pinned or node in used  # all its pages are blocked
       reach = max((i + 1 for i, x in enumerate(node.held) if x in busy), default=0)
       reach = max(reach, node in tails)
       last = max((i for i, x in enumerate(node.held) if x.page is not None), default=-1)
-      blocked.update(node.held if node in pinned | used else node.held[:reach])
+      blocked.update(node.held if whole else node.held[:reach])
       covered.update(node.held if node in device else node.held[: max(last, 0)])
-      free = node not in pinned | used | device and reach <= last
-      wrong += free and node not in waiting and node.parent is not None
-      if node in pinned | used or reach:
+      gives = not whole and node not in device and reach <= last
+      wrong += gives and node not in queued and node.parent is not None
+      if whole or reach:
         used.add(node.parent)
       if node in device or last >= 0:
         device.add(node.parent)

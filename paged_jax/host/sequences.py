@@ -1,4 +1,4 @@
-"""Live sequences: each has one `Handle`, its record, which callers name it by.
+"""Live sequences: each has one `Handle`, which is its record, and which callers pass to name it.
 
 # request  ──▶ Handle ──▶ a row of the cache                  running
 #                     └─▶ held pages                          swapped out

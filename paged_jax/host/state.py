@@ -71,9 +71,8 @@ class State:
     where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
     self.cache: Cache = jax.device_put(cache, where)
     self.ledger = HostLedger(config)
-    self._programs: list[
-      _Program
-    ] = []  # unreported, oldest first; the ledger's mark is at the first
+    # Unreported programs, oldest first. The ledger's mark is at the first one.
+    self._programs: list[_Program] = []
     self._numbers = itertools.count(1)
 
   @property
