@@ -218,13 +218,15 @@ class Admission:
     handles = [self._sequences.get(request_id) for request_id in request_ids]
     if len(set(request_ids)) != len(request_ids):
       raise ValueError(f"request_ids must be distinct, got {list(request_ids)}")
+    held = [self._sequences.stats(handle) for handle in handles]
     self.free([each.place for each in handles if each.place is not None])
-    for handle in handles:
+    for handle, had in zip(handles, held):
       del self._sequences.by_id[handle.request_id]
       for each in handle.held:
         self._kept.swap(each, -1)
       self._kept.let_go(handle.held)
-      self._turn.event("removed", handle.request_id, len(handle.held), handle.length)
+      num_pages = had.num_pages + had.num_host_pages
+      self._turn.event("removed", handle.request_id, num_pages, had.num_tokens)
     self.num_deallocations += len(handles)
 
   def free(self, rows: list[int]) -> None:

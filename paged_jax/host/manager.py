@@ -782,6 +782,7 @@ class Manager:
     >>> manager.gc(target=8).num_pages
     2
     """
+    target = None if target is None else whole("target", target, 0)
     with self._turn.change():
       return self._reclaim.collect(target)
 

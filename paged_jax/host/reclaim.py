@@ -444,8 +444,8 @@ class Reclaim:
       moving = [each for each in batch if each.kept]
       self._evicted([each for each in batch if not each.kept])  # first: this may free host pages
       self.to_host(moving)
-      if moving:
-        self._event("spilled", len(moving))
+      if spilled := sum(each.indexed > 0 for each in moving):
+        self._event("spilled", spilled)
 
   def _victims(self, count: int) -> list[Held]:
     """About `count` pages of the index that leave the device next.

@@ -1793,3 +1793,25 @@ def test_a_host_pool_of_no_pages_refuses_by_number():
 
 def test_the_configuration_is_the_one_that_was_given():
   assert manager().config == config()
+
+
+def test_gc_wants_a_number_of_pages():
+  m = manager()
+  for target in (-1, "8", 1.5):
+    with pytest.raises(
+      ValueError, match=f"target must be an integer of at least 0, got {target!r}"
+    ):
+      m.gc(target)
+
+
+def test_a_removed_event_says_what_the_sequence_held():
+  m = manager()
+  one = m.allocate(Request("one", 6))
+  m.swap_out(one)
+  m.swap_in(one)
+  m.extend(one, 4)
+  two = m.allocate(Request("two", 5))
+  m.swap_out(two)
+  m.deallocate_many(["one", "two"])
+  removed = [each[2:] for each in m.events().events if each.kind == "removed"]
+  assert removed == [("one", 3, 10), ("two", 2, 5)]
