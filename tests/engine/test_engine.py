@@ -559,3 +559,14 @@ def test_impossible_requests_are_refused_at_submission(text, prompt, fields):
   with pytest.raises(ValueError, match=text):
     e.submit(prompt, Sampling(**fields))
   assert not e.step()
+
+
+def test_logprobs_are_those_of_the_model_whatever_the_request_changes():
+  e = engine()
+  changes = dict(repetition_penalty=1.7, logit_bias={3: 2.5, 7: 1.0}, temperature=1.3, top_k=9)
+  ((done,),) = e.generate([PROMPTS[0]], Sampling(max_new_tokens=8, **changes))
+  text = tuple(PROMPTS[0])
+  for token, logprob in zip(done.tokens, done.logprobs, strict=True):
+    np.testing.assert_allclose(logprob, tiny.logprobs(text)[token], atol=1e-3)
+    text = (*text, token)
+  finish(e)

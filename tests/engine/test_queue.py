@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_jax.engine import Sampling
-from paged_jax.engine.queue import Waiting
+from paged_jax.engine.queue import Queue, Waiting
 from paged_jax.engine.requests import NOTHING, Request, Sample
 
 PAGES = [None, (1, 2), (3, 4)]
@@ -85,3 +85,11 @@ def test_beams_wait_as_one_in_the_place_of_the_first():
   wanted = dataclasses.replace(Sampling(), num_beams=2)
   request.samples += [Sample(n, n, request, wanted) for n in range(2)]
   assert request.samples[1].beams[0] is request.samples[0]
+
+
+def test_who_gives_way_first_rests_or_has_the_lowest_priority_or_came_last():
+  queue = Queue(shares=True)
+  queue.running = {3: sample(1, priority=1), 0: sample(2), 2: sample(4), 1: sample(3)}
+  assert queue.last().number == 4
+  queue.running[3].resting = True
+  assert queue.last().number == 1
