@@ -87,7 +87,7 @@ class Sequence:
 
   def begin(self) -> None:
     self.handle = self.manager.allocate(Request("it"))
-    row = np.int32(self.manager.row(self.handle))
+    row = np.int32(self.handle.row)
     self.manager.run(prefill, self.decoder, self.tokens, row)
     self.manager.settle()
 

@@ -281,7 +281,7 @@ class Simulation:
     live = np.zeros(num_pages, int)  # tokens of each page
     mapped = np.zeros(num_pages, bool)
     for sequence in self.running:
-      pages = np.array(self.manager.pages(sequence.handle), int)
+      pages = np.array(sequence.handle.pages, int)
       mapped[pages] = True
       tokens = np.clip(sequence.computed - size * np.arange(len(pages)), 0, size)
       live[pages] = np.maximum(live[pages], tokens)

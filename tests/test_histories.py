@@ -50,6 +50,7 @@ def traced_once():
   return verbs
 
 
+@pytest.mark.timeout(180)  # it compiles every verb, and runs them hundreds of times
 @pytest.mark.parametrize(
   "name",
   [name if name == "tight" else pytest.param(name, marks=pytest.mark.once) for name in CONFIGS],

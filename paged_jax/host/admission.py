@@ -49,8 +49,9 @@ class Admission:
     matches = [self._prefixes.match(*each, touch=True) for each in zip(requests, prompts)]
     found = dict.fromkeys(each for match in matches for each in match.held)
     with self._reclaim.guarding(found):  # eviction must not take what the requests start on
+      self._reclaim.tidy()  # lookups may have found expired prefixes
       if self._turn.level() == pressure.Level.CRITICAL:
-        self._reclaim.collect(int(self._turn.options.high_watermark * self._config.num_pages))
+        self._reclaim.reclaim(int(self._turn.options.high_watermark * self._config.num_pages))
       stay = not found or self._fits(requests, matches, reserve)
       if stay:
         self._reclaim.make_room(self.needed(requests, matches) + reserve, spare)
@@ -233,7 +234,8 @@ class Admission:
     """Empties rows, and makes them free."""
     marked = np.zeros(self._config.num_rows, bool)
     marked[rows] = True
-    marked &= self._ledger.lengths > 0
+    if not self._state.waits:  # otherwise a program may have filled a row that looks empty
+      marked &= self._ledger.lengths > 0
     if marked.any():
       pages = self._ledger.block_tables[marked]
       self._kept.apply("free", marked)

@@ -95,12 +95,14 @@ class Queue(Generic[Thing]):
         for thing in self._new:
           heapq.heappush(self._heap, self._item(thing))
         self._new.clear()
-        rank, number, thing = heapq.heappop(self._heap)
+        rank, number, thing = self._heap[0]
         if id(thing) in waiting or not self._alive(thing):
+          heapq.heappop(self._heap)
           continue
         if self._policy.second_chance and thing.use.touched:
           thing.use.touched, thing.use.stored = False, self._now()
-        current = self._policy.rank(thing.use)
+        current = self._policy.rank(thing.use)  # before anything is removed: it may raise
+        heapq.heappop(self._heap)
         if current != rank:
           heapq.heappush(self._heap, (current, number, thing))
         elif ready(thing):

@@ -49,6 +49,8 @@ class Forecast:
 
   def to_reach(self, lengths: np.ndarray) -> int:
     """Pages that rows would take, copies included, to grow to `lengths` i32[S] tokens."""
+    if (lengths > self._ledger.capacity).any():
+      raise ValueError(f"lengths must be at most {self._ledger.capacity}, got {lengths.max()}")
     more = np.maximum(lengths - self._ledger.lengths, 0)
     return int(self._ledger.pages_needed(more).sum())
 

@@ -92,6 +92,7 @@ class Manager:
     )
     self._sequences = Sequences(self._turn, clock)
     self._reclaim = Reclaim(self._kept, self._index, options, self._turn.left)
+    self._turn.tidy = self._reclaim.tidy
     self._prefixes = Prefixes(self._sequences, self._reclaim, self._index)
     self._admission = Admission(self._sequences, self._reclaim, self._prefixes)
     self._sharing = Sharing(self._sequences, self._reclaim, self._admission)
@@ -102,8 +103,9 @@ class Manager:
   def __enter__(self) -> "Manager":
     return self
 
-  def __exit__(self, *error: object) -> None:
-    self.close()
+  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    if error is None:  # otherwise waiting might hide it behind an error of its own
+      self.close()
 
   def close(self) -> None:
     """Waits until the device has done all work that the manager asked for.
@@ -348,8 +350,9 @@ class Manager:
     >>> manager.find_prefix(range(30)).length
     20
     """
-    with self._turn.lock:
-      return self._prefixes.find(namespace, encoded(tokens))
+    key = encoded(tokens)
+    with self._turn.change(wait=False):
+      return self._prefixes.find(namespace, key)
 
   def store_prefix(
     self,
@@ -426,8 +429,9 @@ class Manager:
     >>> manager.evict_prefixes(1)  # pinned
     0
     """
-    with self._turn.lock:
-      return self._index.pin(namespace, encoded(tokens), pinned)
+    key = encoded(tokens)
+    with self._turn.change(wait=False):
+      return self._index.pin(namespace, key, pinned)
 
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored prefixes that no sequence uses; returns how many.
@@ -650,9 +654,13 @@ class Manager:
     """
     if (tokens is None) != (num_tokens is None):
       raise ValueError("tokens and num_tokens must be given together")
-    if tokens is not None and num_tokens is not None:
-      self.record(tokens, num_tokens)
     with self._turn.change(last=ticket):
+      if tokens is not None and num_tokens is not None:
+        if ticket is not None and ticket.recorded:
+          raise ValueError("tokens of this ticket are recorded already")
+        self._sequences.record(tokens, num_tokens)
+        if ticket is not None:
+          ticket.recorded = True
       return self._state.num_free
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -690,7 +698,8 @@ class Manager:
   @property
   def num_free(self) -> int:
     """Free pages."""
-    return self._state.num_free
+    with self._turn.lock:
+      return self._state.num_free
 
   @property
   def num_free_rows(self) -> int:
@@ -700,7 +709,8 @@ class Manager:
   @property
   def num_copies(self) -> int:
     """Pages copied on write, by the manager's verbs and by reported programs."""
-    return self._state.ledger.num_copies
+    with self._turn.lock:
+      return self._state.ledger.num_copies
 
   @property
   def num_mapped(self) -> int:
@@ -731,7 +741,7 @@ class Manager:
     >>> manager.pages_to_begin(range(30)), manager.pages_to_begin(range(1, 31))
     (1, 2)
     """
-    with self._turn.lock:
+    with self._turn.change(wait=False):
       return self._forecast.to_begin(tokens)
 
   def pages_to_reach(self, lengths: np.ndarray) -> int:

@@ -132,6 +132,7 @@ class PrefixIndex:
   def _empty(self) -> None:
     self._roots: dict[Hashable, Node] = {}
     self._mortal: list = []  # heap of (expiry, number, node)
+    self._hollow = False  # whether a root has lost all children
     self._expired: list[Held] = []  # pages of expired prefixes, until `expire` returns them
     self.num_entries = self.num_pinned = 0  # stored prefixes, and how many of them are pinned
     self.num_tokens = 0  # tokens of all edges
@@ -393,6 +394,7 @@ class PrefixIndex:
     self.num_tokens -= node.end - node.start
     self.edited(parent, len(parent.held))
     del parent.children[node.tokens[:TOKEN_BYTES]]
+    self._hollow |= parent.parent is None and not parent.children
     if not parent.children and parent.end % self.page_size:
       gone[0].nodes.append(parent)
       parent.held.append(gone[0])
@@ -442,6 +444,11 @@ class PrefixIndex:
     crowded = self.num_entries >= self.max_entries and self._storable(tokens)
     return crowded and self._stored(namespace, tokens) is None
 
+  @property
+  def buried(self) -> bool:
+    """Whether pages of expired prefixes wait for `expire`."""
+    return bool(self._expired)
+
   def expire(self) -> list[Held]:
     """Removes the prefixes whose lifetime is over.
 
@@ -449,8 +456,11 @@ class PrefixIndex:
       The pages of prefixes that expired since the last call, if nothing uses them now.
     """
     self._bury()
-    self._roots = {name: root for name, root in self._roots.items() if root.children}
-    expired, self._expired = self._expired, []
+    if self._hollow:
+      self._roots = {name: root for name, root in self._roots.items() if root.children}
+      self._hollow = False
+    expired = [each for each in self._expired if not each.guards]
+    self._expired = [each for each in self._expired if each.guards]  # a change still needs them
     return [each for each in expired if not each.kept]
 
   def _bury(self) -> None:

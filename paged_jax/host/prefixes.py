@@ -140,7 +140,9 @@ class Prefixes:
     tokens = self._sequences.known(row, length) if prefix.tokens is None else prefix.tokens
     if len(tokens) > length or start:
       raise self._sequences.unmapped(prefix.handle, len(tokens))
-    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl < 0):
+    if ttl is not None and (
+      isinstance(ttl, bool) or not isinstance(ttl, int | float) or not ttl >= 0
+    ):
       raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
     return encoded(tokens)
 

@@ -100,7 +100,7 @@ class Evictable:
     self.num_busy = 0
     self._leaves: Queue[Node] = Queue(policy, prefixes.tick, self._gives)
     self._spilled: Queue[Node] = Queue(policy, prefixes.tick, self._drops)
-    self._entries: Queue[Node] = Queue(policy, prefixes.tick, lambda node: node.entry is not None)
+    self._entries: Queue[Node] = Queue(policy, prefixes.tick, _evictable_entry)
 
   # Changes
 
@@ -277,11 +277,7 @@ class Evictable:
   def next_entry(self) -> Node | None:
     """The node whose stored prefix goes first; None if all are in use or pinned."""
 
-    def idle(node: Node) -> bool:
-      stays = node.entry is None or node.entry.pinned
-      return not stays and not self._prefixes.end_of(node)[1].busy
-
-    return self._entries.pop(idle)
+    return self._entries.pop(lambda node: not self._prefixes.end_of(node)[1].busy)
 
   def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
     """How many pages or nodes differ from a count of the whole index.
@@ -314,6 +310,11 @@ class Evictable:
       found = each.blocked, each.covered, each.busy, each.kind
       wrong += found != (blocked[each], covered[each], each in busy, _kind(each))
     return wrong
+
+
+def _evictable_entry(node: Node) -> bool:
+  """Whether a whole stored prefix ends at a node, and is not pinned."""
+  return node.entry is not None and not node.entry.pinned
 
 
 def _kind(held: Held) -> int:
@@ -462,6 +463,7 @@ class Reclaim:
     room = self.host_room
     found = 0  # device pages in the batch
     with contextlib.ExitStack() as leaving:
+      leaving.push(lambda raised, *_: self._abandon(batch) if raised else None)
       while found < count and (node := self._evictable.next_leaf()) is not None:
         pages = self._evictable.leaving(node, count - found)
         if self._options.spill and room > 0:
@@ -476,6 +478,10 @@ class Reclaim:
         found += sum(each.page is not None for each in gone)
         batch += gone
     return batch
+
+  def _abandon(self, batch: list[Held]) -> None:
+    """Drops what the index gave up before the policy raised."""
+    self._evicted([each for each in batch if not each.kept])
 
   def _evicted(self, held: list[Held]) -> None:
     """Drops pages that the prefix index gave up: those on the device become free."""
@@ -529,6 +535,12 @@ class Reclaim:
   def expire(self) -> None:
     """Forgets the prefixes whose lifetime is over."""
     self._evicted(self._prefixes.expire())
+
+  def tidy(self) -> None:
+    """Frees the pages of prefixes that a lookup found expired, and counts what has changed."""
+    if self._prefixes.buried:
+      self.expire()
+    self._settle()
 
   def collect(self, target: int | None = None) -> Collected:
     """Forgets the prefixes whose lifetime is over, then evicts until `target` pages are free.

@@ -83,7 +83,7 @@ class Handle:
     self.last_access = desk.clock()
     self.place: int | None = place  # its row, None while it is swapped out
     self.writers: list[int | None] = []  # cache id that wrote each token, in canary mode
-    self.marked_at = 0  # `turn.num_reports` when `writers` was last right
+    self.marked_at = 0  # `state.num_reports` when `writers` was last right
     # While it is swapped out:
     self.tokens: Sequence[int] | np.ndarray = ()  # its recorded tokens
     self.start = self.length = 0  # its first live token and its length

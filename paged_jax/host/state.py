@@ -29,7 +29,7 @@ ID_SIZES = (16, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # compiled batches of pages whose bytes move; each is its own array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Ticket:
   """A program that `Manager.run` started; `Manager.settle` takes over its report.
 
@@ -42,7 +42,8 @@ class Ticket:
 
   result: Any  # the third value that the program returned
   number: int = dataclasses.field(repr=False)
-  state: "State" = dataclasses.field(repr=False)
+  owner: object = dataclasses.field(repr=False)  # the manager's
+  recorded: bool = dataclasses.field(default=False, repr=False)  # its tokens are known
 
 
 @dataclasses.dataclass
@@ -74,6 +75,13 @@ class State:
     # Unreported programs, oldest first. The ledger's mark is at the first one.
     self._programs: list[_Program] = []
     self._numbers = itertools.count(1)
+    self.num_reports = 0  # how often reports of programs were taken over
+    self._owner = object()  # what its tickets have in common
+
+  @property
+  def waits(self) -> bool:
+    """Whether the report of a program is not taken over yet."""
+    return bool(self._programs)
 
   @property
   def num_free(self) -> int:
@@ -90,7 +98,8 @@ class State:
   def _follow(self, verb: str, operands: tuple[np.ndarray, ...]) -> None:
     """Applies one verb to the host's ledger."""
     info = getattr(self.ledger, verb)(*operands)
-    if not info.ok.all():
+    # A row that a program empties, or fills, may be freed before its report is here.
+    if not (info.ok.all() or verb == "free"):
       raise AssertionError(f"the ledger refused {verb} of {operands}: {info.ok}")
 
   def apply_ids(self, verb: str, pages: list[int]) -> None:
@@ -157,23 +166,30 @@ class State:
     self.cache, log, result = program(self.cache, *args, **kwargs)
     if not self._programs:
       self.ledger.mark()
-    ticket = Ticket(result, next(self._numbers), self)
+    ticket = Ticket(result, next(self._numbers), self._owner)
     self._programs.append(_Program(ticket.number, log))
     return ticket
 
   def settle(self, last: Ticket | None = None) -> bool:
     """Takes over the reports up to that of `last`; None = all. Returns whether there were any."""
-    if last is not None and last.state is not self:
-      raise ValueError(f"ticket must be of this manager's `run`, got {last}")
+    if last is not None and not (isinstance(last, Ticket) and last.owner is self._owner):
+      raise ValueError(f"ticket must be of this manager's `run`, got {last!r}")
     settled = [each for each in self._programs if last is None or each.number <= last.number]
     if not settled:
       return False
     logs = [jax.tree.map(np.asarray, program.log) for program in settled]  # waits for the programs
     self.ledger.rewind()
+    try:
+      for program, log in zip(settled, logs):
+        self.ledger.replay(log)
+        self._repeat(program)
+    except BaseException:  # a wrong log, say: nothing is taken over
+      self.ledger.rewind()
+      for program in self._programs:
+        self._repeat(program)
+      raise
+    self.num_reports += 1
     self.ledger.unmark()
-    for program, log in zip(settled, logs):
-      self.ledger.replay(log)
-      self._repeat(program)
     del self._programs[: len(settled)]
     if self._programs:
       self.ledger.mark()

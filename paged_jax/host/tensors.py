@@ -95,8 +95,8 @@ class Tensors:
 
   def _writers(self, handle: Handle) -> list[int | None]:
     """The cache id that wrote each token; empty after a report, since programs write no marks."""
-    if handle.marked_at != self._turn.num_reports:
-      handle.writers, handle.marked_at = [], self._turn.num_reports
+    if handle.marked_at != self._state.num_reports:
+      handle.writers, handle.marked_at = [], self._state.num_reports
     return handle.writers
 
   def _range(self, handle: Handle, start: int, count: int) -> int:

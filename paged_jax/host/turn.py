@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from paged_jax.config import CacheConfig
 from paged_jax.host import errors, events, pressure
@@ -27,15 +27,15 @@ class Turn:
     self.state, self.kept, self.config, self.options = kept.state, kept, config, options
     self.lock = threading.Lock()
     self.num_refusals = 0
-    self.num_reports = 0  # how often reports of programs were taken over
     self.notifier = pressure.Notifier(self.level())
     self.events = stream
+    self.tidy: Callable[[], None] = lambda: None  # the end of each change
 
   @contextlib.contextmanager
   def change(self, *, wait: bool = True, last: Ticket | None = None) -> Iterator[None]:
     """Runs one change under the lock.
 
-    # lock ─ take over reports ─ the change ─ note the level ─ unlock ─ pressure callbacks
+    # lock ─ take over reports ─ the change ─ tidy ─ note the level ─ unlock ─ pressure callbacks
 
     Args:
       wait: Whether to wait for the reports of programs, and take them over.
@@ -44,10 +44,10 @@ class Turn:
     try:
       with self.lock:
         if wait and self.state.settle(last):
-          self.num_reports += 1
           self.kept.count_pages()
         try:
           yield
+          self.tidy()
         except (errors.OutOfPages, errors.OutOfHostPages, errors.OutOfRows):
           self.num_refusals += 1
           raise

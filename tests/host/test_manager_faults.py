@@ -1,14 +1,16 @@
 """The faults of the seed that live in the manager, each by its name."""
 
+import contextlib
 import threading
 import types
 
 import numpy as np
 import pytest
-from managed import FIVE, SIX, begin, check_bytes, fill, grow, manager, refused, store
+from managed import FIVE, SIX, Clock, begin, check_bytes, fill, grow, manager, refused, store
 
+import paged_jax
 from paged_jax import jitted
-from paged_jax.host import Level, Request, errors
+from paged_jax.host import Level, Request, errors, eviction
 from paged_jax.testing import replay
 
 # Data
@@ -515,3 +517,73 @@ def test_a_page_poisoned_after_release_does_not_reach_the_next_owner():
   assert np.isnan(np.asarray(m.cache.pages.kv)).all()
   handle = begin(m, FIVE, "b")
   check_bytes(m, handle, FIVE)
+
+
+def test_a_prefix_may_expire_while_it_is_being_allocated():
+  clock = Clock()
+  m = manager(dict(clock=clock), num_rows=5)
+  store(m, SIX, last_logits="L", ttl=5)
+  m.allocate(Request("b", 24))
+  assert m.num_free == 0
+
+  ticks = iter([4.5] + [6.0] * 100)
+  m._index._clock = lambda: next(ticks)
+  handle = m.allocate(Request("c", tokens=SIX))
+  assert handle.num_tokens == 6 and m.audit().clean
+
+
+def test_pages_of_what_a_lookup_found_expired_are_free_at_once():
+  clock = Clock()
+  m = manager(dict(clock=clock, spill=True), num_pages=12, num_rows=5)
+  store(m, range(24), ttl=5)
+  m.gc(9)  # three of six pages are in host memory
+  clock.now = 10
+  assert m.find_prefix([99] * 20).length == 0
+  stats = m.stats()
+  assert (stats.free_pages, stats.free_host_pages) == (12, 16) and m.audit().clean
+
+
+def test_nothing_piles_up_while_there_is_room():
+  clock = Clock()
+  m = manager(dict(clock=clock), num_pages=40, num_rows=5)
+  for n in range(200):
+    clock.now = n
+    store(m, [n, *SIX], ttl=3)
+  evictable = m._reclaim._evictable
+  assert not evictable._moved and not evictable._marked
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_a_policy_that_raises_loses_no_page(spill, nth):
+  calls = []
+
+  def rank(use):
+    calls.append(use)
+    if len(calls) == nth:
+      raise RuntimeError("rank")
+    return use.last
+
+  m = manager(dict(eviction=eviction.Policy("broken", rank), spill=spill), num_rows=5)
+  for n in range(4):
+    store(m, [n, *FIVE])
+  calls.clear()
+  with contextlib.suppress(RuntimeError):
+    m.gc(8)
+  calls += [None] * 100
+  assert m.audit().clean
+  m.gc(8)
+  assert m.free_pages == 8
+
+
+def test_an_error_in_a_with_block_is_the_one_that_is_raised():
+  with pytest.raises(KeyError), manager() as m:
+    m.run(lambda cache: (cache, paged_jax.Log(((np.ones((1, 3)),),), ("grow",)), None))
+    raise KeyError("the body's own")
+
+
+def test_a_lifetime_that_is_no_number_is_refused():
+  m = manager()
+  handle = begin(m, FIVE)
+  with pytest.raises(ValueError, match="ttl must be None or a number of seconds, got nan"):
+    m.store_prefix(handle, ttl=float("nan"))

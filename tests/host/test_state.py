@@ -308,3 +308,71 @@ def test_more_pages_than_a_batch_of_images_come_back_in_order():
   got_k, got_v = m.read_kv(handle, 1, 0, len(k))
   np.testing.assert_array_equal(got_k, k)
   np.testing.assert_array_equal(got_v, -k)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def cut(cache, lengths):
+  cache, _ = paged_jax.trim(cache, lengths)
+  return cache, paged_jax.Log(((lengths[None],),), ("trim",)), None
+
+
+@pytest.mark.parametrize("program", ["fills", "empties"])
+def test_a_row_that_a_program_fills_or_empties_is_freed_behind_it(program):
+  m = manager(num_pages=40, num_rows=5)
+  handle = m.allocate(Request("a", 0 if program == "fills" else 3))
+  if program == "fills":
+    m.run(decode, np.arange(5) == handle.row, num_steps=3)
+  else:
+    m.run(cut, np.zeros(5, np.int32))
+  m.deallocate_many(["a"], wait=False)
+  assert m.free_pages == 40 and m.audit().clean
+  assert m.allocate(Request("b", 2)).num_tokens == 2
+  assert m.audit().clean
+
+
+def test_a_wrong_log_is_named_again_and_again_and_takes_nothing_with_it():
+  m = manager(num_pages=40, num_rows=5)
+  m.allocate(Request("a", 6))
+  m.run(decode, np.array([True] + [False] * 4), num_steps=3)
+  m.run(lambda cache: (cache, paged_jax.Log(((jnp.zeros((1, 5), jnp.int32),),), ("grow",)), None))
+  m.deallocate_many(["a"], wait=False)
+  for _ in range(2):
+    with pytest.raises(ValueError, match="verbs must be of"):
+      m.settle()
+    assert m.num_free == 40  # as if the programs did nothing
+
+
+def test_tokens_of_a_ticket_are_recorded_once_and_only_with_its_report():
+  m, other = (manager(num_pages=40, num_rows=5) for _ in range(2))
+  handle = m.allocate(Request("a", tokens=[7, 8, 9]))
+  ticket = m.run(decode, np.array([True] + [False] * 4), num_steps=1)
+  told = dict(tokens=np.full((1, 5), 3, np.int32), num_tokens=np.array([1, 0, 0, 0, 0]))
+  for wrong in (other.run(decode, np.zeros(5, bool), num_steps=1), np.zeros(3)):
+    with pytest.raises(ValueError, match="ticket must be of this manager's"):
+      m.settle(wrong, **told)
+  m.settle(ticket, **told)
+  with pytest.raises(ValueError, match="tokens of this ticket are recorded already"):
+    m.settle(ticket, **told)
+  assert m.store_prefix(handle) and m.find_prefix([7, 8, 9, 3, 3]).length == 4
+
+
+def test_marks_are_not_expected_of_a_program_whose_report_a_restore_took_over():
+  m = manager(dict(canary=True, spill=True), num_pages=20, num_rows=5)
+  one = m.allocate(Request("one", tokens=range(8)))
+  m.store_prefix(one)
+  m.deallocate("one")
+  m.gc(20)  # spilled
+  two = m.allocate(Request("two", 4))
+  m.write_kv(two, 0, 0, *np.ones((2, 4, 2, 2), np.float32))
+  lengths = np.array([3, 0, 0, 0, 0], np.int32)
+  m.run(cut, lengths)
+  m.run(decode, np.array([True] + [False] * 4), num_steps=1)
+  m.allocate_many([Request("three", tokens=range(8))], wait=False)
+  m.read_kv(two, 0, 0, 4)
+
+
+def test_lengths_beyond_a_row_are_named():
+  m = manager()
+  lengths = np.full(m.config.num_rows, 10_000, np.int32)
+  with pytest.raises(ValueError, match=r"lengths must be at most \d+, got 10000"):
+    m.pages_to_reach(lengths)
