@@ -45,7 +45,7 @@ def traced_once():
   verbs = types.SimpleNamespace(init=jitted.init)
   for name in {*strategies.VERBS, "plan", "pages_needed"}:
     traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
-    donated = () if name in ("plan", "pages_needed") else 0
+    donated = () if name in ("plan", "pages_needed", "offload") else 0
     setattr(verbs, name, jax.jit(traced, donate_argnums=donated))
   return verbs
 
