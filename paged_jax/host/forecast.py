@@ -11,7 +11,6 @@ from paged_jax.host.admission import Admission
 from paged_jax.host.config import Request
 from paged_jax.host.prefix import encoded
 from paged_jax.host.prefixes import Prefixes
-from paged_jax.host.reclaim import Reclaim
 from paged_jax.host.sequences import Handle, Sequences
 
 
@@ -20,26 +19,18 @@ class Forecast:
 
   Args:
     sequences: The live sequences.
-    reclaim: Counts the pages that could be freed.
     admission: Counts the pages that requests take.
     prefixes: Finds the stored prefixes that prompts start on.
   """
 
-  def __init__(
-    self, sequences: Sequences, reclaim: Reclaim, admission: Admission, prefixes: Prefixes
-  ):
-    self._sequences, self._reclaim, self._admission = sequences, reclaim, admission
+  def __init__(self, sequences: Sequences, admission: Admission, prefixes: Prefixes):
+    self._sequences, self._admission = sequences, admission
     self._prefixes, self._ledger = prefixes, sequences.ledger
 
   @property
   def num_mapped(self) -> int:
     """Pages that rows map; a shared page counts once for each row."""
     return int(np.count_nonzero(self._ledger.block_tables < self._ledger.num_pages))
-
-  @property
-  def num_idle(self) -> int:
-    """Pages that only the host uses; eviction frees at most this many."""
-    return self._reclaim.num_idle
 
   def to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
     """Pages that `allocate` would take for these tokens, beyond those in the prefix cache."""

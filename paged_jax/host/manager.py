@@ -98,7 +98,7 @@ class Manager:
     self._sharing = Sharing(self._sequences, self._reclaim, self._admission)
     self._swap = Swap(self._sequences, self._reclaim, self._admission)
     self._tensors = Tensors(self._sequences, self._sharing)
-    self._forecast = Forecast(self._sequences, self._reclaim, self._admission, self._prefixes)
+    self._forecast = Forecast(self._sequences, self._admission, self._prefixes)
 
   def __enter__(self) -> "Manager":
     return self
@@ -722,7 +722,7 @@ class Manager:
   def num_idle(self) -> int:
     """Pages that only the host uses; eviction frees at most this many."""
     with self._turn.lock:
-      return self._forecast.num_idle
+      return self._reclaim.num_idle
 
   @property
   def num_reclaimable(self) -> int:
