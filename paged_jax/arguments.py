@@ -1,5 +1,7 @@
 """Checks of the arguments of a verb while it is traced: rank, shape and dtype, never values."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,19 @@ def size(name: str, value, limit: int) -> int:
   if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
     raise ValueError(f"{name} must be an integer in [1, {limit}], got {value!r}")
   return value
+
+
+def parts(value, num_tokens: int) -> tuple[tuple[int, int], ...]:
+  """Tokens and most rows of each part of `num_tokens` tokens, static numbers."""
+  try:
+    pairs = tuple((operator.index(tokens), operator.index(rows)) for tokens, rows in value)
+  except (TypeError, ValueError):
+    raise ValueError(f"parts must be pairs of tokens and rows, got {value!r}") from None
+  if not all(tokens > 0 and rows > 0 for tokens, rows in pairs):
+    raise ValueError(f"parts must have at least one token and one row each, got {value!r}")
+  if (total := sum(tokens for tokens, _ in pairs)) != num_tokens:
+    raise ValueError(f"parts must have the batch's {num_tokens} tokens, got {total} in {value!r}")
+  return pairs
 
 
 def _check_range(name, value) -> None:

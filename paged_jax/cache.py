@@ -11,6 +11,7 @@ nothing.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,12 @@ def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
 
 
 def plan(
-  cache: Cache, rows: jax.Array, positions: jax.Array, *, implementation: str | None = None
+  cache: Cache,
+  rows: jax.Array,
+  positions: jax.Array,
+  *,
+  implementation: str | None = None,
+  parts: Sequence[tuple[int, int]] | None = None,
 ) -> Plan:
   """Describes the ragged batch of tokens of one step, once for all layers.
 
@@ -88,15 +94,23 @@ def plan(
     positions: i32[B] position of each token in its row, below the row's length.
     implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper". None takes the
       best that the platform has for this cache. A backend asked for by name is never replaced.
+    parts: Which tokens are alike, if not all are: numbers of tokens, in the batch's order, and the
+      most rows that each part has. Attention takes each part in blocks that fit it. Without
+      `parts` the batch is taken for one of rows that decode if it has no more tokens than the
+      cache has rows, else for prompts.
+
+          # parts   ((4, 4), (8, 2))        rows that decode, then pieces of at most 2 prompts
+          # rows     0 1 2 S  3 3 3 3 3 5 5 S
 
   Returns:
     The plan. `plan.ok` is False for a token without a slot of its own: the slot is unmapped,
     beyond the length, or on a page that others hold too. It is also False for a token out of
     order: after the positions of its row stop ascending, or in a later piece of a row that comes
-    in several pieces. Such a token is not written and attends to nothing.
+    in several pieces, or in one row more than its part may have. Such a token is not written and
+    attends to nothing.
 
   Raises:
-    ValueError: There is no such backend.
+    ValueError: There is no such backend, or `parts` are not all tokens of the batch.
     NotImplementedError: The backend asked for cannot serve this cache; the message says why.
 
   >>> import jax.numpy as jnp, paged_jax as pj
@@ -111,18 +125,18 @@ def plan(
   known = jnp.where((rows >= 0) & (rows < s), rows, s)
   ordered, faults, slots = plans.place(cache.ledger, known, positions)
   own = (faults == 0) & (known < s)
+  if parts is not None:
+    crowded = plans.crowded(known, parts := arguments.parts(parts, rows.shape[0]), s)
+    own, ordered = own & ~crowded, ordered & ~crowded
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
   implementation = attention.choose(implementation, cache.pages)
-  block_size = attention.block_size(implementation, rows.shape[0], s)
-  blocks, block_lengths = attention.schedule(jnp.where(ordered, known, s), s, block_size)
+  placed = jnp.where(ordered, known, s)
   return Plan(
     rows=known,
     positions=positions,
     slots=jnp.where(own, slots, nowhere),
     ok=own | (rows == s),
-    blocks=blocks,
-    block_lengths=block_lengths,
-    block_size=block_size,
+    parts=attention.cut(implementation, placed, positions, own, cache.ledger.tables, parts),
     implementation=implementation,
   )
 
@@ -227,7 +241,7 @@ def attend(
   num_layers = cache.pages.kv.shape[1]
   index = arguments.layer(layer, num_layers)
   out, lse = attention.attend(
-    q, cache.pages, index, cache.ledger.tables, plan,
+    q, cache.pages, jnp.minimum(index, num_layers - 1), cache.ledger.tables, plan,
     scale=scale, window=window, softcap=softcap, sinks=sinks,
   )  # fmt: skip
   out, lse = (_poisoned(x, layer, index, num_layers) for x in (out, lse))

@@ -59,7 +59,7 @@ swap_out = _compiled(images.swap_out, donate=True, static=("num_pages",))
 swap_in = _compiled(images.swap_in, donate=True)
 
 pages_needed = _compiled(cache_lib.pages_needed)
-plan = _compiled(cache_lib.plan, static=("implementation",))
+plan = _compiled(cache_lib.plan, static=("implementation", "parts"))
 attend = _compiled(cache_lib.attend, static=("softcap", "return_lse"))
 gather = _compiled(cache_lib.gather, static=("num_tokens",))
 offload = _compiled(images.offload)

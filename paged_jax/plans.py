@@ -12,6 +12,8 @@ from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
 from paged_jax.types import Ledger, Plan
 
+Parts = tuple[tuple[int, int], ...]  # tokens and most rows of each, all tokens in order
+
 FAULTS = (  # why a token has no slot of its own; numbered from 1, 0 is no fault
   "is in an empty row, which nobody has extended",
   "is beyond its row's length",
@@ -19,9 +21,10 @@ FAULTS = (  # why a token has no slot of its own; numbered from 1, 0 is no fault
   "does not ascend in its row, or its row comes in several pieces",
   "is on a page that others hold, too",
   "is not where the plan says: the cache has changed since",
+  "is in one row more than its part may have",
   "is in no row of this cache",
 )
-_MOVED, _NO_ROW = len(FAULTS) - 1, len(FAULTS)
+_MOVED, _CROWDED, _NO_ROW = range(len(FAULTS) - 2, len(FAULTS) + 1)
 _SHOWN = 10  # tokens that an error lists
 
 
@@ -51,8 +54,10 @@ def place(
 def check(ledger: Ledger, plan: Plan) -> None:
   """Raises if a token of `plan` has no slot in `ledger`; a check of checkify while tracing."""
   _, faults, slots = place(ledger, plan.rows, plan.positions)
-  moved = (plan.slots != slots) & (plan.rows < ledger.num_rows)
-  faults = jnp.where((faults == 0) & moved, _MOVED, faults)
+  known = plan.rows < ledger.num_rows
+  attends = jnp.concatenate([part.last for part in plan.parts]) >= 0
+  moved = jnp.where(attends, _MOVED, _CROWDED)
+  faults = jnp.where((faults == 0) & known & (plan.slots != slots), moved, faults)
   faults = jnp.where((faults == 0) & ~plan.ok, _NO_ROW, faults)
   (first,) = jnp.nonzero(faults, size=min(_SHOWN, len(faults)), fill_value=len(faults))
   first = first.astype(jnp.int32)
@@ -68,6 +73,17 @@ def check(ledger: Ledger, plan: Plan) -> None:
     each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
     reasons = [f"token {i} (row {row}, position {p}) {FAULTS[x - 1]}" for i, row, p, x in each]
     raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+
+
+def crowded(rows: jax.Array, parts: Parts, num_rows: int) -> jax.Array:
+  """Which tokens i32[B] are of a row beyond the first so many of their part: bool[B]."""
+  found, begin = [], 0
+  for num_tokens, most in parts:
+    part = rows[begin : begin + num_tokens]
+    fresh = jnp.pad(part[1:] != part[:-1], (1, 0), constant_values=True) & (part < num_rows)
+    found.append((jnp.cumsum(fresh, dtype=jnp.int32) > most) & (part < num_rows))
+    begin += num_tokens
+  return jnp.concatenate(found)
 
 
 def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:

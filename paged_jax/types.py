@@ -211,16 +211,46 @@ class Copies(NamedTuple):
   lengths: jax.Array  # i32[S]
 
 
+class Blocks(NamedTuple):
+  """The blocks of queries that attention takes one by one, live ones first; each is of one row.
+
+      # tokens   0 1 2 3 4 5 6 7 8      rows     a a a a a b c c c
+      # blocks   [0 1 2 3][4 - - -][5 - - -][6 7 8 -]
+
+  A query sees the positions up to its `last`, from the row's first live token or the window's edge.
+  """
+
+  count: jax.Array  # i32[] live blocks
+  first: jax.Array  # i32[G] first token of each, B = no block
+  lengths: jax.Array  # i32[G] tokens in each
+  rows: jax.Array  # i32[G] S = no block
+  starts: jax.Array  # i32[G] first live token of the row
+  lows: jax.Array  # i32[G] least position among its tokens that attend, the largest int32 = none
+  highs: jax.Array  # i32[G] greatest position, -1 = none
+  tokens: jax.Array  # i32[G,X] token of each query, B = none
+  last: jax.Array  # i32[G,X] its position, -1 = it attends to nothing
+  places: jax.Array  # i32[B] where in the flat [G*X] each token's query is, G*X = nowhere
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Tokens of a batch that attention takes alike: those of rows that decode, or of prompts."""
+
+  rows: jax.Array  # i32[B] row of each token, S = padding
+  starts: jax.Array  # i32[B] first live token of its row
+  last: jax.Array  # i32[B] position of each token, -1 = it attends to nothing
+  blocks: Blocks
+  block_size: int = _static()  # X, most tokens in a block
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """The ragged batch of one step, described once and used by every layer. Never part of a cache.
 
-  Tokens that share a row are contiguous and ascend. Attention takes them in blocks of up to
-  `block_size` tokens of one row:
-
-      # tokens   0 1 2 3 4 5 6 7 8      rows     a a a a a b c c c
-      # blocks   [0 1 2 3][4 - - -][5 - - -][6 7 8 -]
+  Tokens that share a row are contiguous and ascend. All that depends on the batch alone is here, so
+  that layers repeat none of it.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
@@ -233,9 +263,7 @@ class Plan:
   positions: jax.Array  # i32[B] position of each token in its row
   slots: jax.Array  # i32[B] page*T + offset; distinct ids >= N*T where the token has none
   ok: jax.Array  # bool[B] the token has a slot of its own, or is padding
-  blocks: jax.Array  # i32[G] first token of each block of queries, B = no block
-  block_lengths: jax.Array  # i32[G] tokens in each block, 0 = no block
-  block_size: int = _static()
+  parts: tuple[Part, ...]  # of the batch, in its order
   implementation: str = _static()
 
 

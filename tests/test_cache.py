@@ -475,7 +475,7 @@ def test_a_decode_loop_does_not_copy_the_pool():
 def test_attention_over_rows_of_one_token_and_of_many_does_not_copy_the_pool(batched):
   def mixed(cache, rows, positions):
     plan = paged_jax.plan(cache, rows, positions, implementation="xla")
-    assert plan.block_size > 1
+    assert plan.parts[0].block_size > 1
 
     def layer(carry, index):
       cache, x = carry

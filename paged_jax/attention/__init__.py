@@ -2,17 +2,20 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
+from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
+from paged_jax.attention.backend import FEW
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.softmax import merge as merge
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Plan, Tables
 
 _KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best first
 
@@ -57,35 +60,37 @@ def _backend(implementation: str) -> Backend:
   return importlib.import_module(f"paged_jax.attention.{implementation}").BACKEND
 
 
-def block_size(implementation: str, num_tokens: int, num_rows: int) -> int:
-  """Most tokens in a block of queries."""
-  return _backend(implementation).block_size(num_tokens, num_rows)
-
-
-def schedule(rows: jax.Array, num_rows: int, block_size: int) -> tuple[jax.Array, jax.Array]:
-  """Cuts a ragged batch into blocks of queries, each of one row.
+def cut(
+  implementation: str,
+  rows: jax.Array,
+  positions: jax.Array,
+  live: jax.Array,
+  tables: Tables,
+  parts: Sequence[tuple[int, int]] | None,
+) -> tuple[Part, ...]:
+  """Cuts a ragged batch into parts, and each into the blocks that the backend takes.
 
   Args:
-    rows: i32[B] row of each token, each row in one piece; `num_rows` is padding, anywhere between.
-    num_rows: S, a static number.
-    block_size: Most tokens in a block, a static number.
-
-  Returns:
-    The first token of each block i32[G], and its number of tokens i32[G]. Spare blocks start at B
-    and have no token.
+    implementation: The backend.
+    rows: i32[B] row of each token, each row in one piece; S is padding, anywhere between.
+    positions: i32[B] its position.
+    live: bool[B] whether it attends to anything; the others of its row are still in its blocks.
+    tables: Where rows start.
+    parts: Tokens and most rows of each part, all tokens in order; static. None: one part.
   """
-  b = rows.shape[0]
-  num_blocks = (b + min(num_rows, b) * (block_size - 1)) // block_size
-  tokens = jnp.arange(b, dtype=jnp.int32)
-  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
-  nth = tokens - jax.lax.cummax(jnp.where(fresh, tokens, 0))  # number of each token in its row
-  known = (rows >= 0) & (rows < num_rows)
-  leads = known & (nth % block_size == 0)
-  owner = jnp.where(known, jnp.cumsum(leads, dtype=jnp.int32) - 1, num_blocks)
-  leader = jnp.where(leads, owner, num_blocks)
-  blocks = jnp.full(num_blocks, b, jnp.int32).at[leader].set(tokens, mode="drop")
-  lengths = jnp.zeros(num_blocks, jnp.int32).at[owner].add(1, mode="drop")
-  return blocks, lengths
+  num_rows, few = tables.lengths.shape[0], FEW
+  if parts is None:
+    parts, few = ((rows.shape[0], num_rows),), 1  # rows that decode, or else prompts
+  starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
+  last = jnp.where(live, positions, -1)
+  made, begin = [], 0
+  for num_tokens, most in parts:
+    part = slice(begin, begin + num_tokens)
+    size = _backend(implementation).block_size(num_tokens, min(most, num_rows), few)
+    each = rows[part], starts[part], last[part]
+    made.append(Part(*each, blocks_lib.schedule(*each, num_rows, most, size), size))
+    begin += num_tokens
+  return tuple(made)
 
 
 def attend(
@@ -128,12 +133,18 @@ def attend(
     raise ValueError(f"q must have a multiple of {h} heads, got {q.shape[1]}")
   options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks)
   backend, layer = _backend(plan.implementation), arguments.layer(layer, num_layers)
-  return _attend(backend, q, pages, layer, tables, plan, options)
+  made, begin = [], 0
+  for part in plan.parts:
+    end = begin + part.rows.shape[0]
+    made.append(_attend(backend, q[begin:end], pages, layer, tables, part, options))
+    begin = end
+  out, lse = (x[0] if len(x) == 1 else jnp.concatenate(x) for x in zip(*made))
+  return out, lse
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable(backend: Backend, q, pages, layer, tables, plan, options):
-  return backend.attend(q, pages, layer, tables, plan, options)
+def _differentiable(backend: Backend, q, pages, layer, tables, part, options):
+  return backend.attend(q, pages, layer, tables, part, options)
 
 
 @_differentiable.defjvp

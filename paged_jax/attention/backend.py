@@ -7,9 +7,11 @@ import jax
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Plan, Tables
 
 MAX_BLOCK_SIZE = 64
+FEW = 8  # tokens of a row that decodes or verifies drafts, at most
+SPARE = 2048  # places of queries that may stay empty because rows do not fill their blocks
 
 
 def scatter(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
@@ -17,21 +19,36 @@ def scatter(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Pl
   return pages_lib.write(pages, layer, k, v, plan.slots)
 
 
-def average(num_tokens: int, num_rows: int) -> int:
-  """As many tokens as rows have on average, rounded down to a power of two, at most 64."""
-  return min(MAX_BLOCK_SIZE, 1 << max(0, (num_tokens // num_rows).bit_length() - 1))
+def block_size(num_tokens: int, num_rows: int, few: int = FEW) -> int:
+  """Most tokens in a block, for a part of at most `num_rows` rows.
+
+  All tokens of a row where rows bring a `few` each. Else 64, as for a prompt, or fewer so that at
+  most `SPARE` places, or one per token, can be empty.
+  """
+  each = -(-num_tokens // num_rows)
+  if each <= few:
+    return _power_of_two(each)
+  size = min(MAX_BLOCK_SIZE, _power_of_two(num_tokens))
+  while size > 1 and num_rows * (size - 1) > max(num_tokens, SPARE):
+    size //= 2
+  return size
+
+
+def _power_of_two(size: int) -> int:
+  """The least one that is not below `size`."""
+  return 1 << (size - 1).bit_length()
 
 
 class Backend(NamedTuple):
   """One implementation of attention over pages; each module of a backend has one, `BACKEND`."""
 
-  # (q [B,Q,D], pages, layer i32[], tables, plan, options) -> output [B,Q,D] and LSE f32[B,Q]
+  # (q [B,Q,D], pages, layer i32[], tables, part, options) -> output [B,Q,D] and LSE f32[B,Q]
   attend: Callable[
-    [jax.Array, Pages, jax.Array, Tables, Plan, Options], tuple[jax.Array, jax.Array]
+    [jax.Array, Pages, jax.Array, Tables, Part, Options], tuple[jax.Array, jax.Array]
   ]
   # Why it cannot serve these pages, None if it can.
   refusal: Callable[[Pages], str | None] = lambda pages: None
   # (pages, layer i32[], k [B,H,D], v [B,H,D], plan) -> the next pages
   write: Callable[[Pages, jax.Array, jax.Array, jax.Array, Plan], Pages] = scatter
-  # (tokens in a batch, rows) -> most tokens in a block of queries
-  block_size: Callable[[int, int], int] = average
+  # (tokens of a part, most rows of it, tokens of a row that are few) -> most tokens in a block
+  block_size: Callable[[int, int, int], int] = block_size

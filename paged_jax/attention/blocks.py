@@ -1,54 +1,73 @@
-"""A plan's blocks of queries, heads that share a KV head side by side.
+"""Blocks of queries: how a part of a batch is cut, and its queries by block.
 
-Letters as in types.py; G blocks, M = queries of a block x query heads per KV head.
+Letters as in types.py; G blocks, X tokens in a block, M = X * query heads per KV head. Heads that
+share a KV head stand side by side.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from paged_jax.attention import softmax
-from paged_jax.types import Plan, Tables
+from paged_jax.types import Blocks, Part
 
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
-class Blocks(NamedTuple):
-  """The blocks of queries, and the positions first..last that each query sees."""
+def schedule(
+  rows: jax.Array,
+  starts: jax.Array,
+  last: jax.Array,
+  num_rows: int,
+  most: int,
+  block_size: int,
+) -> Blocks:
+  """Cuts tokens into blocks, each of one row.
 
-  queries: jax.Array  # [G,H,M,D]
-  rows: jax.Array  # i32[G] S where there is no block
-  first: jax.Array  # i32[G,M]
-  last: jax.Array  # i32[G,M] -1 where the query sees nothing
-  tokens: jax.Array  # i32[G,Qb] token of each query, B where there is none
-
-
-def make(q: jax.Array, h: int, tables: Tables, plan: Plan, window: jax.Array) -> Blocks:
-  """The plan's blocks with their queries q [B,Q,D]."""
-  b, num_heads, _ = q.shape
-  nth = jnp.arange(plan.block_size, dtype=jnp.int32)[None]
-  tokens = plan.blocks[:, None] + nth
-  live = (nth < plan.block_lengths[:, None]) & _take(plan.ok, tokens, False)
-  rows = _take(plan.rows, plan.blocks, tables.lengths.shape[0])
-  start = _take(tables.starts, rows, 0)[:, None]
-  first, last = seen(live, _take(plan.positions, tokens, -1), start, window)
-  tokens = jnp.where(live, tokens, b)
+  Args:
+    rows: i32[B] row of each token, each row in one piece; `num_rows` is padding, anywhere between.
+    starts: i32[B] first live token of its row.
+    last: i32[B] its position, -1 = it attends to nothing.
+    num_rows: S.
+    most: Rows that there are at most, not counting padding.
+    block_size: Most tokens in a block.
+  """
+  b = rows.shape[0]
+  num_blocks = (b + min(most, num_rows, b) * (block_size - 1)) // block_size
+  tokens = jnp.arange(b, dtype=jnp.int32)
+  fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)
+  nth = tokens - jax.lax.cummax(jnp.where(fresh, tokens, 0))  # number of each token in its row
+  known = (rows >= 0) & (rows < num_rows)
+  leads = known & (nth % block_size == 0)
+  owner = jnp.where(known, jnp.cumsum(leads, dtype=jnp.int32) - 1, num_blocks)
+  leader = jnp.where(leads, owner, num_blocks)
+  first = jnp.full(num_blocks, b, jnp.int32).at[leader].set(tokens, mode="drop")
+  lengths = jnp.zeros(num_blocks, jnp.int32).at[owner].add(1, mode="drop")
+  within = jnp.arange(block_size, dtype=jnp.int32)[None]
+  queries = jnp.where(within < lengths[:, None], first[:, None] + within, b)
+  ends = _take(last, queries, -1)
+  live = (last >= 0) & (owner < num_blocks)
   return Blocks(
-    queries=by_head(_take(q, tokens, 0), h),
-    rows=rows,
-    first=jnp.repeat(first, num_heads // h, axis=1),
-    last=jnp.repeat(last, num_heads // h, axis=1),
-    tokens=tokens,
+    count=jnp.sum(leads & (owner < num_blocks), dtype=jnp.int32),
+    first=first,
+    lengths=lengths,
+    rows=_take(rows, first, num_rows),
+    starts=_take(starts, first, 0),
+    lows=jnp.min(jnp.where(ends < 0, _NEVER, ends), axis=1),
+    highs=jnp.max(ends, axis=1),
+    tokens=jnp.where(ends < 0, b, queries),
+    last=ends,
+    places=jnp.where(live, owner * block_size + nth % block_size, num_blocks * block_size),
   )
 
 
-def seen(
-  live: jax.Array, positions: jax.Array, start: jax.Array, window: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """The positions first..last that tokens see, none where they are not `live`."""
-  last = jnp.where(live, positions, -1)
-  return jnp.where(live, jnp.maximum(start, last - window + 1), _NEVER), last
+def queries(q: jax.Array, h: int, part: Part) -> jax.Array:
+  """Queries q [B,Q,D] by block: [G,H,M,D], any where there is none."""
+  return by_head(q.at[part.blocks.tokens].get(mode="clip"), h)
+
+
+def per_query(x: jax.Array, group: int) -> jax.Array:
+  """[G,X] as [G,M]: the same for all of the `group` heads that share a KV head."""
+  return jnp.repeat(x, group, axis=1)
 
 
 def by_head(x: jax.Array, h: int) -> jax.Array:
@@ -78,15 +97,13 @@ def start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
 
 
 def by_token(
-  q: jax.Array, blocks: Blocks, out: jax.Array, lse: jax.Array
+  q: jax.Array, part: Part, out: jax.Array, lse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Blocks' outputs [G,H,M,D] and LSE [G,H,M,1] as those of the tokens of q [B,Q,D]."""
-  out, lse = (by_query(x, blocks.tokens.shape[1]) for x in (out, lse))
-  lse = lse[..., 0]
-  return (
-    jnp.zeros_like(q).at[blocks.tokens].set(out.astype(q.dtype), mode="drop"),
-    jnp.full_like(q[..., 0], -jnp.inf, jnp.float32).at[blocks.tokens].set(lse, mode="drop"),
-  )
+  out, lse = (by_query(x, part.block_size) for x in (out, lse))
+  places = part.blocks.places
+  out, lse = (x.reshape(-1, *x.shape[2:]) for x in (out, lse[..., 0]))
+  return _take(out.astype(q.dtype), places, 0), _take(lse, places, -jnp.inf)
 
 
 def _take(x: jax.Array, ids, missing) -> jax.Array:

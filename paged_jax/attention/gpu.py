@@ -29,7 +29,7 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax, splits
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Tables
 
 CHUNK_BYTES = 2**15
 _NEVER = jnp.iinfo(jnp.int32).max
@@ -83,7 +83,7 @@ def attend(
   pages: Pages,
   layer: jax.Array,
   tables: Tables,
-  plan: Plan,
+  part: Part,
   options: Options,
   *,
   interpret: bool = False,
@@ -91,14 +91,14 @@ def attend(
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   b, num_heads, d = q.shape
   _, _, h, t, _ = pages_lib.sizes(pages)
-  m = plan.block_size * (num_heads // h)
+  m = part.block_size * (num_heads // h)
   dtype = pages.dtype if q.dtype == pages.dtype else np.dtype(jnp.float32)  # of products' operands
   config = CONFIGS[8 * dtype.itemsize, m <= 16]
   tile_size = min(config.tile_size, max(16, pl.next_power_of_2(m)))
   num_tiles = pl.cdiv(m, tile_size)
   chunk_size = min(config.chunk_size, CHUNK_BYTES // (2 * d * dtype.itemsize))
   capacity = tables.block_tables.shape[1] * t
-  num_blocks = plan.blocks.shape[0]
+  num_blocks = part.blocks.first.shape[0]
   num_splits = splits.count(
     num_blocks * num_tiles * h, pl.cdiv(capacity, chunk_size), splits.num_sms()
   )
@@ -125,11 +125,11 @@ def attend(
   )(
     layer[None], options.window[None], options.scale[None],
     None if options.softcap is None else options.softcap[None], options.sinks,
-    plan.blocks, plan.block_lengths, plan.rows, plan.positions, plan.ok,
-    tables.starts, tables.block_tables, q, pages.kv,
+    part.blocks.first, part.blocks.lengths, part.blocks.rows, part.blocks.starts, part.last,
+    tables.block_tables, q, pages.kv,
   )  # fmt: skip
   out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse)
-  owned = plan.ok & (plan.rows >= 0) & (plan.rows < tables.lengths.shape[0])  # others: not written
+  owned = part.last >= 0  # others: not written
   out = jnp.where(owned[:, None, None], out.astype(q.dtype), jnp.zeros((), q.dtype))
   return out, jnp.where(owned[:, None], lse, -jnp.inf)
 
@@ -141,12 +141,11 @@ def _kernel(
   scale_ref,  # f32[1]
   softcap_ref,  # f32[1] or None
   sinks_ref,  # f32[Q] or None
-  blocks_ref,  # i32[G]
+  blocks_ref,  # i32[G] first token of each
   block_lengths_ref,  # i32[G]
-  rows_ref,  # i32[B]
-  positions_ref,  # i32[B]
-  ok_ref,  # bool[B]
-  starts_ref,  # i32[S]
+  rows_ref,  # i32[G]
+  starts_ref,  # i32[G]
+  last_ref,  # i32[B]
   tables_ref,  # i32[S,P]
   q_ref,  # [B,Q,D]
   kv_ref,  # [N,L,H,T,2D]
@@ -160,8 +159,8 @@ def _kernel(
   chunk_size: int,
   num_tiles: int,
 ):
-  n, num_layers, h, t, _ = kv_ref.shape
-  b, num_heads, d = q_ref.shape
+  n, _, h, t, _ = kv_ref.shape
+  _, num_heads, d = q_ref.shape
   repeats = num_heads // h
   g, tile = jax.lax.div(pl.program_id(0), num_tiles), jax.lax.rem(pl.program_id(0), num_tiles)
   head, split = pl.program_id(1), pl.program_id(2)
@@ -176,12 +175,10 @@ def _kernel(
                  mask=ours[:, None], other=0).astype(dtype)  # fmt: skip
 
   # what they see
-  row = plgpu.load(rows_ref.at[blocks_ref[g]], mask=blocks_ref[g] < b, other=0)
-  ok = plgpu.load(ok_ref.at[tokens], mask=ours, other=False) & (layer < num_layers)
-  last = jnp.where(ok, plgpu.load(positions_ref.at[tokens], mask=ours, other=-1), -1)
-  start = plgpu.load(starts_ref.at[row], mask=row < starts_ref.shape[0], other=0)
-  first = jnp.maximum(start, last - window_ref[0] + 1)
-  begin = jnp.min(jnp.where(ok, first, _NEVER))
+  row = rows_ref[g]
+  last = plgpu.load(last_ref.at[tokens], mask=ours, other=-1)
+  first = jnp.maximum(starts_ref[g], last - window_ref[0] + 1)
+  begin = jnp.min(jnp.where(last < 0, _NEVER, first))
   end = jnp.minimum(jnp.max(last) + 1, tables_ref.shape[1] * t)
   share = pl.cdiv(pl.cdiv(jnp.maximum(end - begin, 0), chunk_size), pl.num_programs(2))
   begin = begin + split * share * chunk_size

@@ -27,7 +27,7 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax, splits
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Tables
 
 ROWS = 64  # of a wgmma
 LOG2E = math.log2(math.e)
@@ -68,7 +68,7 @@ def attend(
   pages: Pages,
   layer: jax.Array,
   tables: Tables,
-  plan: Plan,
+  part: Part,
   options: Options,
   *,
   interpret=False,
@@ -79,17 +79,19 @@ def attend(
   """
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   dtype = pages.kv.dtype
-  blocks = blocks_lib.make(q, h, tables, plan, options.window)
-  g, _, m, _ = blocks.queries.shape
+  blocks, group = part.blocks, q.shape[1] // h
+  g, m = blocks.first.shape[0], part.block_size * group
   x, stages, w = CHUNKS[d]
   w = min(w, -(-m // ROWS))
   y = -(-m // (w * ROWS))
   spare = y * w * ROWS - m
-  queries = jnp.pad(blocks.queries.astype(dtype), ((0, 0), (0, 0), (0, spare), (0, 0)))
-  first = jnp.pad(blocks.first, ((0, 0), (0, spare)), constant_values=jnp.iinfo(jnp.int32).max)
-  last = jnp.pad(blocks.last, ((0, 0), (0, spare)), constant_values=-1)
+  queries = blocks_lib.queries(q.astype(dtype), h, part)
+  queries = jnp.pad(queries, ((0, 0), (0, 0), (0, spare), (0, 0)))
+  last = blocks_lib.per_query(blocks.last, group)
+  last = jnp.pad(last, ((0, 0), (0, spare)), constant_values=-1)
+  first = jnp.maximum(blocks.starts[:, None], last - options.window + 1)
+  first = jnp.where(last < 0, jnp.iinfo(jnp.int32).max, first)
   end = jnp.max(last.reshape(g, y, -1), axis=2) + 1
-  end = jnp.where(layer < num_layers, end, 0)
   begin = jnp.minimum(jnp.min(first.reshape(g, y, -1), axis=2), end)
   spans = jnp.stack([first.reshape(g, y, w, ROWS), last.reshape(g, y, w, ROWS)], axis=3)
   box = min(t, x)  # positions per copy
@@ -135,9 +137,9 @@ def attend(
   lse = lse.reshape(z, g, h, -1)[:, :, :, :m]
   sinks = options.sinks
   if sinks is not None:
-    sinks = jnp.tile(sinks.reshape(h, -1), (1, plan.block_size))[None]
+    sinks = jnp.tile(sinks.reshape(h, -1), (1, part.block_size))[None]
   out, lse = splits.combine(out, lse, sinks)
-  return blocks_lib.by_token(q, blocks, out, lse[..., None])
+  return blocks_lib.by_token(q, part, out, lse[..., None])
 
 
 def _kernel(

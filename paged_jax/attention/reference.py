@@ -10,7 +10,7 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import softmax
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Tables
 
 
 def attend(
@@ -18,19 +18,17 @@ def attend(
   pages: Pages,
   layer: jax.Array,
   tables: Tables,
-  plan: Plan,
+  part: Part,
   options: Options,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, num_layers, h, t, d = pages_lib.sizes(pages)
-  ids = tables.block_tables.at[plan.rows].get(mode="fill", fill_value=n)  # [B,P]
+  n, _, h, t, d = pages_lib.sizes(pages)
+  ids = tables.block_tables.at[part.rows].get(mode="fill", fill_value=n)  # [B,P]
   k, v = (x.astype(jnp.float32) for x in pages_lib.gather(pages, layer, ids))  # [B,X,H,D]
 
   j = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-  i = plan.positions[:, None]
-  starts = tables.starts.at[plan.rows].get(mode="fill", fill_value=0)[:, None]
-  live = plan.ok & (plan.rows < tables.lengths.shape[0]) & (layer < num_layers)
-  seen = (j >= jnp.maximum(starts, i - options.window + 1)) & (j <= i) & live[:, None]
+  i, starts, live = part.last[:, None], part.starts[:, None], part.last >= 0
+  seen = (j >= jnp.maximum(starts, i - options.window + 1)) & (j <= i)
   seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
 
   queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, d)

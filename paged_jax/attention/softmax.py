@@ -10,10 +10,14 @@ import jax.numpy as jnp
 
 
 class Sums(NamedTuple):
-  """What has been seen so far."""
+  """What has been seen so far.
 
-  top: jax.Array  # f32[...,1] largest logit
-  total: jax.Array  # f32[...,1] sum of exp(logit - top)
+  W is 1, or the lanes of a TPU, where a column costs as much as 128: then `top` is the same in all
+  of them, and lane j of `total` sums the logits of columns j, j + W, j + 2W, ...
+  """
+
+  top: jax.Array  # f32[...,W] largest logit
+  total: jax.Array  # f32[...,W] sum of exp(logit - top)
   acc: jax.Array  # f32[...,D] sum of exp(logit - top) * value
 
 
@@ -44,19 +48,20 @@ def step(sums: Sums, logits: jax.Array, v: jax.Array) -> Sums:
   """
   top = jnp.maximum(sums.top, jnp.max(logits, axis=-1, keepdims=True))
   base = _finite(top)
-  weights = jnp.exp(logits - base)
+  weights = jnp.exp(logits - _spread(base, logits.shape[-1]))
   decay = jnp.exp(sums.top - base)
   return Sums(
     top=top,
-    total=sums.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
-    acc=sums.acc * decay + _dot(weights.astype(v.dtype), v, -2),
+    total=sums.total * decay + _gather(weights, top.shape[-1]),
+    acc=sums.acc * _spread(decay, sums.acc.shape[-1]) + _dot(weights.astype(v.dtype), v, -2),
   )
 
 
 def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
-  """The attention output f32[...,D] and LSE f32[...,1]; 0 and -inf if nothing was seen."""
-  out = sums.acc / jnp.where(sums.total > 0, sums.total, 1)
-  return out, sums.top + jnp.log(sums.total)
+  """The attention output f32[...,D] and LSE f32[...,W]; 0 and -inf if nothing was seen."""
+  total = jnp.sum(sums.total, axis=-1, keepdims=True)
+  out = sums.acc / jnp.where(total > 0, total, 1)
+  return out, sums.top + jnp.log(total)
 
 
 def merge(
@@ -82,6 +87,20 @@ def merge(
     for out, part in ((out_a, lse_a), (out_b, lse_b))
   )
   return (a + b).astype(out_a.dtype), lse
+
+
+def _spread(x: jax.Array, width: int) -> jax.Array:
+  """[...,W] for `width` columns, the same in each."""
+  w = x.shape[-1]
+  return x if w in (1, width) else jnp.concatenate([x] * (width // w), axis=-1)
+
+
+def _gather(weights: jax.Array, w: int) -> jax.Array:
+  """Sums [...,W] of every Wth column."""
+  if w == 1:
+    return jnp.sum(weights, axis=-1, keepdims=True)
+  rest = (weights[..., i : i + w] for i in range(w, weights.shape[-1], w))
+  return sum(rest, start=weights[..., :w])
 
 
 def _finite(top: jax.Array) -> jax.Array:

@@ -25,10 +25,12 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax, tpu_write
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Plan, Tables
 
 CHUNK_TOKENS = 512
 VMEM_BYTES = 64 * 2**20
+LANES = 128
+SMALL = 64  # queries of a block whose logits of all heads are found first
 
 
 def refusal(pages: Pages) -> str | None:
@@ -49,47 +51,53 @@ def attend(
   pages: Pages,
   layer: jax.Array,
   tables: Tables,
-  plan: Plan,
+  part: Part,
   options: Options,
   *,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  _, num_layers, h, t, d = pages_lib.sizes(pages)
-  blocks = blocks_lib.make(q, h, tables, plan, options.window)
-  g, _, m, _ = blocks.queries.shape
-  begin, end = jnp.min(blocks.first, axis=1), jnp.max(blocks.last, axis=1) + 1
-  end = jnp.where(layer < num_layers, end, 0)
-  begin, end = jnp.pad(begin, (0, 1)), jnp.pad(end, (0, 1))  # nothing to fetch behind the last
-  queries, width = blocks.queries, d
+  _, _, h, t, d = pages_lib.sizes(pages)
+  b, num_heads, _ = q.shape
+  group, alone = num_heads // h, part.block_size == 1
+  blocks, m = part.blocks, part.block_size * group
+  if alone:  # a token is where its block is: nothing to arrange
+    queries, places = q.reshape(b, h, group, d), jnp.minimum(blocks.first, b - 1)
+  else:
+    queries, places = blocks_lib.queries(q, h, part), jnp.arange(blocks.first.shape[0])
+  width = d
   if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
     queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
-  fitting = VMEM_BYTES // (
-    4 * 2 * h * t * d * pages.kv.dtype.itemsize
-  )  # two chunks, half the space
+  last = None if alone else blocks_lib.per_query(blocks.last, group)[..., None]
+  sinks = options.sinks
+  if sinks is not None:
+    sinks = jnp.tile(sinks.reshape(h, group), (1, part.block_size))[..., None]
+    sinks = jnp.broadcast_to(sinks, (h, m, LANES))
+  page_bytes = 2 * h * t * d * pages.kv.dtype.itemsize
+  fitting = VMEM_BYTES // (4 * page_bytes)  # two chunks, half the space
   c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
-  sums = blocks_lib.start(queries[0, ..., :1], options.sinks)
-  softcap = options.softcap
-  scalars = jnp.stack([options.scale, jnp.float32(0) if softcap is None else softcap])
+  scalars = jnp.stack(
+    [options.scale, jnp.float32(0) if options.softcap is None else options.softcap]
+  )
 
   def block(*shape):
-    return pl.BlockSpec((1, *shape), lambda i, *_: (i, *[0] * len(shape)))
+    return pl.BlockSpec((1, *shape), lambda i, places, *_: (places[i], *[0] * len(shape)))
 
   def whole(*shape):
     return pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
 
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
+  scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
   out, lse = pl.pallas_call(
-    functools.partial(_kernel, size=d, softcapped=softcap is not None),
+    functools.partial(_kernel, size=d, softcapped=options.softcap is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
-      grid=(g,),
+      num_scalar_prefetch=7,
+      grid=(jnp.maximum(blocks.count, 1),),  # of no block: the first one sees nothing
       in_specs=[
-        pl.BlockSpec(memory_space=pltpu.SMEM),
+        scalar,
         block(h, m, width),
-        block(m, 2),
-        whole(h, m, 1),
-        whole(h, m, 1),
+        None if alone else block(m, 1),
+        None if sinks is None else whole(h, m, LANES),
         any_memory,
         any_memory,
       ],
@@ -103,8 +111,8 @@ def attend(
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((g, h, m, d), q.dtype),
-      jax.ShapeDtypeStruct((g, m, h), jnp.float32),
+      jax.ShapeDtypeStruct((queries.shape[0], h, m, d), q.dtype),
+      jax.ShapeDtypeStruct((queries.shape[0], m, h), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",),
@@ -114,10 +122,15 @@ def attend(
     interpret=interpret,
     name="paged_attention",
   )(
-    blocks.rows, begin, end, layer[None], scalars, queries,
-    jnp.stack([blocks.first, blocks.last], axis=-1), sums.top, sums.total, tables.block_tables, pages.kv,
+    places, blocks.rows, blocks.starts, blocks.lows, blocks.highs, layer[None], options.window[None],
+    scalars, queries, last, sinks, tables.block_tables, pages.kv,
   )  # fmt: skip
-  return blocks_lib.by_token(q, blocks, out, lse.swapaxes(1, 2)[..., None])
+  lse = lse.swapaxes(1, 2)
+  if not alone:
+    return blocks_lib.by_token(q, part, out, lse[..., None])
+  live = part.last[:, None] >= 0  # what is not was not written
+  out = jnp.where(live[..., None], out.reshape(q.shape), jnp.zeros((), q.dtype))
+  return out, jnp.where(live, lse.reshape(b, num_heads), -jnp.inf)
 
 
 def write(
@@ -130,23 +143,29 @@ def write(
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Pages:
   """Writes k and v [B,H,D] in place; XLA's scatter copies the pool on TPU."""
-  return tpu_write.write(
-    pages, layer, k, v, plan.slots, block_size=plan.block_size, interpret=interpret
-  )
+  begin = 0
+  for part in plan.parts:
+    end = begin + part.rows.shape[0]
+    new = (x[begin:end] for x in (k, v, plan.slots))
+    pages = tpu_write.write(pages, layer, *new, block_size=part.block_size, interpret=interpret)
+    begin = end
+  return pages
 
 
 def _kernel(
   # scalar prefetch
+  places_ref,  # i32[G] where its queries are
   rows_ref,  # i32[G]
-  begin_ref,  # i32[G+1] first position that the block sees
-  end_ref,  # i32[G+1] behind the last one
+  starts_ref,  # i32[G]
+  lows_ref,  # i32[G]
+  highs_ref,  # i32[G]
   layer_ref,  # i32[1]
+  window_ref,  # i32[1]
   # inputs
   scalars_ref,  # f32[2] scale, softcap
   q_ref,  # [1,H,M,D]
-  seen_ref,  # i32[1,M,2] first and last position that each query sees
-  top_ref,  # f32[H,M,1]
-  total_ref,  # f32[H,M,1]
+  last_ref,  # i32[1,M,1], None where blocks have one token
+  sinks_ref,  # f32[H,M,128] or None
   tables_hbm,  # i32[S,P]
   kv_hbm,  # [N,L,H,T,2D]
   # outputs
@@ -162,27 +181,31 @@ def _kernel(
   size: int,
   softcapped: bool,
 ):
+  del places_ref
   g, num_blocks = pl.program_id(0), pl.num_programs(0)
   num_pages = kv_hbm.shape[0]
   _, c, h, t, _ = kv_ref.shape
-  chunk = c * t
+  chunk, m = c * t, q_ref.shape[2]
 
   def span(block):
-    """First logical page, and number of pages, that a block sees."""
-    first = begin_ref[block] // t
-    return first, jnp.maximum(pl.cdiv(end_ref[block], t) - first, 0)
+    """First position that a block sees, the one behind its last, first logical page, and pages; no
+    pages behind the last block."""
+    at = jnp.minimum(block, num_blocks - 1)
+    begin = jnp.maximum(starts_ref[at], lows_ref[at] - window_ref[0] + 1)
+    end = highs_ref[at] + 1
+    first = begin // t
+    return begin, end, first, jnp.where(block < num_blocks, pl.cdiv(end, t) - first, 0)
 
-  first_page, count = span(g)
-  begin, end = begin_ref[g], end_ref[g]
-  num_chunks = pl.cdiv(count, c)
+  begin, end, first_page, count = span(g)
+  num_chunks = pl.cdiv(jnp.maximum(count, 0), c)
 
   def fetch_ids(block):
     row = jnp.minimum(rows_ref[block], tables_hbm.shape[0] - 1)
     return pltpu.make_async_copy(tables_hbm.at[row], ids_ref.at[block % 2], ids_sems.at[block % 2])
 
   def fetch(block, number, slot, *, unroll: bool):
-    """Starts the copies of a chunk's pages, of none behind the last block."""
-    first, count = span(block)
+    """Starts the copies of a chunk's pages."""
+    _, _, first, count = span(block)
 
     @pl.loop(0, c, unroll=unroll)
     def _(i):
@@ -239,13 +262,13 @@ def _kernel(
 
   def add_chunk(number, sums):
     slot = (turn + number) % 2
-    last = number + 1 == num_chunks
+    final = number + 1 == num_chunks
 
-    @pl.when(last & (g + 1 < num_blocks))
+    @pl.when(final & (g + 1 < num_blocks))
     def _():
       fetch_ids(g + 1).wait()
 
-    fetch(jnp.where(last, g + 1, g), jnp.where(last, 0, number + 1), 1 - slot, unroll=True)
+    fetch(jnp.where(final, g + 1, g), jnp.where(final, 0, number + 1), 1 - slot, unroll=True)
     arrive(number, slot)
     base = first_page * t + number * chunk
 
@@ -253,8 +276,12 @@ def _kernel(
     def _():
       clear(base, slot)
 
-    at = base + jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], chunk), 1)
-    seen = (at >= seen_ref[0, :, :1]) & (at <= seen_ref[0, :, 1:])
+    at = base + jax.lax.broadcasted_iota(jnp.int32, (m, chunk), 1)
+    if last_ref is None:
+      seen = (at >= begin) & (at < end)
+    else:
+      last = last_ref[0]
+      seen = (at >= jnp.maximum(starts_ref[g], last - window_ref[0] + 1)) & (at <= last)
 
     def keys_and_values(head):
       kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
@@ -266,18 +293,30 @@ def _kernel(
       softcap = scalars_ref[1] if softcapped else None
       return softmax.logits(q_ref[0, head].astype(k.dtype), k, seen, scalars_ref[0], softcap)
 
-    # all logits first: one head's softmax then overlaps with another's products
-    found = [logits(i) for i in range(h)]
-    return tuple(softmax.step(sums[i], found[i], keys_and_values(i)[1]) for i in range(h))
+    # One head's softmax overlaps with the products of those ahead: all of them if they are small.
+    ahead = h if m <= SMALL else 1
+    found, made = [logits(i) for i in range(ahead)], []
+    for i in range(h):
+      found += [logits(i + ahead)] if i + ahead < h else []
+      made.append(softmax.step(sums[i], found[i], keys_and_values(i)[1]))
+    return tuple(made)
 
-  zeros = jnp.zeros((q_ref.shape[2], q_ref.shape[3]), jnp.float32)
-  start = tuple(softmax.Sums(top_ref[i], total_ref[i], zeros) for i in range(h))
-  sums = jax.lax.fori_loop(0, num_chunks, add_chunk, start)
+  lanes = LANES if chunk % LANES == 0 and q_ref.shape[3] % LANES == 0 else 1
+  one = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (m, lanes), 1) == 0, 1.0, 0.0)
+
+  def start(head):
+    """Nothing seen, or the sinks alone."""
+    acc = jnp.zeros((m, q_ref.shape[3]), jnp.float32)
+    if sinks_ref is None:
+      return softmax.Sums(jnp.full((m, lanes), -jnp.inf), jnp.zeros((m, lanes)), acc)
+    return softmax.Sums(sinks_ref[head, :, :lanes], one, acc)
+
+  sums = jax.lax.fori_loop(0, num_chunks, add_chunk, tuple(start(i) for i in range(h)))
   turn_ref[0] = turn + num_chunks
   for i in range(h):
     out, lse = softmax.finish(sums[i])
     out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
-    lse_ref[0, :, i : i + 1] = lse
+    lse_ref[0, :, i : i + 1] = lse[:, :1]
 
 
 def _wait(there, sem):

@@ -26,7 +26,7 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import softmax
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Part, Tables
 
 # A block computes the least of these numbers of tokens that holds its own: 1 for a row that
 # decodes, 16 for one that verifies drafts. Measured 2026-11 on two cores: prompts of 100 tokens
@@ -44,8 +44,9 @@ CHUNK_BYTES = 2**21
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
-def block_size(num_tokens: int, num_rows: int) -> int:
+def block_size(num_tokens: int, num_rows: int, few: int) -> int:
   """Most tokens of a row that are attended at once: more than one unless every row may decode."""
+  del few  # a block costs no more than the tokens that it has
   return min(QUERIES[-1], num_tokens) if num_tokens > num_rows else 1
 
 
@@ -54,27 +55,23 @@ def attend(
   pages: Pages,
   layer: jax.Array,
   tables: Tables,
-  plan: Plan,
+  part: Part,
   options: Options,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  b, s = q.shape[0], tables.lengths.shape[0]
-  live = plan.ok & (plan.rows < s) & (layer < pages.kv.shape[1])
-  starts = tables.starts.at[plan.rows].get(mode="clip", wrap_negative_indices=False)
-  spans = blocks_lib.seen(live, plan.positions, starts, options.window)
-  largest = min(plan.block_size, b)
+  largest = min(part.block_size, q.shape[0])
   # Sizes that are more than half of the largest are not worth a loop of their own.
   sizes = sorted({largest, *(size for size in QUERIES if size == 1 or 2 * size <= largest)})
 
   def attend_block(size, g, outs):
-    return _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs)
+    return _attend_block(q, pages, layer, tables, part, options, size, g, outs)
 
   def attend_any(g, outs):
     """Block `g`, by the least size that holds it: each loop has one turn or none.
 
     A turn needs the loop's number, or XLA would take it out of the loop.
     """
-    length = plan.block_lengths[g]
+    length = part.blocks.lengths[g]
     for smaller, size in zip([0, *sizes], sizes):
       mine = (length > smaller) & (length <= size)
       turn = functools.partial(attend_block, size)
@@ -83,15 +80,15 @@ def attend(
 
   one = attend_any if len(sizes) > 1 else functools.partial(attend_block, largest)
   outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
-  return jax.lax.fori_loop(0, jnp.sum(plan.block_lengths > 0, dtype=jnp.int32), one, outs)
+  return jax.lax.fori_loop(0, part.blocks.count, one, outs)
 
 
-def _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs):
-  """`outs` with block `g`, of at most `size` tokens, attended; `spans` as of `blocks.seen`."""
+def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
+  """`outs` with block `g`, of at most `size` tokens, attended."""
   n, _, h, t, _ = pages_lib.sizes(pages)
   b, num_heads, _ = q.shape
   chunk = _chunk(pages, tables)
-  begin_token, length = plan.blocks[g], plan.block_lengths[g]
+  begin_token, length = part.blocks.first[g], part.blocks.lengths[g]
   at = jnp.minimum(begin_token, b - size)
   nth = at - begin_token + jnp.arange(size, dtype=jnp.int32)
   own = (nth >= 0) & (nth < length)
@@ -99,11 +96,13 @@ def _attend_block(q, pages, layer, tables, plan, options, spans, size, g, outs):
   def of_block(x):
     return jax.lax.dynamic_slice_in_dim(x, at, size, allow_negative_indices=False)
 
-  first, last = (jnp.where(own, of_block(x), none) for x, none in zip(spans, (_NEVER, -1)))
-  begin, end, live = jnp.min(first), jnp.max(last) + 1, last >= 0
+  last = jnp.where(own, of_block(part.last), -1)
+  live = last >= 0
+  first = jnp.maximum(part.blocks.starts[g], last - options.window + 1)
+  begin, end = jnp.min(jnp.where(live, first, _NEVER)), jnp.max(last) + 1
   first, last = (jnp.repeat(x, num_heads // h)[:, None] for x in (first, last))
   queries = blocks_lib.by_head(of_block(q), h)
-  row = jnp.minimum(plan.rows[begin_token], tables.lengths.shape[0] - 1)
+  row = jnp.minimum(part.blocks.rows[g], tables.lengths.shape[0] - 1)
   page = begin // t
 
   def add_chunk(number, sums):

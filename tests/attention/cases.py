@@ -38,6 +38,7 @@ class Case:
   softcap: float | None = None
   sinks: bool = False
   traced: bool = False  # scale, window and softcap are arrays
+  parts: tuple[tuple[int, int], ...] | None = None  # of the batch: tokens and most rows
   spare_rows: int = 1
 
   @property
@@ -92,6 +93,12 @@ CASES = (
   Case("bfloat16 pages, float32 queries", (9, 64), (1, 3), dtype="bfloat16", q_dtype="float32"),
   Case("bfloat16, everything", (9, 64), (2, 30), starts=(2, 0), padding=1, scale=0.4, window=11,
        softcap=3.0, sinks=True, dtype="bfloat16", bits=True, spare_rows=0),
+  Case("parts, rows that decode and prompts", (40, 9, 30, 31), (1, 1, 25, 20), padding=0,
+       spare_rows=0, parts=((2, 2), (45, 2))),
+  Case("parts, drafts and a prompt, idle rows", (9, 14, 0, 40), (3, 3, 0, 30), padding=2,
+       parts=((12, 4), (34, 1))),
+  Case("parts, window, refused", (40, 9, 64), (1, 1, 30), window=7, refused=(1, 20), traced=True,
+       softcap=3.0, sinks=True, spare_rows=0, parts=((2, 3), (30, 1))),
   Case("float16", (9, 64), (1, 30), dtype="float16", head_dim=64),
   Case("float16 bits", (9, 64), (1, 30), dtype="float16", bits=True),
 )  # fmt: skip
@@ -109,6 +116,7 @@ class Problem:
   options: dict[str, Any]
   k: np.ndarray
   v: np.ndarray
+  parts: tuple[tuple[int, int], ...] | None = None
 
   def attend(self, implementation: str, **changes) -> tuple[jax.Array, jax.Array]:
     """The backend's answer; `changes` replace fields."""
@@ -118,17 +126,17 @@ class Problem:
     interpreted = attention.platform(implementation) not in (None, jax.default_backend())
     run = _interpret if interpreted else _attend
     tokens = (p.plan.rows, p.plan.positions, p.plan.ok)
-    return run(p.q, p.pages, p.tables, tokens, arrays, implementation, p.layer, statics)
+    return run(p.q, p.pages, p.tables, tokens, arrays, implementation, p.layer, statics, p.parts)
 
 
-def _call(q, pages, tables, tokens, arrays, implementation, layer, statics):
-  plan = _plan(*tokens, tables.block_tables.shape[0], implementation)
+def _call(q, pages, tables, tokens, arrays, implementation, layer, statics, parts):
+  plan = traced_plan(*tokens, tables, implementation, parts)
   return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
 
 
 # An interpreter runs once and on little data: most of its time would go to LLVM's optimizer.
 INTERPRETER = {"xla_backend_optimization_level": 0}
-_STATIC = ("implementation", "layer", "statics")
+_STATIC = ("implementation", "layer", "statics", "parts")
 _attend = jax.jit(_call, static_argnames=_STATIC)
 _interpret = jax.jit(_call, static_argnames=_STATIC, compiler_options=INTERPRETER)
 _kept = [None]
@@ -176,32 +184,35 @@ def build(case: Case, seed: int = 0) -> Problem:
     pages = dataclasses.replace(pages, kv=device(kv.view(f"uint{8 * kv.itemsize}")))
   rows, positions = _batch(case, len(tables))
   q = rng.standard_normal((len(rows), case.num_heads, d)).astype(case.q_dtype or case.dtype)
+  kept = Tables(*map(device, (tables, starts, lengths, np.zeros(len(tables), bool))))
   return Problem(
     q=device(q),
     pages=pages,
     layer=layer,
-    tables=Tables(*map(device, (tables, starts, lengths, np.zeros(len(tables), bool)))),
-    plan=plan(rows, positions, len(tables), refused=case.refused),
+    tables=kept,
+    plan=plan(rows, positions, kept, refused=case.refused, parts=case.parts),
     options=_options(case, rng),
     k=k,
     v=v,
-  )  # fmt: skip
+    parts=case.parts,
+  )
 
 
-def plan(rows, positions, num_rows: int, *, refused=(), implementation="reference") -> Plan:
+def plan(
+  rows, positions, tables: Tables, *, refused=(), implementation="reference", parts=None
+) -> Plan:
   """A plan made by hand: attention reads neither slots nor refcounts."""
   rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
   ok = np.ones(len(rows), bool)
   ok[list(refused)] = False
-  return _plan(rows, positions, ok, num_rows, implementation)
+  return traced_plan(rows, positions, ok, tables, implementation, parts)
 
 
-@partial(jax.jit, static_argnames=("num_rows", "implementation"))
-def _plan(rows, positions, ok, num_rows: int, implementation: str) -> Plan:
-  block_size = attention.block_size(implementation, rows.shape[0], num_rows)
-  blocks, block_lengths = attention.schedule(rows, num_rows, block_size)
-  return Plan(rows, positions, positions, ok, blocks, block_lengths,
-              block_size=block_size, implementation=implementation)  # fmt: skip
+@partial(jax.jit, static_argnames=("implementation", "parts"))
+def traced_plan(rows, positions, ok, tables: Tables, implementation: str, parts) -> Plan:
+  live = ok & (rows < tables.lengths.shape[0])
+  cut = attention.cut(implementation, rows, positions, live, tables, parts)
+  return Plan(rows, positions, positions, ok, cut, implementation=implementation)
 
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:

@@ -105,14 +105,6 @@ def test_unmapped_pages_are_masked(interpreted):
   close(got, cases.dense(case, kept), 1e-5)
 
 
-def test_a_layer_that_is_not_there_gives_nothing(interpreted):
-  p = cases.build(served(cases.CASES[0]))
-  out, lse = jax.jit(attention.attend)(
-    p.q, p.pages, jnp.int32(2), p.tables, dataclasses.replace(p.plan, implementation="gpu")
-  )
-  assert (out == 0).all() and (lse == -jnp.inf).all()
-
-
 def test_vmap_over_caches_equals_one_at_a_time(interpreted):
   many = [cases.build(served(cases.CASES[0]), seed) for seed in range(3)]
   many = [(p.q, p.pages, p.layer, p.tables, dataclasses.replace(p.plan, implementation="gpu"))
@@ -182,26 +174,21 @@ class Shapes:
   def arguments(self):
     shape = jax.ShapeDtypeStruct
     b, s = self.num_tokens, self.num_rows
-    plan = jax.eval_shape(
-      lambda rows: cases.Plan(
-        rows, rows, rows, rows > 0, *attention.schedule(rows, s, self.block_size),
-        block_size=self.block_size, implementation="gpu",
-      ),
-      shape((b,), jnp.int32),
-    )  # fmt: skip
     kv = (self.num_pages, self.num_layers, self.num_kv_heads, self.page_size, 2 * self.head_dim)
     lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
+    tables = Tables(tables, lengths, lengths, shape((s,), jnp.bool))
+    rows = shape((b,), jnp.int32)
+    plan = jax.eval_shape(
+      functools.partial(cases.traced_plan, implementation="gpu", parts=None),
+      rows, rows, shape((b,), jnp.bool), tables,
+    )  # fmt: skip
     return (
       shape((b, self.num_heads, self.head_dim), self.dtype),
       Pages(shape(kv, self.dtype), np.dtype(self.dtype)),
       shape((), jnp.int32),
-      Tables(tables, lengths, lengths, shape((s,), jnp.bool)),
+      tables,
       plan,
     )
-
-  @property
-  def block_size(self) -> int:
-    return attention.block_size("gpu", self.num_tokens, self.num_rows)
 
 
 LLAMA = Shapes("Llama-3-8B", 32, 8, 128)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_jax import attention
 from paged_jax.attention import hopper, splits
-from paged_jax.types import Pages, Plan, Tables
+from paged_jax.types import Pages, Tables
 
 # of every kind one: the interpreter is slow
 QUICK = ("decode", "mixed", "empty rows", "heads MQA", "window and start", "softcap traced", "sinks",
@@ -162,10 +162,8 @@ def test_it_lowers_for_an_h200_at_the_sizes_of(name, page_size, num_tokens):
 
   def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
     ok = jnp.ones(num_tokens, bool)
-    block_size = attention.block_size("hopper", num_tokens, rows)
-    blocks, block_lengths = attention.schedule(token_rows, rows, block_size)
-    plan = Plan(token_rows, positions, positions, ok, blocks, block_lengths, block_size, "hopper")
     tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
+    plan = cases.traced_plan(token_rows, positions, ok, tables, "hopper", None)
     pages = Pages(kv, np.dtype(jnp.bfloat16))
     return attention.attend(q, pages, 1, tables, plan, softcap=softcap, window=window)
 
