@@ -242,10 +242,10 @@ def attend(
   index = arguments.layer(layer, num_layers)
   out, lse = attention.attend(
     q, cache.pages, jnp.minimum(index, num_layers - 1), cache.ledger.tables, plan,
-    scale=scale, window=window, softcap=softcap, sinks=sinks,
+    scale=scale, window=window, softcap=softcap, sinks=sinks, lse=return_lse,
   )  # fmt: skip
-  out, lse = (_poisoned(x, layer, index, num_layers) for x in (out, lse))
-  return (out, lse) if return_lse else out
+  out = _poisoned(out, layer, index, num_layers)
+  return out if lse is None else (out, _poisoned(lse, layer, index, num_layers))
 
 
 def gather(

@@ -11,7 +11,7 @@ from paged_jax import arguments
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
-from paged_jax.attention.backend import FEW
+from paged_jax.attention.backend import FEW as FEW
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.softmax import merge as merge
@@ -104,7 +104,8 @@ def attend(
   window: int | jax.Array | None = None,
   softcap: float | jax.Array | None = None,
   sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+  lse: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
   """Attention of the plan's tokens over their rows' pages.
 
   The token at position i of row r sees the positions max(starts[r], i - window + 1) <= j <= i.
@@ -120,9 +121,11 @@ def attend(
     window: Tokens that a query sees, itself included; the largest int32 means all.
     softcap: Logits become softcap * tanh(logits / softcap).
     sinks: f32[Q] a logit per head that takes part in the softmax and carries no value.
+    lse: Whether the LSE is wanted.
 
   Returns:
-    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok.
+    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok. None in
+    place of an LSE that is not wanted.
 
   Raises:
     ValueError: An argument has a wrong shape or dtype, or a static value out of range.
@@ -131,26 +134,27 @@ def attend(
   q = arguments.floats("q", q, (plan.rows.shape[0], None, d))
   if q.shape[1] % h:
     raise ValueError(f"q must have a multiple of {h} heads, got {q.shape[1]}")
-  options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks)
+  options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse)
   backend, layer = _backend(plan.implementation), arguments.layer(layer, num_layers)
   made, begin = [], 0
   for part in plan.parts:
     end = begin + part.rows.shape[0]
     made.append(_attend(backend, q[begin:end], pages, layer, tables, part, options))
     begin = end
-  out, lse = (x[0] if len(x) == 1 else jnp.concatenate(x) for x in zip(*made))
-  return out, lse
+  return jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *made)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(backend: Backend, q, pages, layer, tables, part, options):
-  return backend.attend(q, pages, layer, tables, part, options)
+  out, found = backend.attend(q, pages, layer, tables, part, options)
+  return out, found if options.lse else None
 
 
 @_differentiable.defjvp
 def _attend_jvp(backend, primals, tangents):
   """Derivatives are those of the reference, whatever computes the values."""
-  _, tangent = jax.jvp(_backend("reference").attend, primals, tangents)
+  reference = functools.partial(_differentiable.fun, _backend("reference"))
+  _, tangent = jax.jvp(reference, primals, tangents)
   return _differentiable(backend, *primals), tangent
 
 

@@ -42,9 +42,10 @@ def _power_of_two(size: int) -> int:
 class Backend(NamedTuple):
   """One implementation of attention over pages; each module of a backend has one, `BACKEND`."""
 
-  # (q [B,Q,D], pages, layer i32[], tables, part, options) -> output [B,Q,D] and LSE f32[B,Q]
+  # (q [B,Q,D], pages, layer i32[], tables, part, options) -> output [B,Q,D] and LSE f32[B,Q], which
+  # is of no use where the options do not want it
   attend: Callable[
-    [jax.Array, Pages, jax.Array, Tables, Part, Options], tuple[jax.Array, jax.Array]
+    [jax.Array, Pages, jax.Array, Tables, Part, Options], tuple[jax.Array, jax.Array | None]
   ]
   # Why it cannot serve these pages, None if it can.
   refusal: Callable[[Pages], str | None] = lambda pages: None

@@ -96,14 +96,10 @@ def start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
   return softmax.Sums(zero + tops[..., None], zero + 1, acc)
 
 
-def by_token(
-  q: jax.Array, part: Part, out: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Blocks' outputs [G,H,M,D] and LSE [G,H,M,1] as those of the tokens of q [B,Q,D]."""
-  out, lse = (by_query(x, part.block_size) for x in (out, lse))
-  places = part.blocks.places
-  out, lse = (x.reshape(-1, *x.shape[2:]) for x in (out, lse[..., 0]))
-  return _take(out.astype(q.dtype), places, 0), _take(lse, places, -jnp.inf)
+def by_token(x: jax.Array, part: Part, missing: float) -> jax.Array:
+  """[G,H,M,E] by block as [B,Q,E] by token, `missing` for tokens that attend to nothing."""
+  x = by_query(x, part.block_size)
+  return _take(x.reshape(-1, *x.shape[2:]), part.blocks.places, missing)
 
 
 def _take(x: jax.Array, ids, missing) -> jax.Array:

@@ -139,7 +139,8 @@ def attend(
   if sinks is not None:
     sinks = jnp.tile(sinks.reshape(h, -1), (1, part.block_size))[None]
   out, lse = splits.combine(out, lse, sinks)
-  return blocks_lib.by_token(q, part, out, lse[..., None])
+  out = blocks_lib.by_token(out.astype(q.dtype), part, 0)
+  return out, blocks_lib.by_token(lse[..., None], part, -jnp.inf)[..., 0]
 
 
 def _kernel(

@@ -17,6 +17,7 @@ class Options:
   window: jax.Array  # i32[] tokens that a query sees, itself included; the largest int32 means all
   softcap: jax.Array | None  # f32[] logits become softcap * tanh(logits / softcap); None: unchanged
   sinks: jax.Array | None  # f32[Q] a logit per head that carries no value; None: there are none
+  lse: bool = dataclasses.field(default=True, metadata={"static": True})  # whether it is wanted
 
 
 def make(
@@ -26,6 +27,7 @@ def make(
   window: int | jax.Array | None = None,
   softcap: float | jax.Array | None = None,
   sinks: jax.Array | None = None,
+  lse: bool = True,
 ) -> Options:
   """The options for queries [B,Q,D]. None means D**-0.5, the largest int32, and neither of the rest.
 
@@ -42,6 +44,7 @@ def make(
     window=_positive("window", jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32),
     softcap=softcap,
     sinks=sinks,
+    lse=lse,
   )
 
 

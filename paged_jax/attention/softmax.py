@@ -35,21 +35,27 @@ def logits(
   softcap: jax.Array | None,
 ) -> jax.Array:
   """Logits f32[...,M,X] of queries [...,M,D] and keys [...,X,D], -inf where not `seen`."""
-  out = _dot(q, k, -1) * scale
+  out = product(q, k) * scale
   if softcap is not None:
     out = softcap * jnp.tanh(out / softcap)
   return jnp.where(seen, out, -jnp.inf)
 
 
-def step(sums: Sums, logits: jax.Array, v: jax.Array) -> Sums:
+def product(q: jax.Array, k: jax.Array) -> jax.Array:
+  """f32[...,M,X] the products of queries [...,M,D] and keys [...,X,D]."""
+  return _dot(q, k, -1)
+
+
+def step(sums: Sums, logits: jax.Array, v: jax.Array, exp=jnp.exp) -> Sums:
   """Adds a piece: logits f32[...,M,X], -inf where masked, and its values [...,X,D].
 
-  A piece that is masked everywhere changes nothing.
+  A piece that is masked everywhere changes nothing. `exp` may have another base, if all logits, and
+  `finish`, have it too.
   """
   top = jnp.maximum(sums.top, jnp.max(logits, axis=-1, keepdims=True))
   base = _finite(top)
-  weights = jnp.exp(logits - _spread(base, logits.shape[-1]))
-  decay = jnp.exp(sums.top - base)
+  weights = exp(logits - _spread(base, logits.shape[-1]))
+  decay = exp(sums.top - base)
   return Sums(
     top=top,
     total=sums.total * decay + _gather(weights, top.shape[-1]),
@@ -57,11 +63,14 @@ def step(sums: Sums, logits: jax.Array, v: jax.Array) -> Sums:
   )
 
 
-def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
-  """The attention output f32[...,D] and LSE f32[...,W]; 0 and -inf if nothing was seen."""
+def finish(sums: Sums, unit: float = 1.0) -> tuple[jax.Array, jax.Array]:
+  """The attention output f32[...,D] and LSE f32[...,W]; 0 and -inf if nothing was seen.
+
+  `unit` is the natural logarithm of the base.
+  """
   total = jnp.sum(sums.total, axis=-1, keepdims=True)
   out = sums.acc / jnp.where(total > 0, total, 1)
-  return out, sums.top + jnp.log(total)
+  return out, sums.top * unit + jnp.log(total)
 
 
 def merge(

@@ -14,6 +14,7 @@ X = C*T positions of a chunk.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from paged_jax.types import Pages, Part, Plan, Tables
 CHUNK_TOKENS = 512
 VMEM_BYTES = 64 * 2**20
 LANES = 128
+LN2 = math.log(2)
 SMALL = 64  # queries of a block whose logits of all heads are found first
 
 
@@ -71,14 +73,16 @@ def attend(
   last = None if alone else blocks_lib.per_query(blocks.last, group)[..., None]
   sinks = options.sinks
   if sinks is not None:
-    sinks = jnp.tile(sinks.reshape(h, group), (1, part.block_size))[..., None]
+    sinks = jnp.tile(sinks.reshape(h, group) / LN2, (1, part.block_size))[..., None]
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
   page_bytes = 2 * h * t * d * pages.kv.dtype.itemsize
   fitting = VMEM_BYTES // (4 * page_bytes)  # two chunks, half the space
   c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
-  scalars = jnp.stack(
-    [options.scale, jnp.float32(0) if options.softcap is None else options.softcap]
-  )
+  # Logits are in base 2, as the processor has it: exp would multiply each of them once more.
+  if options.softcap is None:
+    factors = jnp.stack([options.scale / LN2, jnp.float32(0)])
+  else:
+    factors = jnp.stack([options.scale / options.softcap, options.softcap / LN2])
 
   def block(*shape):
     return pl.BlockSpec((1, *shape), lambda i, places, *_: (places[i], *[0] * len(shape)))
@@ -101,7 +105,7 @@ def attend(
         any_memory,
         any_memory,
       ],
-      out_specs=[block(h, m, d), block(m, h)],
+      out_specs=[block(h, m, d), block(m, h) if options.lse else None],
       scratch_shapes=[
         pltpu.SMEM((2, tables.block_tables.shape[1]), jnp.int32),
         pltpu.VMEM((2, c, h, t, 2 * d), pages.kv.dtype),
@@ -112,7 +116,7 @@ def attend(
     ),
     out_shape=[
       jax.ShapeDtypeStruct((queries.shape[0], h, m, d), q.dtype),
-      jax.ShapeDtypeStruct((queries.shape[0], m, h), jnp.float32),
+      jax.ShapeDtypeStruct((queries.shape[0], m, h), jnp.float32) if options.lse else None,
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",),
@@ -123,14 +127,17 @@ def attend(
     name="paged_attention",
   )(
     places, blocks.rows, blocks.starts, blocks.lows, blocks.highs, layer[None], options.window[None],
-    scalars, queries, last, sinks, tables.block_tables, pages.kv,
+    factors, queries, last, sinks, tables.block_tables, pages.kv,
   )  # fmt: skip
-  lse = lse.swapaxes(1, 2)
-  if not alone:
-    return blocks_lib.by_token(q, part, out, lse[..., None])
-  live = part.last[:, None] >= 0  # what is not was not written
-  out = jnp.where(live[..., None], out.reshape(q.shape), jnp.zeros((), q.dtype))
-  return out, jnp.where(live, lse.reshape(b, num_heads), -jnp.inf)
+
+  def by_token(x, missing):
+    if alone:  # what attends to nothing was not written
+      return jnp.where(part.last[:, None, None] >= 0, x.reshape(b, num_heads, -1), missing)
+    return blocks_lib.by_token(x, part, missing)
+
+  if lse is not None:
+    lse = by_token(lse.swapaxes(1, 2)[..., None], -jnp.inf)[..., 0]
+  return by_token(out, 0), lse
 
 
 def write(
@@ -162,7 +169,7 @@ def _kernel(
   layer_ref,  # i32[1]
   window_ref,  # i32[1]
   # inputs
-  scalars_ref,  # f32[2] scale, softcap
+  factors_ref,  # f32[2] of the logits, and of their tanh
   q_ref,  # [1,H,M,D]
   last_ref,  # i32[1,M,1], None where blocks have one token
   sinks_ref,  # f32[H,M,128] or None
@@ -170,7 +177,7 @@ def _kernel(
   kv_hbm,  # [N,L,H,T,2D]
   # outputs
   out_ref,  # [1,H,M,D]
-  lse_ref,  # f32[1,M,H]
+  lse_ref,  # f32[1,M,H] or None
   # scratch
   ids_ref,  # i32[2,P] in SMEM
   kv_ref,  # [2,C,H,T,2D]
@@ -290,15 +297,16 @@ def _kernel(
 
     def logits(head):
       k, _ = keys_and_values(head)
-      softcap = scalars_ref[1] if softcapped else None
-      return softmax.logits(q_ref[0, head].astype(k.dtype), k, seen, scalars_ref[0], softcap)
+      found = softmax.product(q_ref[0, head].astype(k.dtype), k) * factors_ref[0]
+      found = factors_ref[1] * jnp.tanh(found) if softcapped else found
+      return jnp.where(seen, found, -jnp.inf)
 
     # One head's softmax overlaps with the products of those ahead: all of them if they are small.
     ahead = h if m <= SMALL else 1
     found, made = [logits(i) for i in range(ahead)], []
     for i in range(h):
       found += [logits(i + ahead)] if i + ahead < h else []
-      made.append(softmax.step(sums[i], found[i], keys_and_values(i)[1]))
+      made.append(softmax.step(sums[i], found[i], keys_and_values(i)[1], jnp.exp2))
     return tuple(made)
 
   lanes = LANES if chunk % LANES == 0 and q_ref.shape[3] % LANES == 0 else 1
@@ -314,9 +322,10 @@ def _kernel(
   sums = jax.lax.fori_loop(0, num_chunks, add_chunk, tuple(start(i) for i in range(h)))
   turn_ref[0] = turn + num_chunks
   for i in range(h):
-    out, lse = softmax.finish(sums[i])
+    out, lse = softmax.finish(sums[i], LN2)
     out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
-    lse_ref[0, :, i : i + 1] = lse[:, :1]
+    if lse_ref is not None:
+      lse_ref[0, :, i : i + 1] = lse[:, :1]
 
 
 def _wait(there, sem):

@@ -20,6 +20,7 @@ from paged_jax.engine import audit, branches, service, warming
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig, FullRead
+from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.delivery import Delivery
 from paged_jax.engine.desk import Desk
 from paged_jax.engine.handle import RequestHandle
@@ -399,10 +400,10 @@ class Engine:
 
   def _dispatch(self, pieces: list[Piece]) -> None:
     total = sum(piece.num_tokens for piece in pieces)
-    fits = (size for size in (0, *self.config.prompt_sizes) if size >= total)
-    self._calls.dispatch(
-      pieces, next(fits) if pieces else None, 1 if pieces else self.config.num_steps
-    )
+    prompts = sum(piece.num_tokens > 0 for piece in pieces)
+    fits = (x for x in self.config.prompt_sizes if x >= total and most_prompts(x) >= prompts)
+    size = (next(fits) if total else 0) if pieces else None
+    self._calls.dispatch(pieces, size, 1 if pieces else self.config.num_steps)
     self._scheduler.started(pieces)
     self.counts.calls += 1
     self.counts.prompt_tokens += total

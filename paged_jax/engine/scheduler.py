@@ -18,6 +18,7 @@ import numpy as np
 
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig
+from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.queue import Queue
 from paged_jax.engine.requests import Body, Sample, SequenceId, State
 from paged_jax.engine.room import Room
@@ -344,11 +345,13 @@ class Scheduler:
   def pieces(self) -> list[Piece]:
     """What the next call computes of texts that are not in the cache yet."""
     budget, pieces = self.config.prompt_sizes[-1], []
+    places = most_prompts(budget)
     reading = [x for x in self.queue.running.values() if x.state is State.READING]
     for sample in sorted(reading, key=lambda sample: sample.order):
-      if sample is sample.beams[0] and (budget or not sample.unread):
+      if sample is sample.beams[0] and ((budget and places) or not sample.unread):
         pieces.append(Piece(sample, min(budget, sample.unread)))
         budget -= pieces[-1].num_tokens
+        places -= pieces[-1].num_tokens > 0
     return pieces
 
   def started(self, pieces: list[Piece]) -> None:

@@ -27,6 +27,7 @@ from paged_jax.engine.device.records import (
   Report,
   Rows,
   blank,
+  most_prompts,
   pack,
 )
 from paged_jax.types import Cache, Log
@@ -255,7 +256,10 @@ def _logits(
     batch = tuple(jnp.concatenate(pair) for pair in zip(batch, prompts[:3]))
     wanted = wanted.at[:, 0].set(jnp.where(prompts.starts, s * w + prompts.last, wanted[:, 0]))
   tokens, ids, positions = batch
-  hidden, cache = model(tokens, cache, paged_jax.plan(cache, ids, positions))
+  parts = ((s * w, s),)
+  if size := len(tokens) - s * w:
+    parts += ((size, most_prompts(size)),)
+  hidden, cache = model(tokens, cache, paged_jax.plan(cache, ids, positions, parts=parts))
   logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))
   return logits.reshape(s, w, -1), cache
 

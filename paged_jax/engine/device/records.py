@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paged_jax.attention import FEW
 from paged_jax.engine.device.draws import Draws
+
+MAX_PROMPTS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +57,15 @@ class Prompts(NamedTuple):
   positions: jax.Array  # i32[C]
   starts: jax.Array  # bool[S] rows whose prompt ends here: they draw their first token
   last: jax.Array  # i32[S] where in `tokens` it ends; C = all of it is cached, with its logits
+
+
+def most_prompts(size: int) -> int:
+  """Prompts that have a piece of a call's `size` prompt tokens, at most.
+
+  So few that attention takes them in large blocks, each of one row: with more tokens on average
+  than a row that decodes may have.
+  """
+  return max(1, min(MAX_PROMPTS, size // (FEW + 1)))
 
 
 class BeamReport(NamedTuple):
