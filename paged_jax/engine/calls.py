@@ -9,6 +9,7 @@ The device runs ahead: while one call computes, the host reads the report of the
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -271,13 +272,10 @@ def _like(num_steps: int, width: int, num_rows: int, searching: bool) -> records
 def _texts(report: records.Report) -> list[tuple[list[int], list[float]]]:
   """The new tokens of each row, and their log-probabilities."""
   nth = np.arange(report.tokens.shape[1])
-  taken = (nth[:, None] < report.counts[:, None]).transpose(2, 0, 1)  # [S,K,W]
-  tokens, logprobs = (
-    x.transpose(2, 0, 1)[taken].tolist() for x in (report.tokens, report.logprobs)
-  )
-  ends = np.cumsum(report.counts.sum(axis=0)).tolist()
-  parts = [slice(*pair) for pair in zip([0, *ends], ends)]
-  return [(tokens[part], logprobs[part]) for part in parts]
+  taken = nth < report.counts.T[..., None]  # [S,K,W]
+  tokens, logprobs = (x.transpose(2, 0, 1)[taken].tolist() for x in report[:2])
+  ends = report.counts.sum(axis=0).cumsum().tolist()
+  return [(tokens[a:b], logprobs[a:b]) for a, b in itertools.pairwise([0, *ends])]
 
 
 def _searched(report: records.Report, beams: dict[int, Sample]) -> list[Drawn]:

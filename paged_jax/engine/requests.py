@@ -235,6 +235,11 @@ class Sample:
     """Most tokens still to draw."""
     return self.sampling.max_new_tokens - len(self.tokens)
 
+  def reach(self, num_tokens: int) -> int:
+    """Most tokens that the cache has of its text after `num_tokens` more: the last one drawn is never
+    written."""
+    return self.length - 1 + min(num_tokens, self.remaining)
+
   # What schedulers ask
 
   @property
@@ -250,9 +255,9 @@ class Sample:
   @property
   def draws(self) -> bool:
     """Whether the next call may draw for it."""
-    if self.state is not State.DRAWING:
+    if self.state is not State.DRAWING or self.remaining <= self.pending:
       return False
-    return all(beam.remaining > beam.pending for beam in self.beams)
+    return not self.searching or all(beam.remaining > beam.pending for beam in self.beams)
 
   @property
   def searching(self) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 
 from paged_jax.engine.config import EngineConfig
 from paged_jax.engine.queue import Queue
-from paged_jax.engine.requests import Sample
 from paged_jax.host import Manager, errors
 
 
@@ -55,10 +54,9 @@ class Room:
       if not steps:
         continue
       if not sample.searching:
-        lengths[row] = min(sample.length - 1 + steps * width, _limit(sample))
+        lengths[row] = sample.reach(steps * width)
       elif sample is sample.beams[0]:
-        longest = max(beam.length for beam in sample.beams)
-        most = min(longest - 1 + steps * width, _limit(sample))
+        most = max(beam.reach(steps * width) for beam in sample.beams)
         handles = [beam.handle for beam in sample.beams if beam.handle]
         pages += self._manager.pages_to_search(handles, most, len(sample.request.prompt))
     return pages + self._manager.pages_to_reach(lengths)
@@ -75,8 +73,3 @@ class Room:
     """
     if self._queue.running and self.free < needed and self.available < needed:
       raise errors.OutOfPages(needed=needed, free=self.available)
-
-
-def _limit(sample: Sample) -> int:
-  """Most tokens that a sample comes to hold; the last one drawn is never written."""
-  return len(sample.request.prompt) - 1 + sample.sampling.max_new_tokens

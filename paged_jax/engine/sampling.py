@@ -84,8 +84,8 @@ class Sampling:
 
 
 def _whole(value) -> bool:
-  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _number(value) -> bool:
-  return _whole(value) or (isinstance(value, float | np.floating) and not math.isnan(value))
+  return _whole(value) or (isinstance(value, (float, np.floating)) and not math.isnan(value))

@@ -124,7 +124,7 @@ class Scheduler:
         break
       if len(self.calls) and (overtakes or not plain):
         return False
-      if not self._begin(sample):
+      if not self._begin(sample, needed):
         if self.manager.num_free_rows >= len(sample.beams):  # so pages were missing
           self._refused = (sample, self._available())
         break
@@ -169,16 +169,20 @@ class Scheduler:
     sample.begin(Body(handle, handle.row, decoding, handle.num_cached))
     self.queue.running[sample.row] = self.calls.changed[sample.row] = sample
 
-  def _begin(self, sample: Sample) -> bool:
-    """Gives a waiting sample its row, from those behind it if need be; whether it could."""
+  def _begin(self, sample: Sample, needed: int) -> bool:
+    """Gives a waiting sample its row, from those behind it if need be; whether it could.
+
+    `needed` are the pages that the next call needs without it.
+    """
     while True:
       try:
-        self._place(sample)
+        self._place(sample, needed)
         return True
       except (errors.OutOfPages, errors.OutOfRows) as error:
         self.refusal = error
         if self._overtakes(sample):
           self.preempt(self.queue.last())
+          needed = self.room.needed(self.config.num_steps)
         elif self.queue.running or not self._drop_swapped(sample):
           return False
 
@@ -189,10 +193,9 @@ class Scheduler:
     victim = self.queue.last()
     return victim.resting or victim.order[0] > sample.order[0]
 
-  def _place(self, sample: Sample) -> None:
-    """Rows and pages for what the sample already has, if there is room for its next call, too."""
+  def _place(self, sample: Sample, needed: int) -> None:
+    """Rows and pages for what the sample already has, if there is room for the next call, too."""
     manager, origin, pages = self.manager, sample.origin, self.room.pages
-    needed = self.room.needed(self.config.num_steps)
     longest = max(beam.length for beam in sample.beams)
     ahead = longest + self.config.num_steps * self.config.width
     most = self.room.most_pages(len(sample.request.prompt), len(sample.beams), ahead)

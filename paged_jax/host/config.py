@@ -15,7 +15,7 @@ def whole(name: str, value, least: int | None = None) -> int:
   Raises:
     ValueError: It is not an integer, or below `least`; the message has the name and the value.
   """
-  whole_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  whole_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not whole_number or (least is not None and value < least):
     limit = "" if least is None else f" of at least {least}"
     raise ValueError(f"{name} must be an integer{limit}, got {value!r}")

@@ -113,10 +113,9 @@ def pack(report: Report) -> jax.Array:
 def unpack(packed: np.ndarray, like: Report) -> Report:
   """The report, as NumPy arrays of the shapes and dtypes of those of `like`."""
   leaves, structure = jax.tree.flatten(like)
-  ends = np.cumsum([x.size for x in leaves])
-  parts = np.split(packed, ends[:-1])
-  values = [
-    (part.view(x.dtype) if x.dtype == np.float32 else part.astype(x.dtype)).reshape(x.shape)
-    for part, x in zip(parts, leaves)
-  ]
+  values, rest = [], packed
+  for x in leaves:
+    part, rest = rest[: x.size], rest[x.size :]
+    part = part.view(x.dtype) if x.dtype == np.float32 else part.astype(x.dtype, copy=False)
+    values.append(part.reshape(x.shape))
   return jax.tree.unflatten(structure, values)
