@@ -6,6 +6,7 @@ Axis letters: B tokens in a call; a ledger has S rows, N pages and T tokens per 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
 from paged_jax.ledger import pool as pool_lib
@@ -53,6 +54,22 @@ def place(
 
 def check(ledger: Ledger, plan: Plan) -> None:
   """Raises if a token of `plan` has no slot in `ledger`; a check of checkify while tracing."""
+  faults, first, rows, positions, why = _examine(ledger, plan)
+  if isinstance(faults, jax.core.Tracer):
+    legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(FAULTS, start=1))
+    message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
+    checkify.check(
+      jnp.all(faults == 0), message + legend, first=first, rows=rows, positions=positions, why=why
+    )
+  elif count := np.count_nonzero(faults):
+    each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
+    reasons = [f"token {i} (row {row}, position {p}) {FAULTS[x - 1]}" for i, row, p, x in each]
+    raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+
+
+@jax.jit
+def _examine(ledger: Ledger, plan: Plan) -> tuple[jax.Array, ...]:
+  """The fault of each token i32[B]; of the first faulty ones the token, row, position and fault."""
   _, faults, slots = place(ledger, plan.rows, plan.positions)
   known = plan.rows < ledger.num_rows
   attends = jnp.concatenate([part.last for part in plan.parts]) >= 0
@@ -62,17 +79,7 @@ def check(ledger: Ledger, plan: Plan) -> None:
   (first,) = jnp.nonzero(faults, size=min(_SHOWN, len(faults)), fill_value=len(faults))
   first = first.astype(jnp.int32)
   shown = (x.at[first].get(mode="fill", fill_value=-1) for x in (plan.rows, plan.positions, faults))
-  rows, positions, why = shown
-  if isinstance(faults, jax.core.Tracer):
-    legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(FAULTS, start=1))
-    message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
-    checkify.check(
-      jnp.all(faults == 0), message + legend, first=first, rows=rows, positions=positions, why=why
-    )
-  elif count := int(jnp.sum(faults != 0)):
-    each = zip(*(x[:count].tolist() for x in (first, rows, positions, why)))
-    reasons = [f"token {i} (row {row}, position {p}) {FAULTS[x - 1]}" for i, row, p, x in each]
-    raise ValueError(f"{count} of {len(faults)} tokens have no slot: {', '.join(reasons)}")
+  return faults, first, *shown
 
 
 def crowded(rows: jax.Array, parts: Parts, num_rows: int) -> jax.Array:
