@@ -2,6 +2,7 @@
 that shows recorded runs is up to date."""
 
 import json
+import os
 
 import pytest
 from scripts import FOLDER, run
@@ -35,11 +36,18 @@ def trace(tmp_path):
   "pool, preemption, preempted",
   [(160, "swap", None), (128, "swap", "swaps"), (128, "recompute", "recomputations")],
 )
-def test_replay_preempts_only_where_pages_run_out(trace, tmp_path, pool, preemption, preempted):
-  found = run(
-    "replay.py", "--trace", trace, "--costs", "1e-2,1e-4,1e-7,1e-5,1e-6", "--num-rows", 16,
-    "--pool", 64 * pool, "--preemption", preemption, "--picture", tmp_path / "it.png",
-  )  # fmt: skip
+def test_replay_preempts_only_where_pages_run_out(
+  trace, tmp_path, pool, preemption, preempted, monkeypatch, capsys
+):
+  monkeypatch.syspath_prepend(FOLDER)
+  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the script adds to it
+  import replay
+
+  replay.main([
+    "--json", f"--trace={trace}", "--costs=1e-2,1e-4,1e-7,1e-5,1e-6", "--num-rows=16",
+    f"--pool={64 * pool}", f"--preemption={preemption}", f"--picture={tmp_path / 'it.png'}",
+  ])  # fmt: skip
+  found = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert found["requests"] == 24 and found["most_at_once"] == 16
   assert {name for name in ("swaps", "recomputations") if found[name]} == {preempted} - {None}
   assert found["hit_rate"] == pytest.approx(20 * 512 / (24 * 600))
