@@ -84,24 +84,6 @@ def test_the_tokenizers_own_tokens_can_be_left_out(paged_jax, folder, tmp_path):
   assert num_tokens("ZTo be", "--no-special-tokens") == 6
 
 
-def test_nothing_is_compiled_while_the_clock_runs(paged_jax, folder, compiled, monkeypatch):
-  follow, during = progress.follow, []
-
-  def watched(*args):
-    updates = follow(*args)
-    yield next(updates)
-    before = len(compiled)
-    yield from updates
-    during.append(len(compiled) - before)
-
-  monkeypatch.setattr(progress, "follow", watched)
-  jax.clear_caches()
-  options = ("--model", folder, "--num-pages", 12, "--max-new-tokens", 30, "--num-samples", 3)
-  code, *_ = paged_jax("generate", "To be", "or not to be " * 2, *options, "--temperature", 1)
-  assert (code, during) == (0, [0])
-  assert compiled
-
-
 def test_equal_seeds_give_equal_texts(paged_jax, folder):
   options = ("--model", folder, *SIZES, "--temperature", 1, "--top-k", 50, "--top-p", 0.95)
   both = paged_jax("generate", "hi", *options, "--seed", 3, "--num-samples", 2)
@@ -248,3 +230,21 @@ def test_the_first_unfinished_sample_is_written_as_it_grows():
   assert add(["a", "b", "c"], [0, 0, 1]) == "a"
   assert add(["ad", "be", "c"], [1, 0, 1]) == "d\n[2]\nbe"
   assert add(["ad", "bef", "c"], [1, 1, 1]) == "f\n[3]\nc\n"
+
+
+def test_nothing_is_compiled_while_the_clock_runs(paged_jax, folder, compiled, monkeypatch):
+  follow, during = progress.follow, []
+
+  def watched(*args):
+    updates = follow(*args)
+    yield next(updates)
+    before = len(compiled)
+    yield from updates
+    during.append(len(compiled) - before)
+
+  monkeypatch.setattr(progress, "follow", watched)
+  jax.clear_caches()  # so this is the last test here: the others share their programs
+  options = ("--model", folder, "--num-pages", 12, "--max-new-tokens", 30, "--num-samples", 3)
+  code, *_ = paged_jax("generate", "To be", "or not to be " * 2, *options, "--temperature", 1)
+  assert (code, during) == (0, [0])
+  assert compiled

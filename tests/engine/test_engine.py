@@ -273,35 +273,6 @@ def test_a_round_that_fails_ends_all_streams(monkeypatch):
 
 
 @pytest.mark.timeout(180)  # it compiles all programs of an engine
-def test_nothing_compiles_after_warm_up(compiled):
-  jax.clear_caches()  # nor is anything there already
-  e, steps = engine(drafter=PromptLookup(3), max_beams=4), []
-  e.warm_up(lambda done, total: steps.append((done, total)))
-  assert steps == [(n, 6) for n in range(7)]
-  assert compiled
-  compiled.clear()
-  kinds = [
-    dict(), dict(temperature=0.5, repetition_penalty=1.2), dict(num_samples=3), dict(num_beams=2),
-    dict(stop=("zz",), logit_bias={3: 1.0}), dict(),
-  ]  # fmt: skip
-  wanted = [Sampling(max_new_tokens=12, **fields) for fields in kinds]
-  for _ in range(2):  # full hits the second time
-    e.generate(PROMPTS, wanted)
-  handle = e.submit(PROMPTS[2], wanted[1])
-  while len(handle.tokens[0]) < 3:
-    e.step()
-  force_preemption(e)
-  e.step()
-  (branch,) = handle.fork(1)
-  e.step()
-  branch.commit()
-  handle.rollback(2)
-  while e.step():
-    pass
-  assert not compiled
-  finish(e)
-
-
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_rows_change_hands_while_a_call_is_unread(prefix_cache, monkeypatch):
   e = engine(options=dict(prefix_cache=prefix_cache))
