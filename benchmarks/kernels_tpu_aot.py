@@ -9,10 +9,20 @@ decode program for v5e and v6e over the bytes of its page array. (A prefill's de
 not on the pool; for 7x the compiler lays the weights of the whole step out anew.) `collectives` is
 how many there are in attention and write, KV heads split over four cores too.
 
+Batches of parts, v6e, pages of 64: S rows that decode at 2,048 tokens, and a piece of 512 tokens of
+a prompt that ends at 8,192. A kernel's time is the larger of its bundles at 1.755 GHz and its bytes
+at 1.64 TB/s; phases that follow each other add up. `mixed_vs_apart` is the step over one with the
+rows alone and one with the prompt alone, `mixed_vs_jax_rpa` over jax's kernel (each block size for
+both phases; the best counts), both the worse of S=32 and 256. `prefill_64x512` are bundles for 64
+queries and 512 keys of all heads. `drafts_vs_plain` is a step of 256 rows with 5 tokens each over
+one with one token each. `plan_ops_in_layer` counts gathers, scatters and cumulative sums of integers
+inside a loop over layers that writes and attends.
+
 Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 """
 
 import dataclasses
+import functools
 
 import tpu_compiler  # first: it sets the compiler's environment
 
@@ -24,10 +34,16 @@ from jax.sharding import PartitionSpec as P
 
 import paged_jax
 from paged_jax.attention import tpu
+from paged_jax.engine.device import records
 from paged_jax.models import decoder as decoder_lib
 
 CONTEXT = 2048
 BLOCKS = ((512, 4), (512, 8), (1024, 4))  # tokens and queries of jax's; others are worse
+MIXED_BLOCKS = ((512, 8), (512, 16), (512, 32), (1024, 32), (512, 64), (512, 128))
+PIECE, PROMPT, BLOCK = 512, 8192, 64  # tokens of a prompt in a step, of all of it, of a block
+DRAFTS = 5  # tokens of a row that verifies 4 drafts
+CLOCK, BANDWIDTH = 1.755e9, 1.64e12  # of v6e
+VMEM_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,25 +133,157 @@ def whole_step(mesh, page_size: int):
   return tpu_compiler.Compiled(mesh, step, *args, donate=(1,)), pages
 
 
+def seconds(bundles: float, num_bytes: float) -> float:
+  """Of a kernel on v6e: whatever it waits for longer, its own instructions or memory."""
+  return max(bundles / CLOCK, num_bytes / BANDWIDTH)
+
+
+def token_bytes(model: Model) -> int:
+  """Of keys and values of one token and layer in bfloat16."""
+  return 2 * model.num_kv_heads * model.head_dim * 2
+
+
+@functools.cache
+def attention(mesh, model: Model, parts: tuple[tuple[int, int], ...], num_rows: int):
+  """Bundles around a chunk's, and of one chunk, of the kernel of each part."""
+  config = cache_config(model, 64, num_rows)
+  num_tokens = sum(tokens for tokens, _ in parts)
+
+  def step(cache, q, rows, positions, layer):
+    plan = paged_jax.plan(cache, rows, positions, implementation="tpu", parts=parts)
+    return paged_jax.attend(cache, layer, q, plan, **dict(model.options))
+
+  cache = jax.eval_shape(lambda: paged_jax.init(config))
+  q = jax.ShapeDtypeStruct((num_tokens, model.num_heads, model.head_dim), config.dtype)
+  compiled = tpu_compiler.Compiled(
+    mesh, step, *tpu_compiler.shapes(mesh, (cache, q)), integers(mesh, num_tokens),
+    integers(mesh, num_tokens), integers(mesh),
+  )  # fmt: skip
+  return compiled.kernels("paged_attention")
+
+
+def decode(model: Model, kernel, num_rows: int) -> float:
+  """Seconds for rows of `CONTEXT` tokens, a block each."""
+  around, chunk = kernel
+  bundles = num_rows * (around + CONTEXT // tpu.CHUNK_TOKENS * chunk)
+  return seconds(bundles, num_rows * CONTEXT * token_bytes(model))
+
+
+def prefill(model: Model, kernel, piece: int, end: int, block_size: int) -> float:
+  """Seconds for the last `piece` tokens of a prompt of `end`."""
+  around, chunk = kernel
+  ends = range(end - piece + block_size, end + 1, block_size)
+  bundles = sum(around + -(-x // tpu.CHUNK_TOKENS) * chunk for x in ends)
+  return seconds(bundles, sum(ends) * token_bytes(model))
+
+
+def batches(mesh, model: Model) -> dict[str, float]:
+  """What parts are worth."""
+  apart, against_jax = [], []
+  prompt = (PIECE, records.most_prompts(PIECE))
+  for num_rows in (32, 256):
+    (alone,) = attention(mesh, model, ((num_rows, num_rows),), num_rows)
+    (piece,) = attention(mesh, model, (prompt,), num_rows)
+    first, second = attention(mesh, model, ((num_rows, num_rows), prompt), num_rows)
+    ours, separate = (
+      decode(model, rows, num_rows) + prefill(model, tokens, PIECE, PROMPT, BLOCK)
+      for rows, tokens in ((first, second), (alone, piece))
+    )
+    apart.append(ours / separate)
+    against_jax.append(ours / rpa_mixed(mesh, model, num_rows))
+  (plain,) = attention(mesh, model, ((256, 256),), 256)
+  (drafts,) = attention(mesh, model, ((256 * DRAFTS, 256),), 256)
+  return {
+    "mixed_vs_apart": max(apart),
+    "mixed_vs_jax_rpa": max(against_jax),
+    "prefill_64x512": piece[1],
+    "drafts_vs_plain": decode(model, drafts, 256) / decode(model, plain, 256),
+    "plan_ops_in_layer": plan_ops_in_layer(model),
+  }
+
+
+def rpa_mixed(mesh, model: Model, num_rows: int) -> float:
+  """Seconds of jax's own kernel for rows that decode and a prompt, with its best blocks."""
+
+  def cost(tokens, queries):
+    around, chunk = rpa_kernel(mesh, model, 64, num_rows + PIECE, num_rows + 1, tokens, queries)
+    blocks = PIECE // queries
+    each = -(-PROMPT // tokens)
+    rows = num_rows // queries * around + num_rows * (CONTEXT // tokens) * chunk
+    piece = blocks * (around + each * chunk)
+    return seconds(rows, num_rows * CONTEXT * token_bytes(model)) + seconds(
+      piece, blocks * PROMPT * token_bytes(model)
+    )
+
+  return min(cost(*block) for block in MIXED_BLOCKS)
+
+
+def plan_ops_in_layer(model: Model) -> int:
+  """Gathers, scatters and cumulative sums of integers in the body of a loop over layers."""
+  config = cache_config(model, 64)
+  parts = ((32, 32), (PIECE, 8))
+
+  def step(cache, q, k, rows, positions):
+    plan = paged_jax.plan(cache, rows, positions, implementation="tpu", parts=parts)
+
+    def layer(cache, index):
+      cache = paged_jax.write(cache, index, k, k, plan)
+      return cache, paged_jax.attend(cache, index, q, plan, **dict(model.options))
+
+    return jax.lax.scan(layer, cache, jnp.arange(config.num_layers))
+
+  num_tokens = sum(tokens for tokens, _ in parts)
+  q, k = (
+    jax.ShapeDtypeStruct((num_tokens, h, model.head_dim), config.dtype)
+    for h in (model.num_heads, model.num_kv_heads)
+  )
+  ids = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+  cache = jax.eval_shape(lambda: paged_jax.init(config))
+  jaxpr = jax.make_jaxpr(step)(cache, q, k, ids, ids)
+  (scan,) = (x for x in jaxpr.eqns if x.primitive.name == "scan")
+  return sum(
+    any(name in x.primitive.name for name in ("gather", "scatter", "cum", "sort"))
+    and jnp.issubdtype(x.invars[0].aval.dtype, jnp.integer)
+    for x in equations(scan.params["jaxpr"].jaxpr)
+  )
+
+
+def equations(jaxpr):
+  """All equations, those of calls inside too, but not those of kernels."""
+  for equation in jaxpr.eqns:
+    yield equation
+    if equation.primitive.name != "pallas_call":
+      for inner in jax.core.jaxprs_in_params(equation.params):
+        yield from equations(inner)
+
+
 def rpa(mesh, model: Model, page_size: int) -> int:
-  """The bundles of jax's own kernel with its best blocks."""
-  bf16 = jnp.bfloat16
-  q = jax.ShapeDtypeStruct((32, model.num_heads, model.head_dim), bf16)
-  kv = jax.ShapeDtypeStruct((512, page_size, 2 * model.num_kv_heads, model.head_dim), bf16)
-  args = *tpu_compiler.shapes(mesh, (q, kv)), integers(mesh, 32)
-  args = *args, integers(mesh, 32, 8192 // page_size), integers(mesh, 33), integers(mesh, 1)
+  """Bundles of jax's own kernel for the decode of a row, with its best blocks."""
 
   def bundles(tokens, queries):
-    def run(*args):
-      return ragged_paged_attention(
-        *args, num_kv_pages_per_block=tokens // page_size, num_queries_per_block=queries,
-        vmem_limit_bytes=tpu.VMEM_BYTES,
-      )  # fmt: skip
-
-    compiled = tpu_compiler.Compiled(mesh, run, *args)
-    return compiled.bundles("ragged_paged_attention", CONTEXT // tokens)
+    around, chunk = rpa_kernel(mesh, model, page_size, 32, 32, tokens, queries)
+    return around + CONTEXT // tokens * chunk
 
   return min(bundles(*block) for block in BLOCKS)
+
+
+def rpa_kernel(mesh, model: Model, page_size, num_tokens, num_rows, tokens, queries):
+  """Bundles around a chunk's, and of one chunk, of jax's own kernel."""
+  bf16 = jnp.bfloat16
+  q = jax.ShapeDtypeStruct((num_tokens, model.num_heads, model.head_dim), bf16)
+  kv = jax.ShapeDtypeStruct((512, page_size, 2 * model.num_kv_heads, model.head_dim), bf16)
+  args = *tpu_compiler.shapes(mesh, (q, kv)), integers(mesh, num_rows)
+  args = *args, integers(mesh, num_rows, 8192 // page_size), integers(mesh, num_rows + 1)
+  args = *args, integers(mesh, 1)
+
+  def run(*args):
+    return ragged_paged_attention(
+      *args, num_kv_pages_per_block=tokens // page_size, num_queries_per_block=queries,
+      vmem_limit_bytes=VMEM_BYTES,
+    )  # fmt: skip
+
+  (kernel,) = tpu_compiler.Compiled(mesh, run, *args).kernels("ragged_paged_attention")
+  return kernel
 
 
 def main():
@@ -193,6 +341,7 @@ def main():
     for page_size in (64, 128):
       rows.append({"tpu": "v6e", "what": "jax's ragged_paged_attention", "page": page_size,
                    "bundles_2048": rpa(mesh, llama, page_size)})  # fmt: skip
+    summary |= batches(mesh, llama)
     summary |= {
       f"bundles_2048_v6e_bf16_p{size}": ours["v6e", llama.name, size] for size in (16, 64, 128)
     }

@@ -91,21 +91,31 @@ class Compiled:
     return dict(collections.Counter(re.findall(rf" ({names})(?:-start)?\(", self.text)))
 
   def bundles(self, kernel: str, trips: int) -> int:
-    """Bundles of one turn of the loop around the kernel's main loop, and `trips` of the main one.
+    """Bundles of one turn of the loop around the only kernel's main loop, and `trips` of that."""
+    ((around, main),) = self.kernels(kernel)
+    return around + trips * main
+
+  def kernels(self, name: str) -> list[tuple[int, int]]:
+    """Bundles around, and of one turn of, the main loop of each kernel of that name, as they come.
 
     The main loop is the one with most bundles; loops beside it are taken not to run. Needs
     `keep_bundles`.
     """
-    paths = [
-      path
-      for path in DUMPS.glob("*final_bundles.txt")
-      if kernel in path.name and "analysis" not in path.name
-    ]
-    loops = [loop for path in paths for loop in _loops(path)]
-    main = max(range(len(loops)), key=lambda i: loops[i]["bundles"] if loops[i]["depth"] else 0)
-    depth = loops[main]["depth"] - 1
-    around = next(loop for loop in reversed(loops[:main]) if loop["depth"] == depth)
-    return around["bundles"] + trips * loops[main]["bundles"]
+    found = []
+    for loops in self.loops(name):
+      main = max(range(len(loops)), key=lambda i: loops[i]["bundles"] if loops[i]["depth"] else 0)
+      depth = loops[main]["depth"] - 1
+      around = next(loop for loop in reversed(loops[:main]) if loop["depth"] == depth)
+      found.append((around["bundles"], loops[main]["bundles"]))
+    return found
+
+  def loops(self, name: str) -> list[list[dict[str, int]]]:
+    """The loops of each kernel of that name."""
+    found = {}
+    for path in DUMPS.glob("*final_bundles.txt"):
+      if (match := re.search(rf"-{name}(?:\.(\d+))?-\d+-final", path.name)):
+        found[int(match[1] or 0)] = _loops(path)
+    return [found[number] for number in sorted(found)]
 
 
 def _loops(path: pathlib.Path) -> list[dict[str, int]]:

@@ -20,9 +20,9 @@ from paged_jax.engine import audit, branches, service, warming
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig, FullRead
-from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.delivery import Delivery
 from paged_jax.engine.desk import Desk
+from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.handle import RequestHandle
 from paged_jax.engine.queue import Queue
 from paged_jax.engine.requests import Completion, OnToken
