@@ -23,6 +23,7 @@ Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 
 import dataclasses
 import functools
+import re
 
 import tpu_compiler  # first: it sets the compiler's environment
 
@@ -160,6 +161,21 @@ def attention(mesh, model: Model, parts: tuple[tuple[int, int], ...], num_rows: 
     integers(mesh, num_tokens), integers(mesh),
   )  # fmt: skip
   return compiled.kernels("paged_attention")
+
+
+def block_rows(mesh, tpu_name: str, model: Model) -> list[dict]:
+  """Bundles of blocks of several sizes, and what the compiler says of a large product."""
+  found = []
+  for size in (1, 8, 16, 64):
+    part = (32 * size, 32) if size < 16 else (size, 1)
+    ((around, chunk),) = attention(mesh, model, (part,), 32)
+    bundles = around + CONTEXT // tpu.CHUNK_TOKENS * chunk
+    found.append({"tpu": tpu_name, "what": "block", "queries": size, "around": around,
+                  "chunk": chunk, "bundles_2048": bundles})  # fmt: skip
+  shape = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+  product = tpu_compiler.Compiled(mesh, jnp.matmul, *tpu_compiler.shapes(mesh, (shape, shape)))
+  cycles = max(int(x) for x in re.findall(r'"estimated_cycles":"(\d+)"', product.text))
+  return [*found, {"tpu": tpu_name, "what": "matmul of 4096^3", "cycles": cycles}]
 
 
 def decode(model: Model, kernel, num_rows: int) -> float:
@@ -325,16 +341,17 @@ def main():
     config = cache_config(MODELS[0], 16, num_rows=1024, max_length=8192 * 16)
     compiled = layer_step(MODELS[0], one, 1024)(config)
     add(compiled, config, 1, tpu=tpu_name, what="1,024 rows x 8,192 pages", tokens=1024)
+    rows += block_rows(one, tpu_name, MODELS[0])
     compiled, config = whole_step(one, 64)
     add(compiled, config, 1, tpu=tpu_name, what="step of a 3B model", tokens=32)
 
   summary = {
     "temp_share_of_pool": max(
-      (row["temp_share"] for row in rows if row["tokens"] == 32 and row["tpu"] != "tpu7x"),
+      (row["temp_share"] for row in rows if row.get("tokens") == 32 and row["tpu"] != "tpu7x"),
       default=None,
     ),
-    "collectives": sum(row["collectives"] for row in rows),
-    "compile_s": max(row["compile_s"] for row in rows),
+    "collectives": sum(row.get("collectives", 0) for row in rows),
+    "compile_s": max(row.get("compile_s", 0) for row in rows),
   }
   if "v6e" in args.generations:
     llama, mesh = MODELS[0], tpu_compiler.cores("v6e")
