@@ -173,6 +173,49 @@ def test_tokens_out_of_order_or_in_pieces_get_no_slot():
   assert plan.ok.all() and len(set(plan.slots.tolist())) == 5
 
 
+def test_a_part_has_no_more_rows_than_it_may():
+  cache, _ = extend(empty(), 3, 3, 3)
+  rows, positions = ids(0, 3, 1, 1, 2, 3), ids(2, 0, 1, 2, 2, 0)
+  plan = jitted.plan(cache, rows, positions, parts=((2, 3), (4, 1)))
+  assert plan.ok.tolist() == [True, True, True, True, False, True]
+  assert plan.slots[4] >= 9 * 4 and plan.parts[1].last.tolist() == [1, 2, -1, -1]
+  with pytest.raises(ValueError, match=r"token 4 \(row 2, position 2\) is in one row more than its"):
+    paged_jax.check_plan(cache, plan)
+  paged_jax.check_plan(cache, jitted.plan(cache, rows, positions, parts=((2, 3), (4, 2))))
+  # row 1 comes in two parts, and is whole in neither
+  plan = jitted.plan(cache, rows, positions, parts=((3, 2), (3, 2)))
+  assert plan.ok.all()
+
+
+def test_parts_change_only_how_attention_is_computed():
+  cache, _ = extend(empty(), 5, 2, 7)
+  rows, positions = ids(0, 1, 2, 2, 2, 2, 2, 2, 2, 3), ids(4, 1, *range(7), 0)
+  new = jax.random.normal(jax.random.key(0), (3, 10, *K.shape[1:]))
+  outs = []
+  for parts in (None, ((10, 3),), ((2, 3), (8, 1)), ((2, 2), (3, 1), (5, 1))):
+    plan = jitted.plan(cache, rows, positions, parts=parts)
+    written = jax.jit(paged_jax.write)(cache, 0, new[0], new[1], plan)
+    outs.append((plan.slots, plan.ok, written, jitted.attend(written, 0, new[2], plan)))
+  for slots, ok, written, out in outs[1:]:
+    chex.assert_trees_all_equal((slots, ok, written), outs[0][:3])
+    np.testing.assert_allclose(out, outs[0][3], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "parts, text",
+  [
+    (((2, 1),), "parts must have the batch's 3 tokens, got 2 in ((2, 1),)"),
+    (((2, 1), (1, 0)), "parts must have at least one token and one row each, got"),
+    ((3, 1), "parts must be pairs of tokens and rows, got (3, 1)"),
+    (((3, 1.5),), "parts must be pairs of tokens and rows, got"),
+  ],
+)
+def test_parts_that_are_not_the_batch_are_refused(parts, text):
+  cache, _ = extend(empty(), 3, 0, 0)
+  with pytest.raises(ValueError, match=re.escape(text)):
+    paged_jax.plan(cache, ids(0, 0, 0), ids(0, 1, 2), parts=parts)
+
+
 def test_a_traced_layer_out_of_range_is_not_taken_for_zeros():
   cache, _ = write(extend(empty(), 2, 0, 0)[0], 0, [1, 2])
   plan = jitted.plan(cache, ids(0), ids(1))

@@ -27,7 +27,7 @@ SERVED = [
 ]
 # of every kind one, small: the interpreter that knows of races and uninitialised memory is slow
 STRICT = ("decode", "mixed", "empty rows", "tokens refused", "window and start", "everything",
-          "bfloat16, page size 1")  # fmt: skip
+          "parts, drafts and a prompt, idle rows", "bfloat16, page size 1")  # fmt: skip
 races = functools.partial(
   pltpu.InterpretParams, detect_races=True, uninitialized_memory="nan", random_seed=0
 )
