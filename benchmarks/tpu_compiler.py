@@ -113,7 +113,7 @@ class Compiled:
     """The loops of each kernel of that name."""
     found = {}
     for path in DUMPS.glob("*final_bundles.txt"):
-      if match := re.search(rf"-{name}(?:\.(\d+))?-\d+-final", path.name):
+      if match := re.search(rf"-{name}\w*(?:\.(\d+))?-\d+-final", path.name):
         found[int(match[1] or 0)] = _loops(path)
     return [found[number] for number in sorted(found)]
 

@@ -179,7 +179,9 @@ def test_a_part_has_no_more_rows_than_it_may():
   plan = jitted.plan(cache, rows, positions, parts=((2, 3), (4, 1)))
   assert plan.ok.tolist() == [True, True, True, True, False, True]
   assert plan.slots[4] >= 9 * 4 and plan.parts[1].last.tolist() == [1, 2, -1, -1]
-  with pytest.raises(ValueError, match=r"token 4 \(row 2, position 2\) is in one row more than its"):
+  with pytest.raises(
+    ValueError, match=r"token 4 \(row 2, position 2\) is in one row more than its"
+  ):
     paged_jax.check_plan(cache, plan)
   paged_jax.check_plan(cache, jitted.plan(cache, rows, positions, parts=((2, 3), (4, 2))))
   # row 1 comes in two parts, and is whole in neither
