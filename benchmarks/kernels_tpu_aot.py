@@ -4,7 +4,8 @@ Static VLIW bundles are issue cycles if nothing waits: good for ranking, not for
 `bundles_vs_jax_rpa` is ours over jax's `ragged_paged_attention`, for the decode of 2,048 tokens of
 a row with the heads of Llama-3-8B on v6e in bfloat16 (the worse of pages of 64 and 128; jax's with
 the best of some block sizes). `bundles_2048_v6e_bf16_p16` and `_p64` are ours; the best published
-kernel, RPA v3, needs 5,424 and 4,016. `temp_share_of_pool` is the most temporary memory of any
+kernel, RPA v3, needs 5,424 and 4,016. `write_prefill_2048` is the write of 2,048 tokens of a row
+into pages of 64. `temp_share_of_pool` is the most temporary memory of any
 decode program for v5e and v6e over the bytes of its page array. (A prefill's depends on its tokens,
 not on the pool; for 7x the compiler lays the weights of the whole step out anew.) `collectives` is
 how many there are in attention and write, KV heads split over four cores too.
@@ -38,7 +39,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.sharding import PartitionSpec as P
 
 import paged_jax
-from paged_jax.attention import tpu
+from paged_jax.attention import tpu, tpu_write
 from paged_jax.engine.device import records
 from paged_jax.models import decoder as decoder_lib
 
@@ -311,6 +312,23 @@ def rpa_kernel(mesh, model: Model, page_size, num_tokens, num_rows, tokens, quer
   return kernel
 
 
+def write_bundles(compiled, config, num_tokens: int) -> int:
+  """Bundles of the write of one row's tokens into whole pages.
+
+  The kernel has a loop over windows, which runs half a ring longer, and a loop that waits for the
+  last ring of windows. If the compiler holds the new keys and values in VMEM, the copies of a
+  window's tokens are loops within the first, of one turn per register.
+  """
+  pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
+  size = tpu_write.window_size(pages, num_tokens)
+  ring, num_windows = tpu_write.ring_size(pages, size, num_tokens), num_tokens // size
+  (loops,) = compiled.loops("paged_write")
+  before, window, *copies, end = (loop["bundles"] for loop in loops)
+  registers = config.num_kv_heads * size * config.head_dim * pages.kv.dtype.itemsize // 4096
+  turns = (num_windows + ring // 2) * window + num_windows * registers * sum(copies)
+  return before + turns + min(ring, num_windows) * end
+
+
 def main():
   args = measure.arguments(
     __doc__.splitlines()[0],
@@ -318,7 +336,7 @@ def main():
     models=(int, len(MODELS), "how many models' attention to compile"),
   )
   tpu_compiler.keep_bundles()
-  rows, ours = [], {}
+  rows, ours, writes = [], {}, {}
 
   def add(compiled, config, cores, **columns):
     share = compiled.temp_bytes * cores / (config.page_bytes * config.num_pages)
@@ -344,6 +362,9 @@ def main():
           chunks = CONTEXT // min(tpu.CHUNK_TOKENS, CONTEXT)
           row["bundles_2048"] = compiled.bundles("paged_attention", chunks)
           ours[tpu_name, model.name, page_size] = row["bundles_2048"]
+        else:
+          row["bundles_write"] = write_bundles(compiled, config, num_tokens)
+          writes[tpu_name, model.name] = row["bundles_write"]
       config = cache_config(model, 64)
       compiled = layer_step(model, four, 32)(config)
       add(compiled, config, 4, tpu=tpu_name, what=model.name, tokens=32)
@@ -371,6 +392,7 @@ def main():
     summary |= {
       f"bundles_2048_v6e_bf16_p{size}": ours["v6e", llama.name, size] for size in (16, 64, 128)
     }
+    summary["write_prefill_2048"] = writes["v6e", llama.name]
     summary["bundles_vs_jax_rpa"] = max(
       ours["v6e", llama.name, row["page"]] / row["bundles_2048"] for row in rows[-2:]
     )

@@ -130,13 +130,15 @@ def plan(
     own, ordered = own & ~crowded, ordered & ~crowded
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
   implementation = attention.choose(implementation, cache.pages)
-  placed = jnp.where(ordered, known, s)
+  placed, slots = jnp.where(ordered, known, s), jnp.where(own, slots, nowhere)
   return Plan(
     rows=known,
     positions=positions,
-    slots=jnp.where(own, slots, nowhere),
+    slots=slots,
     ok=own | (rows == s),
-    parts=attention.cut(implementation, placed, positions, own, cache.ledger.tables, parts),
+    parts=attention.cut(
+      implementation, placed, positions, slots, own, cache.pages, cache.ledger.tables, parts
+    ),
     implementation=implementation,
   )
 

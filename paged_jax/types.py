@@ -234,6 +234,26 @@ class Blocks(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Windows:
+  """Where the TPU kernel writes tokens: runs of them, each in one window of a page.
+
+  Tokens that skip a place of their window, or have a token without a slot between them, are two
+  runs, one behind the other in these arrays:
+
+      # slots    6 7 8 9 13 14      windows of 4 tokens     [4 . . 7][8 . . 11][12 . . 15]
+      # runs     [6 7][8 9][13 14]
+  """
+
+  count: jax.Array  # i32[] runs
+  shared: jax.Array  # bool[] two runs are in the same window
+  first: jax.Array  # i32[B] first token of each run, B = no run
+  lengths: jax.Array  # i32[B] tokens of each run, 0 = no run
+  slots: jax.Array  # i32[B] slot of each run's first token, -1 = no run
+  size: int = _static()  # W, tokens of a window
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Part:
   """Tokens of a batch that attention takes alike: those of rows that decode, or of prompts."""
 
@@ -241,6 +261,7 @@ class Part:
   starts: jax.Array  # i32[B] first live token of its row
   last: jax.Array  # i32[B] position of each token, -1 = it attends to nothing
   blocks: Blocks
+  windows: Windows | None  # of its writes; None: the backend writes by slots
   block_size: int = _static()  # X, most tokens in a block
 
 

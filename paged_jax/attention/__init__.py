@@ -64,7 +64,9 @@ def cut(
   implementation: str,
   rows: jax.Array,
   positions: jax.Array,
+  slots: jax.Array,
   live: jax.Array,
+  pages: Pages,
   tables: Tables,
   parts: Sequence[tuple[int, int]] | None,
 ) -> tuple[Part, ...]:
@@ -74,11 +76,13 @@ def cut(
     implementation: The backend.
     rows: i32[B] row of each token, each row in one piece; S is padding, anywhere between.
     positions: i32[B] its position.
+    slots: i32[B] its slot, all distinct; out of range where it has none.
     live: bool[B] whether it attends to anything; the others of its row are still in its blocks.
+    pages: What is written.
     tables: Where rows start.
     parts: Tokens and most rows of each part, all tokens in order; static. None: one part.
   """
-  num_rows, few = tables.lengths.shape[0], FEW
+  backend, num_rows, few = _backend(implementation), tables.lengths.shape[0], FEW
   if parts is None:
     parts, few = ((rows.shape[0], num_rows),), 1  # rows that decode, or else prompts
   starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
@@ -86,9 +90,10 @@ def cut(
   made, begin = [], 0
   for num_tokens, most in parts:
     part = slice(begin, begin + num_tokens)
-    size = _backend(implementation).block_size(num_tokens, min(most, num_rows), few)
+    size = backend.block_size(num_tokens, min(most, num_rows), few)
     each = rows[part], starts[part], last[part]
-    made.append(Part(*each, blocks_lib.schedule(*each, num_rows, most, size), size))
+    blocks = blocks_lib.schedule(*each, num_rows, most, size)
+    made.append(Part(*each, blocks, backend.windows(pages, slots[part], size), size))
     begin += num_tokens
   return tuple(made)
 

@@ -7,7 +7,7 @@ import jax
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention.options import Options
-from paged_jax.types import Pages, Part, Plan, Tables
+from paged_jax.types import Pages, Part, Plan, Tables, Windows
 
 MAX_BLOCK_SIZE = 64
 FEW = 8  # tokens of a row that decodes or verifies drafts, at most
@@ -53,3 +53,5 @@ class Backend(NamedTuple):
   write: Callable[[Pages, jax.Array, jax.Array, jax.Array, Plan], Pages] = scatter
   # (tokens of a part, most rows of it, tokens of a row that are few) -> most tokens in a block
   block_size: Callable[[int, int, int], int] = block_size
+  # (pages, slots i32[B], most tokens in a block) -> where writes go, None if slots are enough
+  windows: Callable[[Pages, jax.Array, int], Windows | None] = lambda pages, slots, block_size: None

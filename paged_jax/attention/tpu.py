@@ -152,9 +152,8 @@ def write(
   """Writes k and v [B,H,D] in place; XLA's scatter copies the pool on TPU."""
   begin = 0
   for part in plan.parts:
-    end = begin + part.rows.shape[0]
-    new = (x[begin:end] for x in (k, v, plan.slots))
-    pages = tpu_write.write(pages, layer, *new, block_size=part.block_size, interpret=interpret)
+    new = (x[begin : (end := begin + part.rows.shape[0])] for x in (k, v))
+    pages = tpu_write.write(pages, layer, *new, part.windows, interpret=interpret)
     begin = end
   return pages
 
@@ -333,4 +332,4 @@ def _wait(there, sem):
   pltpu.make_async_copy(there, there, sem).wait()
 
 
-BACKEND = Backend(attend, refusal, write)
+BACKEND = Backend(attend, refusal, write, windows=tpu_write.windows)

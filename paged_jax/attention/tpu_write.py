@@ -7,6 +7,15 @@ Many windows are on their way at once, each in a slot of a ring:
     # read     0 1 2 3 4 5 6 ...
     # merge            0 1 2 ...        half a ring behind
     # write            0 1 2 ...        awaited when its slot is needed again
+
+The new tokens of a window are a run: side by side in the batch and in the page. So a merge is one
+select, if the W tokens of the batch are copied that have the run where the window needs it:
+
+    # batch          . . . . a b c . .      a b c go to rows 2 to 4 of their window
+    # copied            [. . a b c .]
+    # window            [0 1 2 3 4 5]  ->  [0 1 a b c 5]
+
+A window that the run fills is not read.
 """
 
 import jax
@@ -15,11 +24,61 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
-from paged_jax.types import Pages
+from paged_jax.types import Pages, Windows
 
 RING_BYTES = 8 * 2**20
+MIN_SLOTS = 4
 MAX_SLOTS = 32
-MAX_WINDOW = 16
+MAX_WINDOW = 64
+TILE = 8  # rows
+
+
+def windows(pages: Pages, slots: jax.Array, block_size: int) -> Windows:
+  """The windows of tokens at `slots` i32[B]; those out of range are not written.
+
+  The slots are distinct, and those of one window stand side by side, as in every plan.
+  `block_size`, how many of a row's tokens come together, decides how large windows are.
+  """
+  n, _, _, t, _ = pages_lib.sizes(pages)
+  b, size = slots.shape[0], window_size(pages, block_size)
+  kept = (slots >= 0) & (slots < n * t)
+  follows = (slots[1:] == slots[:-1] + 1) & (slots[1:] % size != 0)
+  leads = kept & ~jnp.pad(follows, (1, 0))
+  run = jnp.where(kept, jnp.cumsum(leads, dtype=jnp.int32) - 1, b)
+  tokens = jnp.arange(b, dtype=jnp.int32)
+  first = jnp.full(b, b, jnp.int32).at[jnp.where(leads, run, b)].set(tokens, mode="drop")
+  lengths = jnp.zeros(b, jnp.int32).at[run].add(1, mode="drop")
+  starts = slots.at[first].get(mode="fill", fill_value=-1)
+  window = starts // size
+  return Windows(
+    count=jnp.sum(leads, dtype=jnp.int32),
+    shared=jnp.any((window[1:] == window[:-1]) & (lengths[1:] > 0)),
+    first=first,
+    lengths=lengths,
+    slots=starts,
+    size=size,
+  )
+
+
+def window_size(pages: Pages, block_size: int) -> int:
+  """Tokens of a window, whole tiles or a part of one, at most as many as come together and fit."""
+  _, _, _, t, _ = pages_lib.sizes(pages)
+  fitting = RING_BYTES // (MIN_SLOTS * _slot_bytes(pages, 1))
+  size = max(4 // pages.kv.dtype.itemsize, min(MAX_WINDOW, block_size, fitting))
+  while t % size or (size % TILE and TILE % size):
+    size -= 1
+  return size
+
+
+def ring_size(pages: Pages, size: int, num_tokens: int) -> int:
+  """Slots of the ring: windows of `size` tokens that are on their way at once."""
+  return max(2, min(MAX_SLOTS, RING_BYTES // _slot_bytes(pages, size), num_tokens))
+
+
+def _slot_bytes(pages: Pages, size: int) -> int:
+  """VMEM of a slot of the ring: a window, and room for twice as many tokens."""
+  _, _, h, _, d = pages_lib.sizes(pages)
+  return 3 * h * size * 2 * d * pages.kv.dtype.itemsize
 
 
 def write(
@@ -27,141 +86,143 @@ def write(
   layer: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  slots: jax.Array,
+  windows: Windows,
   *,
-  block_size: int,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Pages:
-  """Writes `k`, `v` [B,H,D] of one layer at `slots` i32[B]; drops what is out of range.
-
-  The slots are distinct, and those of one window stand side by side, as in every plan.
-  `block_size`, how many of a row's tokens come together, decides how large windows are.
-  """
-  n, num_layers, h, t, d = pages_lib.sizes(pages)
-  b, size = slots.shape[0], window_size(t, pages.kv.dtype.itemsize, block_size)
-  new = pages_lib.stored(
-    jnp.concatenate([k.astype(pages.dtype), v.astype(pages.dtype)], axis=-1), pages
-  )
-  kept = (slots >= 0) & (slots < n * t) & (layer < num_layers)
-  window = jnp.where(kept, slots // size, -1)
-  leads = kept & jnp.pad(window[1:] != window[:-1], (1, 0), constant_values=True)
-  number = jnp.where(kept, jnp.cumsum(leads, dtype=jnp.int32) - 1, b)
-  first = (
-    jnp.zeros(b, jnp.int32)
-    .at[jnp.where(leads, number, b)]
-    .set(jnp.arange(b, dtype=jnp.int32), mode="drop")
-  )
-  num_tokens = jnp.zeros(b, jnp.int32).at[number].add(1, mode="drop")
-
-  window_bytes = h * size * 2 * d * pages.kv.dtype.itemsize
-  ring = max(2, min(MAX_SLOTS, RING_BYTES // (2 * window_bytes), b))
-  taken = min(size, b)
+  """Writes `k`, `v` [B,H,D] of one layer into the windows; nothing if there is no such layer."""
+  _, _, h, _, d = pages_lib.sizes(pages)
+  b, size, dtype = k.shape[0], windows.size, pages.kv.dtype
+  ring = ring_size(pages, size, b)
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   kv = pl.pallas_call(
     _kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
+      num_scalar_prefetch=6,
       grid=(1,),
-      in_specs=[any_memory, any_memory],
+      in_specs=[any_memory, any_memory, any_memory],
       out_specs=any_memory,
       scratch_shapes=[
-        pltpu.VMEM((ring, h, size, 2 * d), pages.kv.dtype),
-        pltpu.VMEM((ring, taken, h, 2 * d), pages.kv.dtype),
+        pltpu.VMEM((ring, h, size, 2 * d), dtype),
+        pltpu.VMEM((ring, 2 * size, h, d), dtype),
+        pltpu.VMEM((ring, 2 * size, h, d), dtype),
         pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SemaphoreType.DMA((ring,)),
       ],
     ),
-    out_shape=jax.ShapeDtypeStruct(pages.kv.shape, pages.kv.dtype),
-    input_output_aliases={6: 0},
+    out_shape=jax.ShapeDtypeStruct(pages.kv.shape, dtype),
+    input_output_aliases={8: 0},
     compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
     interpret=interpret,
     name="paged_write",
-  )(jnp.sum(leads, dtype=jnp.int32)[None], first, num_tokens, slots, layer[None], new, pages.kv)
+  )(
+    layer[None], windows.count[None], windows.shared.astype(jnp.int32)[None], windows.first,
+    windows.lengths, windows.slots, pages_lib.stored(k, pages), pages_lib.stored(v, pages),
+    pages.kv,
+  )  # fmt: skip
   return Pages(kv=kv, dtype=pages.dtype)
-
-
-def window_size(page_size: int, itemsize: int, block_size: int) -> int:
-  """Tokens of a window: a packed row of tiles at least, a tile where many tokens come together."""
-  size = max(4 // itemsize, min(MAX_WINDOW, block_size))
-  while page_size % size:
-    size -= 1
-  return size
 
 
 def _kernel(
   # scalar prefetch
-  count_ref,  # i32[1] windows
-  first_ref,  # i32[B] first token of each
-  num_tokens_ref,  # i32[B]
-  slots_ref,  # i32[B]
   layer_ref,  # i32[1]
+  count_ref,  # i32[1] runs
+  shared_ref,  # i32[1] 1 if two runs are in the same window
+  first_ref,  # i32[B] first token of each run
+  lengths_ref,  # i32[B]
+  slots_ref,  # i32[B] slot of the first token
   # inputs
-  new_hbm,  # [B,H,2D]
+  k_hbm,  # [B,H,D]
+  v_hbm,  # [B,H,D]
   kv_in,  # [N,L,H,T,2D]
   # outputs
   kv_hbm,  # the same memory
   # scratch
   windows_ref,  # [R,H,W,2D]
-  tokens_ref,  # [R,W,H,2D]
+  k_ref,  # [R,2W,H,D]
+  v_ref,  # [R,2W,H,D]
   read_sems,
   write_sems,
 ):
   del kv_in
-  count = count_ref[0]
   ring, _, size, _ = windows_ref.shape
-  taken, t = tokens_ref.shape[1], kv_hbm.shape[3]
-  lag = ring // 2
-
-  def begin(i):
-    """Where the tokens of window i are copied from: there are `taken` from here on."""
-    return jnp.minimum(first_ref[i], new_hbm.shape[0] - taken)
+  _, num_layers, _, t, _ = kv_hbm.shape
+  b, _, d = k_hbm.shape
+  taken = min(size, b)
+  count = jnp.where(layer_ref[0] < num_layers, count_ref[0], 0)
+  # Runs of one window go one by one: the next one reads what this one wrote.
+  alone = shared_ref[0] == 1
+  lag, depth = jnp.where(alone, 0, ring // 2), jnp.where(alone, 1, ring)
 
   def place(i):
-    slot = slots_ref[first_ref[i]]
-    start = pl.multiple_of(slot % t // size * size, size)
-    return kv_hbm.at[slot // t, layer_ref[0], :, pl.ds(start, size)]
+    slot = slots_ref[i]
+    start = jax.lax.rem(slot, t) - jax.lax.rem(slot, size)
+    there = pl.ds(pl.multiple_of(start, size), size)
+    return kv_hbm.at[jax.lax.div(slot, t), layer_ref[0], :, there]
 
-  def reads(i):
-    at = i % ring
-    return (
-      pltpu.make_async_copy(place(i), windows_ref.at[at], read_sems.at[at]),
+  def source(i):
+    """The first token to copy, where to, and where the window's first row then is.
+
+    The batch may begin behind that row, or end before the window's last: there are 2W places.
+    """
+    row = first_ref[i] - jax.lax.rem(slots_ref[i], size)
+    begin, to = jnp.clip(row, 0, b - taken), jnp.where(row < 0, size, 0)
+    return begin, to, to + row - begin
+
+  def read_tokens(i):
+    at = jax.lax.rem(i, ring)
+    begin, to, _ = source(i)
+    return [
       pltpu.make_async_copy(
-        new_hbm.at[pl.ds(begin(i), taken)], tokens_ref.at[at], read_sems.at[at]
-      ),
-    )
+        hbm.at[pl.ds(begin, taken)], ref.at[at, pl.ds(to, taken)], read_sems.at[at]
+      )
+      for hbm, ref in ((k_hbm, k_ref), (v_hbm, v_ref))
+    ]
 
-  def write_back(i):
-    return pltpu.make_async_copy(windows_ref.at[i % ring], place(i), write_sems.at[i % ring])
+  def read_window(i):
+    at = jax.lax.rem(i, ring)
+    return pltpu.make_async_copy(place(i), windows_ref.at[at], read_sems.at[at])
+
+  def write_window(i):
+    at = jax.lax.rem(i, ring)
+    return pltpu.make_async_copy(windows_ref.at[at], place(i), write_sems.at[at])
 
   def merge(i):
-    at = i % ring
-
-    def put(nth, window):
-      token = first_ref[i] + nth
-      row = jax.lax.broadcasted_iota(jnp.int32, window.shape, 1)
-      new = tokens_ref[at, token - begin(i)][:, None]
-      return jnp.where(row == slots_ref[token] % size, jnp.broadcast_to(new, window.shape), window)
-
-    windows_ref[at] = jax.lax.fori_loop(0, num_tokens_ref[i], put, windows_ref[at])
+    at, begin = jax.lax.rem(i, ring), jax.lax.rem(slots_ref[i], size)
+    _, _, first_row = source(i)
+    for ref, lanes in ((k_ref, slice(0, d)), (v_ref, slice(d, 2 * d))):
+      new = ref[at, pl.ds(first_row, size)].swapaxes(0, 1)
+      row = jax.lax.broadcasted_iota(jnp.int32, new.shape, 1)
+      live = (row >= begin) & (row < begin + lengths_ref[i])
+      windows_ref[at, :, :, lanes] = jnp.where(live, new, windows_ref[at, :, :, lanes])
 
   @pl.loop(0, count + lag)
   def _(i):
     @pl.when(i < count)
     def _():
-      @pl.when(i >= ring)
+      @pl.when(i >= depth)
       def _():
-        write_back(i - ring).wait()
+        write_window(i - depth).wait()
 
-      for copy in reads(i):
+      for copy in read_tokens(i):
         copy.start()
+
+      @pl.when(lengths_ref[i] < size)
+      def _():
+        read_window(i).start()
 
     @pl.when(i >= lag)
     def _():
-      for copy in reads(i - lag):
+      for copy in read_tokens(i - lag):
         copy.wait()
-      merge(i - lag)
-      write_back(i - lag).start()
 
-  @pl.loop(jnp.maximum(0, count - ring), count)
+      @pl.when(lengths_ref[i - lag] < size)
+      def _():
+        read_window(i - lag).wait()
+
+      merge(i - lag)
+      write_window(i - lag).start()
+
+  @pl.loop(jnp.maximum(0, count - depth), count)
   def _(i):
-    write_back(i).wait()
+    write_window(i).wait()

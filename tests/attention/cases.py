@@ -130,7 +130,7 @@ class Problem:
 
 
 def _call(q, pages, tables, tokens, arrays, implementation, layer, statics, parts):
-  plan = traced_plan(*tokens, tables, implementation, parts)
+  plan = traced_plan(*tokens, pages, tables, implementation, parts)
   return attention.attend(q, pages, layer, tables, plan, **dict(statics), **arrays)
 
 
@@ -190,7 +190,7 @@ def build(case: Case, seed: int = 0) -> Problem:
     pages=pages,
     layer=layer,
     tables=kept,
-    plan=plan(rows, positions, kept, refused=case.refused, parts=case.parts),
+    plan=plan(rows, positions, pages, kept, refused=case.refused, parts=case.parts),
     options=_options(case, rng),
     k=k,
     v=v,
@@ -199,19 +199,19 @@ def build(case: Case, seed: int = 0) -> Problem:
 
 
 def plan(
-  rows, positions, tables: Tables, *, refused=(), implementation="reference", parts=None
+  rows, positions, pages, tables: Tables, *, refused=(), implementation="reference", parts=None
 ) -> Plan:
   """A plan made by hand: attention reads neither slots nor refcounts."""
   rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
   ok = np.ones(len(rows), bool)
   ok[list(refused)] = False
-  return traced_plan(rows, positions, ok, tables, implementation, parts)
+  return traced_plan(rows, positions, ok, pages, tables, implementation, parts)
 
 
 @partial(jax.jit, static_argnames=("implementation", "parts"))
-def traced_plan(rows, positions, ok, tables: Tables, implementation: str, parts) -> Plan:
+def traced_plan(rows, positions, ok, pages, tables: Tables, implementation: str, parts) -> Plan:
   live = ok & (rows < tables.lengths.shape[0])
-  cut = attention.cut(implementation, rows, positions, live, tables, parts)
+  cut = attention.cut(implementation, rows, positions, positions, live, pages, tables, parts)
   return Plan(rows, positions, positions, ok, cut, implementation=implementation)
 
 

@@ -178,13 +178,14 @@ class Shapes:
     lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
     tables = Tables(tables, lengths, lengths, shape((s,), jnp.bool))
     rows = shape((b,), jnp.int32)
+    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype))
     plan = jax.eval_shape(
       functools.partial(cases.traced_plan, implementation="gpu", parts=None),
-      rows, rows, shape((b,), jnp.bool), tables,
+      rows, rows, shape((b,), jnp.bool), pages, tables,
     )  # fmt: skip
     return (
       shape((b, self.num_heads, self.head_dim), self.dtype),
-      Pages(shape(kv, self.dtype), np.dtype(self.dtype)),
+      pages,
       shape((), jnp.int32),
       tables,
       plan,

@@ -163,8 +163,8 @@ def test_it_lowers_for_an_h200_at_the_sizes_of(name, page_size, num_tokens):
   def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
     ok = jnp.ones(num_tokens, bool)
     tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
-    plan = cases.traced_plan(token_rows, positions, ok, tables, "hopper", None)
     pages = Pages(kv, np.dtype(jnp.bfloat16))
+    plan = cases.traced_plan(token_rows, positions, ok, pages, tables, "hopper", None)
     return attention.attend(q, pages, 1, tables, plan, softcap=softcap, window=window)
 
   i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

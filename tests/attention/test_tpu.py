@@ -89,8 +89,23 @@ class Writes(NamedTuple):
   v: jax.Array
 
 
-def writes(counts, positions, *, page_size, dtype="float32", padding=0, h=2, d=4, seed=0) -> Writes:
-  """`counts[r]` tokens of row r from `positions[r]` on, its pages anywhere; padding between rows."""
+def writes(
+  counts,
+  positions,
+  *,
+  page_size,
+  dtype="float32",
+  padding=0,
+  skipped=(),
+  refused=(),
+  h=2,
+  d=4,
+  seed=0,
+) -> Writes:
+  """`counts[r]` tokens of row r from `positions[r]` on, its pages anywhere; padding between rows.
+
+  The tokens `skipped` of the batch are left out of it; those `refused` have no slot.
+  """
   rng = np.random.default_rng(seed)
   per_row = max(-(-(p + c) // page_size) for p, c in zip(positions, counts))
   n = per_row * len(counts) + 1
@@ -100,6 +115,8 @@ def writes(counts, positions, *, page_size, dtype="float32", padding=0, h=2, d=4
     at = np.arange(position, position + count)
     slots += [n * page_size + len(slots) + i for i in range(padding)]
     slots += (table[at // page_size] * page_size + at % page_size).tolist()
+  slots = [n * page_size + i if i in refused else slot for i, slot in enumerate(slots)]
+  slots = [slot for i, slot in enumerate(slots) if i not in skipped]
   kv = rng.standard_normal((n, 2, h, page_size, 2 * d)).astype(dtype)
   k, v = rng.standard_normal((2, len(slots), h, d)).astype(dtype)
   slots = jnp.array(slots, jnp.int32)
@@ -118,21 +135,42 @@ WRITES = {
   "nothing but padding": dict(counts=(0,), positions=(1,), page_size=4, padding=3),
   "page size 1": dict(counts=(3, 2), positions=(0, 5), page_size=1),
   "odd page size": dict(counts=(7, 2), positions=(1, 2), page_size=3),
+  "page size 128": dict(counts=(140, 9), positions=(60, 120), page_size=128),
+  "whole pages, and rows that begin and end within one": dict(
+    counts=(16, 21, 7), positions=(0, 5, 8), page_size=8
+  ),
+  "skipped places": dict(counts=(12, 6), positions=(2, 5), page_size=8, skipped=(3, 6, 7, 13)),
+  "tokens refused": dict(counts=(9, 5), positions=(3, 6), page_size=8, refused=(0, 6, 7, 11)),
   "bfloat16": dict(counts=(1, 1, 6), positions=(4, 1, 13), page_size=4, dtype="bfloat16"),
   "bfloat16 prefill": dict(counts=(45, 20), positions=(3, 13), page_size=32, dtype="bfloat16"),
+  "bfloat16, skipped and refused": dict(
+    counts=(20, 18),
+    positions=(3, 16),
+    page_size=16,
+    dtype="bfloat16",
+    skipped=(4, 30),
+    refused=(9,),
+  ),
 }
 SHORT = ("decode", "decode, more rows than slots of the ring", "several tokens per row",
          "page size 1", "bfloat16")  # fmt: skip
 LONG = ("prefill across pages and windows", "padding", "nothing but padding", "odd page size",
-        "bfloat16 prefill")  # fmt: skip
+        "page size 128", "whole pages, and rows that begin and end within one", "skipped places",
+        "tokens refused", "bfloat16 prefill", "bfloat16, skipped and refused")  # fmt: skip
 BLOCKS = [(name, 4) for name in WRITES] + [(n, 1) for n in SHORT] + [(n, 64) for n in LONG]
 
 
+def writer(block_size, interpret):
+  def write(pages, layer, k, v, slots):
+    windows = tpu_write.windows(pages, slots, block_size=block_size)
+    return tpu_write.write(pages, layer, k, v, windows, interpret=interpret)
+
+  return jax.jit(write, compiler_options=cases.INTERPRETER)
+
+
 def check_write(w: Writes, block_size, interpret):
-  write = functools.partial(tpu_write.write, block_size=block_size, interpret=interpret)
-  got = jax.jit(write, compiler_options=cases.INTERPRETER)(w.pages, jnp.int32(1), w.k, w.v, w.slots)
-  want = scatter(w.pages, jnp.int32(1), w.k, w.v, w.slots)
-  np.testing.assert_array_equal(got.kv, want.kv)
+  args = (w.pages, jnp.int32(1), w.k, w.v, w.slots)
+  np.testing.assert_array_equal(writer(block_size, interpret)(*args).kv, scatter(*args).kv)
 
 
 scatter = jax.jit(pages_lib.write)
@@ -143,7 +181,27 @@ def test_the_write_equals_a_scatter_bit_by_bit(name, block_size):
   check_write(writes(**WRITES[name]), block_size, True)
 
 
-@in_dma_modes(WRITES, ("decode, more rows than slots of the ring", "padding", "bfloat16 prefill"))
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_the_write_equals_a_scatter_for_any_runs(block_size):
+  w = writes((40,), (0,), page_size=16)
+  pages = Pages(jnp.concatenate([w.pages.kv] * 3), w.pages.dtype)  # two for each of six rows
+  write = writer(block_size, True)
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    slots = [rng.integers(0, 16) + np.arange(rng.integers(1, 33)) for _ in range(6)]
+    slots = [at[rng.random(len(at)) < rng.choice([0.7, 1])] for at in slots]
+    slots = np.concatenate([at[at < 32] + 32 * page for page, at in enumerate(slots)])
+    nowhere = 9999 + np.arange(200)
+    refused = rng.random(len(slots)) < rng.choice([0.1, 0])
+    slots = np.append(np.where(refused, nowhere[: len(slots)], slots), nowhere)[:40]
+    args = (pages, jnp.int32(1), w.k, w.v, jnp.array(slots, jnp.int32))
+    np.testing.assert_array_equal(write(*args).kv, scatter(*args).kv)
+
+
+@in_dma_modes(
+  WRITES,
+  ("decode, more rows than slots of the ring", "padding", "skipped places", "bfloat16 prefill"),
+)
 def test_no_copy_of_a_write_races(name, mode):
   check_write(writes(**WRITES[name]), 4, races(dma_execution_mode=mode))
   assert not races_found()
@@ -151,16 +209,57 @@ def test_no_copy_of_a_write_races(name, mode):
 
 def test_a_layer_that_is_not_there_is_not_written():
   w = writes(**WRITES["decode"])
-  got = tpu_write.write(w.pages, jnp.int32(2), w.k, w.v, w.slots, block_size=1, interpret=True)
+  windows = tpu_write.windows(w.pages, w.slots, block_size=1)
+  got = tpu_write.write(w.pages, jnp.int32(2), w.k, w.v, windows, interpret=True)
   np.testing.assert_array_equal(got.kv, w.pages.kv)
 
 
+def page_array(page_size, dtype="bfloat16", h=8, d=128, n=9):
+  return Pages(jax.ShapeDtypeStruct((n, 2, h, page_size, 2 * d), dtype), np.dtype(dtype))
+
+
 @pytest.mark.parametrize(
-  "page_size, itemsize, block_size, size",
-  [(16, 2, 1, 2), (16, 4, 1, 1), (64, 2, 64, 16), (64, 2, 8, 8), (3, 2, 1, 1), (24, 2, 64, 12)],
+  "pages, block_size, size",
+  [
+    (page_array(16), 1, 2),
+    (page_array(16, "float32"), 1, 1),
+    (page_array(64), 64, 64),
+    (page_array(64), 5, 4),
+    (page_array(64), 8, 8),
+    (page_array(128), 64, 64),
+    (page_array(48), 64, 48),
+    (page_array(24), 16, 8),  # 12 rows are no whole tiles
+    (page_array(176), 64, 16),
+    (page_array(12), 64, 4),
+    (page_array(3, "float32"), 1, 1),
+    (page_array(64, h=32), 64, 32),  # four of them, and their tokens, fit
+    (page_array(64, "float32", h=64, d=256), 64, 4),
+  ],
 )
-def test_window_size(page_size, itemsize, block_size, size):
-  assert tpu_write.window_size(page_size, itemsize, block_size) == size
+def test_window_size(pages, block_size, size):
+  assert tpu_write.window_size(pages, block_size) == size
+
+
+@pytest.mark.parametrize(
+  "slots, runs, shared",
+  [
+    ([6, 7, 8, 9, 12, 13], [(6, 2), (8, 2), (12, 2)], False),
+    ([6, 7, 13, 14], [(6, 2), (13, 2)], False),
+    ([4, 6, 7, 8], [(4, 1), (6, 2), (8, 1)], True),
+    ([4, 5, 99, 6, 7], [(4, 2), (6, 2)], True),
+    ([99, 4, 5, 6, 7, -1, 0], [(4, 4), (0, 1)], False),
+    ([35, 36, 37], [(35, 1)], False),
+    ([36, 37], [], False),
+  ],
+)
+def test_windows_are_the_runs_of_slots_that_stand_side_by_side(slots, runs, shared):
+  windows = tpu_write.windows(page_array(4, "float32"), jnp.array(slots, jnp.int32), block_size=4)
+  assert windows.size == 4 and windows.count == len(runs) and windows.shared == shared
+  firsts = [slots.index(slot) for slot, _ in runs]
+  spare = len(slots) - len(runs)
+  assert windows.first.tolist() == firsts + [len(slots)] * spare
+  assert windows.lengths.tolist() == [length for _, length in runs] + [0] * spare
+  assert windows.slots.tolist()[: len(runs)] == [slot for slot, _ in runs]
 
 
 def test_a_plan_for_the_tpu_writes_and_attends_with_the_kernels(interpreted):

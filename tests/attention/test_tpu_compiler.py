@@ -14,4 +14,5 @@ def test_the_kernels_and_a_whole_decode_step_compile_in_place_and_keep_their_bun
   assert all(row.get("aliased", 1) >= 1 for row in found["rows"])
   assert found["bundles_2048_v6e_bf16_p16"] <= 5424
   assert found["bundles_2048_v6e_bf16_p64"] <= 4016
+  assert found["write_prefill_2048"] <= 25_000
   assert found["bundles_vs_jax_rpa"] <= 1

@@ -18,7 +18,7 @@ every_implementation = pytest.mark.parametrize("implementation", ("reference", "
 
 def problem(implementation, seed=0, case=MIXED):
   p = cases.build(case, seed)
-  plan = cases.plan(p.plan.rows, p.plan.positions, p.tables, implementation=implementation)
+  plan = cases.plan(p.plan.rows, p.plan.positions, p.pages, p.tables, implementation=implementation)
   return dataclasses.replace(p, plan=plan)
 
 
@@ -99,7 +99,7 @@ def long_rows(num_rows, pages_per_row, lengths, num_pages=4):
   lengths = jnp.asarray(lengths, jnp.int32)
   pages = Pages(jnp.ones((num_pages, 1, 4, 16, 128)), np.dtype("float32"))
   tables = Tables(tables, jnp.zeros_like(lengths), lengths, jnp.zeros(num_rows, bool))
-  plan = cases.plan(jnp.arange(num_rows), lengths - 1, tables, implementation="xla")
+  plan = cases.plan(jnp.arange(num_rows), lengths - 1, pages, tables, implementation="xla")
   return jnp.ones((num_rows, 4, 64)), pages, 0, tables, plan
 
 
