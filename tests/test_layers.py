@@ -36,7 +36,7 @@ TABLES = {
   """,
   "paged_jax.attention": """
     __init__ gpu hopper reference tpu xla
-    backend blocks
+    backend blocks tpu_kernel
     options softmax splits tpu_write
   """,
   "paged_jax.models": """

@@ -14,10 +14,11 @@ from story import config, ids
 import paged_jax
 from paged_jax import ledger as ledger_lib
 from paged_jax import types as types_lib
+from paged_jax.attention import tpu_write
 
 COMMENT = re.compile(r"^  (\w+): jax\.Array  # (\w+)(?:\[(.*?)\])?(?:,? .*)?$", re.MULTILINE)
 CONFIG = config(num_pages=40, num_rows=5, num_layers=3)
-AXES = dict(N=40, T=4, S=5, P=6, L=3, H=2, D=2, B=7, C=1, ceil=math.ceil)
+AXES = dict(N=40, T=4, S=5, P=6, L=3, H=2, D=2, B=7, C=1, X=7, ceil=math.ceil)
 DTYPES = dict(u32="uint32", i32="int32", bool="bool", storage="float32")
 
 
@@ -31,10 +32,14 @@ def examples():
 def states():
   cache = paged_jax.init(CONFIG)
   _, info, copies = ledger_lib.extend(cache.ledger, jnp.zeros(5, jnp.int32))
-  plan = paged_jax.plan(cache, jnp.zeros(7, jnp.int32), jnp.arange(7, dtype=jnp.int32))
+  tokens = jnp.zeros(7, jnp.int32), jnp.arange(7, dtype=jnp.int32)
+  plan = paged_jax.plan(cache, *tokens)
+  part = plan.parts[0]
+  windows = tpu_write.windows(cache.pages, plan.slots, part.block_size)
   _, image, _ = paged_jax.swap_out(cache, jnp.int32(0), num_pages=3)
   ledger = cache.ledger
   values = [ledger.pool, ledger.tables, cache.pages, info, copies, plan, image]
+  values += [part, part.blocks, windows]
   return [*values, paged_jax.audit(cache)]
 
 
@@ -54,7 +59,7 @@ def test_a_field_has_the_dtype_and_shape_of_its_comment(name, field, comment):
   assert value.dtype == DTYPES[comment[2]]
   if comment[3] is not None:
     dims = re.sub(r"(\d)([A-Z])", r"\1*\2", comment[3])
-    axes = AXES | ({"G": value.shape[0]} if name == "Plan" else {})
+    axes = AXES | {"G": examples()["Blocks"].first.shape[0]}
     assert value.shape == tuple(eval(f"[{dims}]", axes))
 
 

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
-from paged_jax.types import Pages, Windows
+from paged_jax.types import Pages, Plan, Windows
 
 RING_BYTES = 8 * 2**20
 MIN_SLOTS = 4
@@ -86,11 +86,29 @@ def write(
   layer: jax.Array,
   k: jax.Array,
   v: jax.Array,
+  plan: Plan,
+  *,
+  interpret: bool | pltpu.InterpretParams = False,
+) -> Pages:
+  """Writes `k`, `v` [B,H,D] of one layer where the plan says; nothing if there is no such layer."""
+  begin = 0
+  for part in plan.parts:
+    new = (x[begin : (end := begin + part.rows.shape[0])] for x in (k, v))
+    pages = write_windows(pages, layer, *new, part.windows, interpret=interpret)
+    begin = end
+  return pages
+
+
+def write_windows(
+  pages: Pages,
+  layer: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
   windows: Windows,
   *,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Pages:
-  """Writes `k`, `v` [B,H,D] of one layer into the windows; nothing if there is no such layer."""
+  """Writes `k`, `v` [B,H,D] of one layer into the windows."""
   _, _, h, _, d = pages_lib.sizes(pages)
   b, size, dtype = k.shape[0], windows.size, pages.kv.dtype
   ring = ring_size(pages, size, b)

@@ -49,7 +49,9 @@ def interpreted(monkeypatch):
   """Lets the backend "tpu" run interpreted."""
 
   def use(interpret):
-    attend, write = (functools.partial(f, interpret=interpret) for f in (tpu.attend, tpu.write))
+    attend, write = (
+      functools.partial(f, interpret=interpret) for f in (tpu.attend, tpu_write.write)
+    )
     monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
     cases.forget(keep=f"tpu {interpret}")
 
@@ -163,7 +165,7 @@ BLOCKS = [(name, 4) for name in WRITES] + [(n, 1) for n in SHORT] + [(n, 64) for
 def writer(block_size, interpret):
   def write(pages, layer, k, v, slots):
     windows = tpu_write.windows(pages, slots, block_size=block_size)
-    return tpu_write.write(pages, layer, k, v, windows, interpret=interpret)
+    return tpu_write.write_windows(pages, layer, k, v, windows, interpret=interpret)
 
   return jax.jit(write, compiler_options=cases.INTERPRETER)
 
@@ -210,7 +212,7 @@ def test_no_copy_of_a_write_races(name, mode):
 def test_a_layer_that_is_not_there_is_not_written():
   w = writes(**WRITES["decode"])
   windows = tpu_write.windows(w.pages, w.slots, block_size=1)
-  got = tpu_write.write(w.pages, jnp.int32(2), w.k, w.v, windows, interpret=True)
+  got = tpu_write.write_windows(w.pages, jnp.int32(2), w.k, w.v, windows, interpret=True)
   np.testing.assert_array_equal(got.kv, w.pages.kv)
 
 
