@@ -12,19 +12,33 @@ XLA wants. `growth` is what the larger pool adds to it over what it adds to the 
 pool is copied once. `copied_leaves` are arrays of the cache whose next value is not in the memory of
 a donated one. `collectives` is how many there are.
 
-Needs the libtpu wheel; `--generations` names the TPUs to compile for, `--variants` the variants.
+Then one decode step of a Llama-3-8B is weighed for v6e: 64 and 256 rows with 2,048 tokens each, one
+row in 64 begins a page. `step_ms` is the compiler's own estimate (see `cycles.py`) for XLA's
+operations, and for our kernels the longer of their instruction bundles and of the bytes they move.
+`step_vs_bandwidth` is this over the time that the memory takes to read the weights (all of them, also
+the embedding, of which a step reads a row per token) and the keys and values once. It ranks programs
+and says what is lost; it is not a measurement. `sampled_vs_greedy`: the same program where rows draw
+with temperature, top-k and top-p, over one where none does.
+
+Needs the libtpu wheel; `--generations` names the TPUs to compile for, `--variants` the variants,
+`--steps` the models and rows of the steps.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import multiprocessing
 
 import tpu_compiler  # first: it sets the compiler's environment
 
 import jax  # isort: skip
+import cycles
 import jax.numpy as jnp
+import kernels_tpu_aot
 import measure
 
 import paged_jax
+from paged_jax.attention import tpu
 from paged_jax.engine import PromptLookup, sampling
 from paged_jax.engine.device import draws, program, records
 from paged_jax.models import decoder as decoder_lib
@@ -44,7 +58,14 @@ MODELS = {
     num_kv_heads=8, head_dim=128, max_length=MAX_LENGTH, windows=(None,) * 28, ropes=(_ROPE,) * 28,
     tied=True,
   ),
+  "8B": decoder_lib.DecoderConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32,
+    num_kv_heads=8, head_dim=128, max_length=MAX_LENGTH, windows=(None,) * 32,
+    ropes=(decoder_lib.Rope(base=500_000.0),) * 32,
+  ),
 }  # fmt: skip
+CONTEXT = 2048  # tokens of each row whose step is weighed
+STEP_TPU, STEP_POOL = "v6e", 2**33  # 8 GiB fit beside the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +142,59 @@ def call(
   return run, (*args, *jax.eval_shape(state))
 
 
-def pages(config: decoder_lib.DecoderConfig, pool_bytes: int, page_size: int = 64):
+def pages(config: decoder_lib.DecoderConfig, pool_bytes: int, num_rows: int = NUM_ROWS):
   """A cache for the model in `pool_bytes`."""
   cache = paged_jax.CacheConfig(
     num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-    page_size=page_size, num_rows=NUM_ROWS, max_length=MAX_LENGTH,
+    page_size=64, num_rows=num_rows, max_length=MAX_LENGTH,
   )  # fmt: skip
   return dataclasses.replace(cache, num_pages=pool_bytes // cache.page_bytes)
+
+
+def kernel_cycles(config: decoder_lib.DecoderConfig, num_rows: int) -> dict[str, float]:
+  """Cycles of one call of each kernel for a token of each row, in a process of its own.
+
+  To write down the bundles of a whole program would take minutes.
+  """
+  tpu_compiler.keep_bundles()
+  model = kernels_tpu_aot.Model("", config.num_heads, config.num_kv_heads, config.head_dim)
+  mesh, cache = tpu_compiler.cores(STEP_TPU), pages(config, STEP_POOL, num_rows)
+  compiled = kernels_tpu_aot.layer_step(model, mesh, num_rows)(cache)
+  read = CONTEXT * cache.page_bytes / cache.page_size / config.num_layers
+  block = compiled.bundles("paged_attention", CONTEXT // tpu.CHUNK_TOKENS)
+  return {
+    "paged_attention": num_rows * max(block, read / cycles.BYTES_PER_CYCLE[STEP_TPU]),
+    "paged_write": kernels_tpu_aot.write_bundles(compiled, cache, num_rows, 1),
+  }
+
+
+def step_rows(name: str, rows: str) -> list[dict]:
+  """What a step of the model takes, greedy and sampled."""
+  config, num_rows = MODELS[name], int(rows)
+  cache = pages(config, STEP_POOL, num_rows)
+  run, operands = call(config, cache, Variant(), "tpu")
+  mesh = tpu_compiler.cores(STEP_TPU)
+  spawned = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawned) as process:
+    kernels = process.submit(kernel_cycles, config, num_rows)
+    made = tpu_compiler.Compiled(mesh, run, *tpu_compiler.shapes(mesh, operands), donate=(0, 2, 3))
+  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(operands[1]))
+  read = weights + num_rows * CONTEXT * cache.page_bytes / cache.page_size
+  turns = {"renew.<locals>.clear": num_rows / cache.page_size, "renew.<locals>.copy": 0}
+  found = []
+  for variant, taken in {"greedy": (), "sampled": ("draw",)}.items():
+    step = cycles.estimate(made.text, STEP_TPU, kernels.result(), turns=turns, taken=taken)
+    found.append({
+      "tpu": STEP_TPU,
+      "model": name,
+      "variant": f"{variant}, {num_rows} rows",
+      "temp_MB": made.temp_bytes / 2**20,
+      "compile_s": made.seconds,
+      "step_ms": 1e3 * step.total / cycles.CLOCK[STEP_TPU],
+      "step_vs_bandwidth": step.total * cycles.BYTES_PER_CYCLE[STEP_TPU] / read,
+      "unestimated": step.unestimated,
+    })  # fmt: skip
+  return found
 
 
 def main():
@@ -135,7 +202,8 @@ def main():
     __doc__.splitlines()[0],
     generations=(str, "v5e,v6e", "TPUs to compile for"),
     variants=(str, ",".join(VARIANTS), "variants to compile"),
-    model=(str, "3B", "1B or 3B"),
+    model=(str, "3B", "the model of the variants: " + ", ".join(MODELS)),
+    steps=(str, "8B:64,8B:256", "model:rows of the steps to weigh; the summary has the first"),
   )
   config, rows = MODELS[args.model], []
 
@@ -159,10 +227,16 @@ def main():
         "collectives": sum(sum(made.collectives.values()) for made in (small, large)),
         "compile_s": (small.seconds + large.seconds) / 2,
       })  # fmt: skip
-  summary = {
-    name: max(row[name] for row in rows) for name in ("growth", "copied_leaves", "compile_s")
-  }
+  summary = {name: max(row[name] for row in rows) for name in ("growth", "copied_leaves")}
   summary["collectives"] = sum(row["collectives"] for row in rows)
+  steps = [step_rows(*each.split(":")) for each in args.steps.split(",")]
+  for greedy, sampled in steps:
+    rows += greedy, sampled
+  summary["compile_s"] = max(row["compile_s"] for row in rows)
+  summary["step_vs_bandwidth"] = steps[0][0]["step_vs_bandwidth"]
+  summary["sampled_vs_greedy"] = max(
+    sampled["step_ms"] / greedy["step_ms"] for greedy, sampled in steps
+  )
   measure.report(rows, summary, as_json=args.json)
 
 

@@ -312,16 +312,17 @@ def rpa_kernel(mesh, model: Model, page_size, num_tokens, num_rows, tokens, quer
   return kernel
 
 
-def write_bundles(compiled, config, num_tokens: int) -> int:
-  """Bundles of the write of one row's tokens into whole pages.
+def write_bundles(compiled, config, num_tokens: int, block_size: int) -> int:
+  """Bundles of the write of tokens that come in blocks, as prompts that fill pages or one per row.
 
   The kernel has a loop over windows, which runs half a ring longer, and a loop that waits for the
   last ring of windows. If the compiler holds the new keys and values in VMEM, the copies of a
   window's tokens are loops within the first, of one turn per register.
   """
   pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
-  size = tpu_write.window_size(pages, num_tokens)
-  ring, num_windows = tpu_write.ring_size(pages, size, num_tokens), num_tokens // size
+  size = tpu_write.window_size(pages, block_size)
+  ring = tpu_write.ring_size(pages, size, num_tokens)
+  num_windows = num_tokens // min(size, block_size)
   (loops,) = compiled.loops("paged_write")
   before, window, *copies, end = (loop["bundles"] for loop in loops)
   registers = config.num_kv_heads * size * config.head_dim * pages.kv.dtype.itemsize // 4096
@@ -363,7 +364,7 @@ def main():
           row["bundles_2048"] = compiled.bundles("paged_attention", chunks)
           ours[tpu_name, model.name, page_size] = row["bundles_2048"]
         else:
-          row["bundles_write"] = write_bundles(compiled, config, num_tokens)
+          row["bundles_write"] = write_bundles(compiled, config, num_tokens, 64)
           writes[tpu_name, model.name] = row["bundles_write"]
       config = cache_config(model, 64)
       compiled = layer_step(model, four, 32)(config)

@@ -119,6 +119,7 @@ class Compiled:
 
 
 def _loops(path: pathlib.Path) -> list[dict[str, int]]:
+  """Depth, and bundles without inner loops, of each loop in program order; 0 is no loop."""
   top = {"depth": 0, "bundles": 0}
   stack, found = [top], [top]
   for line in path.read_text().splitlines():

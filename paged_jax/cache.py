@@ -172,7 +172,7 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   loop. Read the cache that is returned, never the one that was passed. `write` has gradients,
   except if the cache keeps 16-bit values as bits (see `CacheConfig.storage_dtype`).
 
-  A traced `layer` out of range writes NaN into the last layer, so that the mistake shows.
+  A traced `layer` out of range writes keys of NaN into the last layer, so that the mistake shows.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
@@ -188,7 +188,7 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   shape = (plan.rows.shape[0], h, d)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
   index = arguments.layer(layer, num_layers)
-  k, v = (_poisoned(x, layer, index, num_layers) for x in (k, v))
+  k = _poisoned(k, layer, index, num_layers)
   index = jnp.minimum(index, num_layers - 1)
   return dataclasses.replace(cache, pages=attention.write(cache.pages, index, k, v, plan))
 
@@ -240,14 +240,15 @@ def attend(
   [1.0, 1.5]
   """
   _check_call("attend(cache, layer, q, plan)", cache, plan)
-  num_layers = cache.pages.kv.shape[1]
+  _, num_layers, _, _, d = pages_lib.sizes(cache.pages)
   index = arguments.layer(layer, num_layers)
+  scale = d**-0.5 if scale is None else scale
+  scale = _poisoned(scale, layer, index, num_layers)  # a number, not all heads that come out
   out, lse = attention.attend(
     q, cache.pages, jnp.minimum(index, num_layers - 1), cache.ledger.tables, plan,
     scale=scale, window=window, softcap=softcap, sinks=sinks, lse=return_lse,
   )  # fmt: skip
-  out = _poisoned(out, layer, index, num_layers)
-  return out if lse is None else (out, _poisoned(lse, layer, index, num_layers))
+  return out if lse is None else (out, lse)
 
 
 def gather(
@@ -492,11 +493,11 @@ def audit(cache: Cache) -> Audit:
   return ledger_lib.audit(cache.ledger)
 
 
-def _poisoned(x: jax.Array, layer: int | jax.Array, index: jax.Array, num_layers: int) -> jax.Array:
+def _poisoned(x, layer: int | jax.Array, index: jax.Array, num_layers: int):
   """`x`, or NaN if a traced `layer` is out of range, as its `index` says."""
   if isinstance(layer, int | np.integer):
     return x
-  return jnp.where(index < num_layers, x, jnp.full((), jnp.nan, x.dtype))
+  return jnp.where(index < num_layers, x, jnp.nan)
 
 
 def _check_call(call: str, cache: Cache, plan: Plan) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 Carry = TypeVar("Carry")
+COMPARED = 64 * 64  # most comparisons that take less time than a bisection
 
 
 def any_of(flag: jax.Array) -> jax.Array:
@@ -38,7 +39,9 @@ def locate(counts: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows i32, S past the end; and nth i32, the number of each thing within its row.
   """
   ends = jnp.cumsum(counts, dtype=jnp.int32)
-  rows = jnp.searchsorted(ends, ranks, side="right", method="scan_unrolled").astype(jnp.int32)
+  # On TPU each step of a bisection is several operations, and all comparisons are one.
+  method = "compare_all" if ends.size * ranks.size <= COMPARED else "scan_unrolled"
+  rows = jnp.searchsorted(ends, ranks, side="right", method=method).astype(jnp.int32)
   begins = (ends - counts).at[rows].get(mode="fill", fill_value=0)
   return rows, ranks - begins
 

@@ -58,26 +58,37 @@ def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array
 
 @jax.custom_jvp
 def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
-  """Makes the pages that `copies` lists, in place, one page per turn.
+  """Makes the pages that `copies` lists, in place, one page per turn. New pages are not read.
 
   # copy of a shared tail   source [0 1 2 .]  ──▶  target [0 1 . .]     kept 2, then zero
   # new page                no source         ──▶  target [. . . .]     all zero
   # stale tail, in place    source = target        [0 1 x x] ──▶ [0 1 . .]
   """
   n, t = pages.kv.shape[0], pages.kv.shape[3]
+  num_copied = jnp.sum(copies.sources < n, axis=1, dtype=jnp.int32)  # the first ones of each row
+  num_copied = jnp.minimum(num_copied, copies.num_pages)
+  first_new = copies.first + num_copied
 
-  def step(kv, rows, nth):
+  def target(row, column):
+    return block_tables.at[row, column].get(mode="fill", fill_value=n)
+
+  def copy(kv, rows, nth):
     row, nth = rows[0], nth[0]
     column = copies.first.at[row].get(mode="fill", fill_value=0) + nth
-    target = block_tables.at[row, column].get(mode="fill", fill_value=n)
     source = copies.sources.at[row, nth].get(mode="fill", fill_value=n)
     kept = copies.lengths.at[row].get(mode="fill", fill_value=0) - column * t
-    kept = jnp.where(source < n, kept, 0)
     offsets = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
     page = jnp.where(offsets < kept, _page(kv, source), jnp.zeros((), kv.dtype))
-    return _set_page(kv, target, page)
+    return _replace(kv, target(row, column), page)
 
-  return Pages(kv=loops.fold(copies.num_pages, step, pages.kv, chunk=1), dtype=pages.dtype)
+  def clear(kv, rows, nth):
+    column = first_new.at[rows[0]].get(mode="fill", fill_value=0) + nth[0]
+    zero = jnp.zeros_like(jax.lax.index_in_dim(kv, 0, keepdims=False))  # sharded as pages are
+    return _replace(kv, target(rows[0], column), zero)
+
+  kv = loops.fold(num_copied, copy, pages.kv, chunk=1)
+  kv = loops.fold(copies.num_pages - num_copied, clear, kv, chunk=1)
+  return Pages(kv=kv, dtype=pages.dtype)
 
 
 @renew.defjvp
@@ -159,6 +170,21 @@ def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
 def _page(kv: jax.Array, page: jax.Array) -> jax.Array:
   """One page [L,H,T,2D]; any page if there is no such page."""
   return jax.lax.dynamic_index_in_dim(kv, page, axis=0, keepdims=False)
+
+
+@jax.custom_batching.custom_vmap
+def _replace(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
+  """Replaces one page, which must exist, and does not read it; under `vmap` as `_set_page`.
+
+  Under `vmap` an element of the batch that is done has no page, while others go on.
+  """
+  return jax.lax.dynamic_update_index_in_dim(kv, values, page, axis=0)
+
+
+@_replace.def_vmap
+def _replace_batch(axis_size, in_batched, *args):
+  del axis_size
+  return jax.vmap(_set_page, [0 if batched else None for batched in in_batched])(*args), True
 
 
 def _set_page(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:

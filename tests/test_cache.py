@@ -225,6 +225,8 @@ def test_a_traced_layer_out_of_range_is_not_taken_for_zeros():
     k, _ = jitted.gather(cache, jnp.int32(layer), ids(0))
     out = jitted.attend(cache, jnp.int32(layer), K + 1, plan)
     assert jnp.isnan(k).all() and jnp.isnan(out).all()
+    by_reference = dataclasses.replace(plan, implementation="reference")
+    assert jnp.isnan(jitted.attend(cache, jnp.int32(layer), K + 1, by_reference)).all()
     written = jax.jit(paged_jax.write)(cache, jnp.int32(layer), K + 9, K + 9, plan)
     assert jnp.isnan(jitted.attend(written, 1, K + 1, plan)).all()  # the last layer
     k, _ = jitted.gather(written, 0, ids(0), num_tokens=2)
@@ -368,12 +370,21 @@ def test_a_program_of_verbs_means_the_same_under_every_transform():
 def test_caches_of_a_batch_that_need_different_work_do_not_disturb_each_other():
   first, _ = write(extend(empty(), 5, 0, 0)[0], 0, [1, 2, 3, 4, 5])
   first, _ = jitted.fork(first, ids(0), ids(1))
-  second, _ = extend(empty(), 2, 23, 0)
+  second, _ = extend(empty(), 2, 23, 4)  # holds all pages, and needs none
+  kv = np.arange(second.pages.kv.size, dtype=np.float32).reshape(second.pages.kv.shape)
+  second = dataclasses.replace(second, pages=dataclasses.replace(second.pages, kv=jnp.asarray(kv)))
   counts = jnp.array([[1, 1, 9], [1, 0, 0]], jnp.int32)
   both = jax.tree.map(lambda *x: jnp.stack(x), first, second)
   together = jax.jit(jax.vmap(paged_jax.extend))(both, counts)
   alone = [jitted.extend(c, n) for c, n in zip((first, second), counts)]
   chex.assert_trees_all_equal(together, jax.tree.map(lambda *x: jnp.stack(x), *alone))
+
+
+def test_only_a_page_that_is_copied_is_read():
+  cache = empty()
+  program = str(jax.make_jaxpr(paged_jax.extend)(cache, ROWS))
+  page = (1, *cache.pages.kv.shape[1:])
+  assert program.count(f"slice_sizes={page}") == 1
 
 
 def decode(cache, num_steps):

@@ -113,14 +113,17 @@ class Attention(nnx.Module):
     self.head_dim = dim
 
   def qkv(
-    self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
+    self, x: jax.Array, cos: jax.Array, sin: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [B,Q,D] and keys [B,H,D], and values [B,H,D]."""
     projections = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (project(x).reshape(len(x), -1, self.head_dim) for project in projections)
+    # Without the barrier XLA on TPU moves the reshape to the weights, and copies them out of the
+    # stack of all layers first: 0.80 instead of 0.66 million cycles for a layer of Llama-3-8B.
+    q, k, v = jax.lax.optimization_barrier(tuple(project(x) for project in projections))
+    q, k, v = (x.reshape(len(x), -1, self.head_dim) for x in (q, k, v))
     if self.q_norm and self.k_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    return ropes.rotate(q, angles, factor), ropes.rotate(k, angles, factor), v
+    return ropes.rotate(q, cos, sin), ropes.rotate(k, cos, sin), v
 
 
 class MLP(nnx.Module):
@@ -151,10 +154,10 @@ class Layer(nnx.Module):
     self.mlp = MLP(config, rngs=rngs)
 
   def qkv(
-    self, x: jax.Array, angles: jax.Array, factor: jax.Array | None = None
+    self, x: jax.Array, cos: jax.Array, sin: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of the residual stream `x` [B,E]; see `ropes.rotate`."""
-    return self.self_attn.qkv(self.input_layernorm(x), angles, factor)
+    return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
@@ -254,24 +257,21 @@ class Decoder(nnx.Module):
     windows = None  # None: every layer sees all tokens
     if any(config.windows):
       windows = jnp.array([NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
-    frequencies = np.stack([rope.frequencies(config.head_dim, length) for rope in config.ropes])
-    factors = None  # None: 1 in every layer
-    if any(rope.attention_factor != 1 for rope in config.ropes):
-      factors = jnp.array([rope.attention_factor for rope in config.ropes], jnp.float32)
+    distinct = list(dict.fromkeys(config.ropes))  # most models have one for all layers, or two
+    turns = ropes.turns(distinct, positions, config.head_dim, length)
+    kinds = jnp.array([distinct.index(rope) for rope in config.ropes], jnp.int32)
 
     def body(carry, xs):
-      x, state = carry
-      index, layer, window, frequencies, factor = xs
+      index, x, state = carry
+      layer, window, kind = xs
       layer = nnx.merge(graph, layer)
-      angles = jnp.outer(positions.astype(jnp.float32), frequencies)
-      heads, state = attend(state, index, window, *layer.qkv(x, angles, factor))
-      return (layer.finish(x, heads), state), None
+      cos, sin = (jax.lax.dynamic_index_in_dim(turn, kind, keepdims=False) for turn in turns)
+      heads, state = attend(state, index, window, *layer.qkv(x, cos, sin))
+      return (index + 1, layer.finish(x, heads), state), None
 
     x = self.embed_tokens.weight.at[tokens].get(mode="fill")  # no such token: NaN
     x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded as the weights are (Gemma)
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    xs = (indices, layers, windows, jnp.asarray(frequencies), factors)
-    (x, state), _ = jax.lax.scan(body, (x, state), xs)
+    (_, x, state), _ = jax.lax.scan(body, (jnp.int32(0), x, state), (layers, windows, kinds))
     return self.norm(x), state
 
 

@@ -5,6 +5,7 @@ The scalings and their names are those of Hugging Face's `modeling_rope_utils`. 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,14 +91,25 @@ class Rope:
     return frequencies.astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array, factor: jax.Array | None = None) -> jax.Array:
-  """Rotates the pairs (d, d + D/2) of `x` [B,H,D] by `angles` f32[B,D/2], in float32.
+def turns(
+  ropes: Sequence[Rope], positions: jax.Array, head_dim: int, length: int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine f32[R,B,D/2] of the angle of each pair, times the rope's attention factor.
 
-  The result is `factor` (f32[], None = 1) times as long.
+  `positions` i32[B], R ropes; `length` as in `Rope.frequencies`.
   """
-  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-  if factor is not None:
-    cos, sin = cos * factor, sin * factor
+  frequencies = np.stack([rope.frequencies(head_dim, length) for rope in ropes])[:, None]
+  factors = np.array([[[rope.attention_factor]] for rope in ropes], np.float32)
+  angles = positions.astype(jnp.float32)[None, :, None] * frequencies
+  return jnp.cos(angles) * factors, jnp.sin(angles) * factors
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs (d, d + D/2) of `x` [B,H,D], in float32.
+
+  `cos` and `sin` f32[B,D/2] are one rope's `turns`.
+  """
+  cos, sin = cos[:, None], sin[:, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
