@@ -107,7 +107,7 @@ def call(
   config: decoder_lib.DecoderConfig, cache: paged_jax.CacheConfig, variant: Variant, backend: str
 ):
   """The program, and the shapes that the engine would call it with; `cache` is the first of them."""
-  s, vocab = cache.num_rows, config.vocab_size
+  s, vocab, full = cache.num_rows, config.vocab_size, variant.num_beams > 1
   weights = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), decoder_lib.abstract(config)
   )
@@ -124,7 +124,7 @@ def call(
     )
     longest = cache.pages_per_row * cache.page_size + 1 if variant.drafter else 0
     past = records.Past(
-      seen=jnp.zeros((s, vocab), bool),
+      seen=jnp.zeros((s, vocab if full else 0), bool),
       texts=jnp.zeros((s, longest), jnp.int32),
       logits=jnp.zeros((s, vocab), jnp.float32),
     )
@@ -133,7 +133,8 @@ def call(
       token = jnp.zeros(variant.num_prompt_tokens, jnp.int32)
       prompts = records.Prompts(token, token, token, jnp.zeros(s, bool), row)
     edits = records.Edits(changed=jnp.zeros(s, bool), rows=rows)
-    return rows, past, edits, prompts
+    adjustments = jax.tree.map(jnp.asarray, draws.adjustments({}, s, vocab)) if full else None
+    return rows, past, edits, prompts, adjustments
 
   args = jax.eval_shape(lambda: paged_jax.init(cache)), Model(weights, backend)
   run = functools.partial(

@@ -10,8 +10,9 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -129,27 +130,49 @@ class Calls:
     starting = [sample for sample, num_tokens in pieces if sample.compute(num_tokens)]
     self.changed |= {beam.row: beam for sample in starting for beam in sample.beams}
     samples = {row: sample for row, sample in self._queue.running.items() if sample.draws}
-    searching = any(sample.searching for sample in samples.values())
-    ticket = self.run(prompts, num_steps, searching=searching)
+    wanted = {row: sample.sampling for row, sample in samples.items()}
+    full = not all(map(draws_lib.plain, wanted.values()))
+    ticket = self.run(prompts, num_steps, wanted if full else None)
     for sample in starting:
       fresh = sample.request.logits is None and not sample.tokens  # they follow the prompt itself
       if fresh and self._manager.options.prefix_cache:
         sample.request.logits = _take(self._past, np.int32(sample.row))
     for sample in samples.values():
       sample.expect(num_steps)
-    like = _like(num_steps, self._config.width, self._cache.num_rows, searching)
+    searching = full and self._config.max_beams > 1
+    like = _like(num_steps, self._config.width, self._cache.num_rows, full, searching)
     self._calls.append(_Call(ticket, like, samples, num_steps))
 
   def run(
-    self, prompts: records.Prompts | None, num_steps: int, *, searching: bool = False
+    self,
+    prompts: records.Prompts | None,
+    num_steps: int,
+    wanted: Mapping[int, sampling.Sampling] | None = None,
   ) -> Ticket:
-    """One call, rows that have changed edited first; its packed report is in the ticket."""
-    edits = self._edits()
+    """One call, rows that have changed edited first; its packed report is in the ticket.
+
+    Args:
+      prompts: Pieces of prompts.
+      num_steps: Decode steps.
+      wanted: What is asked for, by row, if that is more than to draw: then the program adjusts
+        logits, searches, and reports log-probabilities.
+    """
+    edits, s = self._edits(), self._cache.num_rows
+    past = self._past
+    if wanted is None:
+      adjustments, num_beams = None, 1
+      past = dataclasses.replace(past, seen=np.zeros((s, 0), bool))
+    else:
+      adjustments = draws_lib.adjustments(wanted, s, self.vocab_size)
+      num_beams = self._config.max_beams
     ticket = self._manager.run(
-      _run, self._model, self._rows, self._past, edits, prompts, num_steps=num_steps,
-      drafter=self._config.drafter, num_beams=self._config.max_beams if searching else 1,
+      _run, self._model, self._rows, past, edits, prompts, adjustments, num_steps=num_steps,
+      drafter=self._config.drafter, num_beams=num_beams,
     )  # fmt: skip
-    self._rows, self._past, packed = ticket.result
+    self._rows, past, packed = ticket.result
+    # A row that needs `seen` makes all programs full while it draws, so what others leave out is not
+    # missed.
+    self._past = dataclasses.replace(past, seen=self._past.seen) if wanted is None else past
     return dataclasses.replace(ticket, result=packed)
 
   def warm_up(self) -> None:
@@ -229,7 +252,8 @@ class Calls:
     self._counts.row_steps += int((report.counts > 0).sum())
     drawn, beams = [], {}
     remaining, broken = report.remaining.tolist(), report.broken.tolist()
-    texts = _texts(report)
+    texts = _texts(report.tokens, report.counts)
+    logprobs = _texts(report.logprobs, report.counts) if report.logprobs.size else []
     for row, sample in call.samples.items():
       sample.report(call.num_steps)
       if sample.completion or sample.change or sample.resting:  # the host knows better
@@ -237,7 +261,9 @@ class Calls:
       if sample.searching:
         beams[row] = sample
         continue
-      drawn.append(Drawn(sample, *texts[row], remaining[row] == 0, broken[row]))
+      tokens, asked = texts[row], sample.sampling.logprobs is not None
+      told = logprobs[row] if asked else [math.nan] * len(tokens)
+      drawn.append(Drawn(sample, tokens, told, remaining[row] == 0, broken[row]))
     self._manager.settle(call.ticket)
     return drawn + _searched(report, beams)
 
@@ -263,19 +289,20 @@ def _compilable(model: Any) -> Any:
 
 
 @functools.cache
-def _like(num_steps: int, width: int, num_rows: int, searching: bool) -> records.Report:
+def _like(
+  num_steps: int, width: int, num_rows: int, with_logprobs: bool, searching: bool
+) -> records.Report:
   """Shapes and dtypes of a report."""
-  made = functools.partial(records.blank, num_steps, width, num_rows, searching=searching)
-  return jax.eval_shape(made)
+  made = functools.partial(records.blank, num_steps, width, num_rows)
+  return jax.eval_shape(lambda: made(with_logprobs=with_logprobs, searching=searching))
 
 
-def _texts(report: records.Report) -> list[tuple[list[int], list[float]]]:
-  """The new tokens of each row, and their log-probabilities."""
-  nth = np.arange(report.tokens.shape[1])
-  taken = nth < report.counts.T[..., None]  # [S,K,W]
-  tokens, logprobs = (x.transpose(2, 0, 1)[taken].tolist() for x in report[:2])
-  ends = report.counts.sum(axis=0).cumsum().tolist()
-  return [(tokens[a:b], logprobs[a:b]) for a, b in itertools.pairwise([0, *ends])]
+def _texts(values: Any, counts: Any) -> list[list]:
+  """The `values` [K,W,S] of each row's new tokens, as many in each step as `counts` [K,S]."""
+  taken = np.arange(values.shape[1]) < counts.T[..., None]  # [S,K,W]
+  chosen = values.transpose(2, 0, 1)[taken].tolist()
+  ends = counts.sum(axis=0).cumsum().tolist()
+  return [chosen[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
 
 def _searched(report: records.Report, beams: dict[int, Sample]) -> list[Drawn]:

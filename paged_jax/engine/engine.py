@@ -143,8 +143,8 @@ class Engine:
       prompt: Tokens.
       sampling: How to go on; greedy by default.
       priority: Higher ones go first, and may preempt lower ones.
-      on_token: Called with (sample, new tokens, their logprobs) after each round that read some,
-        and when the sample has ended; of a beam search, only then.
+      on_token: Called with (sample, new tokens, their logprobs, see `Completion`) after each round
+        that read some, and when the sample has ended; of a beam search, only then.
 
     Raises:
       ValueError: The request could never run; the message says why.

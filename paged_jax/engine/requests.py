@@ -27,7 +27,7 @@ class Completion(NamedTuple):
   """One finished sample."""
 
   tokens: list[int]  # new ones, a stop token included
-  logprobs: list[float]  # of each under the model's own distribution
+  logprobs: list[float]  # of each; NaN unless `Sampling.logprobs` asked for it; of a beam always
   reason: str  # stop, length, cancelled, error, or surplus: a beam for which there was no text
   text: str | None  # None without a tokenizer
   error: str | None = None

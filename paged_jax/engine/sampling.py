@@ -39,6 +39,7 @@ class Sampling:
   stop: tuple[str, ...] = ()  # texts that end a sample, and are not part of it
   num_beams: int = 1  # texts that a beam search keeps at every step; 1 = no search
   length_penalty: float = 1.0  # found texts are ranked by log-probability / length ** this
+  logprobs: str | None = None  # of drawn tokens: "model", under its own distribution; None: NaN
 
   def __post_init__(self):
     limits = {
@@ -57,6 +58,7 @@ class Sampling:
         for t, x in self.logit_bias.items()
       ),
       "seed": _whole(self.seed) and 0 <= self.seed < 2**32,
+      "logprobs": self.logprobs in (None, "model"),
       "stop_tokens": isinstance(self.stop_tokens, Sequence)
       and len(self.stop_tokens) <= MAX_STOP_TOKENS
       and all(map(_whole, self.stop_tokens)),

@@ -15,7 +15,7 @@ class Token(NamedTuple):
 
   sample: int  # of the request
   token: int
-  logprob: float
+  logprob: float  # NaN unless `Sampling.logprobs` asked for it
   text: str  # what it added to the sample's text, see `RequestHandle.pieces`
 
 

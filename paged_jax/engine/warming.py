@@ -21,14 +21,13 @@ def warm_up(
 ) -> None:
   """See `Engine.warm_up`."""
   sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
-  searching = [False, True] if config.max_beams > 1 else [False]
-  programs = [(size, beams) for beams in searching for size in sizes]
-  for done, (size, beams) in enumerate(programs):
+  programs = [(size, wanted) for wanted in ({}, None) for size in sizes]
+  for done, (size, wanted) in enumerate(programs):
     progress(done, len(programs))
     for _ in range(2):  # the second one is timed
       began = time.perf_counter()
       prompts = None if size is None else calls.prompts([], size)
-      calls.run(prompts, 1 if prompts else config.num_steps, searching=beams)
+      calls.run(prompts, 1 if prompts else config.num_steps, wanted)
       calls.wait()
       if size:
         scheduler.prompt_seconds = (time.perf_counter() - began) / size

@@ -203,6 +203,7 @@ def _sampling(tokens: tuple[int, ...], request: CompletionRequest, served: Serve
     repetition_penalty=request.repetition_penalty,
     logit_bias=biases,
     seed=secrets.randbits(30) if request.seed is None else request.seed,
+    logprobs=None if request.logprobs is None else "model",
     stop_tokens=tuple(request.stop_token_ids),
     stop=tuple(request.stop),
   )

@@ -310,15 +310,23 @@ class Sealed:
     raise AssertionError(f"the device was read: {name}")
 
 
+def sealed(tree):
+  return jax.tree.map(Sealed, tree)
+
+
+def opened(tree):
+  return jax.tree.map(lambda x: x.arrays if isinstance(x, Sealed) else x, tree)
+
+
 def seal(e, monkeypatch):
   """Lets an engine hold nothing of the device but reports and logs."""
   run, verbs, state, calls = calls_lib._run, e.manager._state.verbs, e.manager._state, e._calls
 
   def sealed_run(cache, model, rows, past, *args, **kwargs):
     cache, log, (rows, past, report) = run(
-      cache.arrays, model, rows.arrays, past.arrays, *args, **kwargs
+      cache.arrays, model, rows.arrays, opened(past), *args, **kwargs
     )
-    return Sealed(cache), log, (Sealed(rows), Sealed(past), report)
+    return Sealed(cache), log, (Sealed(rows), sealed(past), report)
 
   def sealed_verb(verb):
     def call(cache, *args):
@@ -329,13 +337,14 @@ def seal(e, monkeypatch):
 
   take, give = calls_lib._take, calls_lib._give
   monkeypatch.setattr(calls_lib, "_run", sealed_run)
-  monkeypatch.setattr(calls_lib, "_take", lambda past, row: Sealed(take(past.arrays, row)))
+  monkeypatch.setattr(calls_lib, "_take", lambda past, row: Sealed(take(opened(past), row)))
   monkeypatch.setattr(
-    calls_lib, "_give", lambda past, row, x: Sealed(give(past.arrays, row, x.arrays))
+    calls_lib, "_give", lambda past, row, x: sealed(give(opened(past), row, x.arrays))
   )
   names = ("extend", "fork", "free", "hold", "drop", "adopt", "trim")
   state.verbs = types.SimpleNamespace(**{n: sealed_verb(getattr(verbs, n)) for n in names})
-  state.cache, calls._rows, calls._past = map(Sealed, (state.cache, calls._rows, calls._past))
+  state.cache, calls._rows = map(Sealed, (state.cache, calls._rows))
+  calls._past = sealed(calls._past)
 
 
 def test_nothing_of_the_device_is_read_but_reports(monkeypatch):
@@ -352,7 +361,7 @@ def test_nothing_of_the_device_is_read_but_reports(monkeypatch):
   [
     lambda e: int(e.manager.cache.num_free),
     lambda e: np.asarray(e._calls._rows),
-    lambda e: e._calls._past.seen,
+    lambda e: np.asarray(e._calls._past.seen),
   ],
 )
 def test_a_deliberate_read_is_found(read, monkeypatch):
@@ -535,7 +544,8 @@ def test_impossible_requests_are_refused_at_submission(text, prompt, fields):
 def test_logprobs_are_those_of_the_model_whatever_the_request_changes():
   e = engine()
   changes = dict(repetition_penalty=1.7, logit_bias={3: 2.5, 7: 1.0}, temperature=1.3, top_k=9)
-  ((done,),) = e.generate([PROMPTS[0]], Sampling(max_new_tokens=8, **changes))
+  wanted = Sampling(max_new_tokens=8, logprobs="model", **changes)
+  ((done,),) = e.generate([PROMPTS[0]], wanted)
   text = tuple(PROMPTS[0])
   for token, logprob in zip(done.tokens, done.logprobs, strict=True):
     np.testing.assert_allclose(logprob, tiny.logprobs(text)[token], atol=1e-3)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import tiny
+from serving import PROMPTS, engine, finish, force_preemption
 
-from paged_jax.engine import Engine, EngineConfig, Sampling
+from paged_jax.engine import EngineConfig, PromptLookup, Sampling
 
 
 @pytest.mark.parametrize(
@@ -19,24 +20,74 @@ def test_what_float32_cannot_compute_with_is_refused(fields):
   Sampling(logit_bias={1: -np.inf}, temperature=1e30, repetition_penalty=1e-30)
 
 
+def penalised(prompt, count, penalty=3.0):
+  """New tokens under a repetition penalty, one at a time, each from the whole text."""
+  text = list(prompt)
+  for _ in range(count):
+    padded = np.zeros(tiny.LONGEST, np.int32)
+    padded[: len(text)] = text
+    logits = np.array(tiny._dense(tiny.MODEL, padded)[len(text) - 1])
+    for token in set(text):
+      logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    text.append(int(np.argmax(logits)))
+  return text[len(prompt) :]
+
+
 def test_seen_tokens_of_prompt_and_text_are_penalised():
   """Also those of the prompt, and after the row had another request."""
-  config = EngineConfig(tiny.cache(num_rows=2), tiny.options(), num_steps=3, prompt_sizes=(16,))
-  e = Engine(tiny.MODEL, config)
-  wanted = Sampling(max_new_tokens=10, repetition_penalty=3.0)
+  e, wanted = engine(), Sampling(max_new_tokens=10, repetition_penalty=3.0, logprobs="model")
   for prompt in ((1, 2, 3), (5, 6), (27, 22, 6)):
-    text = list(prompt)
-    for _ in range(10):
-      padded = np.zeros(tiny.LONGEST, np.int32)
-      padded[: len(text)] = text
-      logits = np.array(tiny._dense(tiny.MODEL, padded)[len(text) - 1])
-      for token in set(text):
-        logits[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
-      text.append(int(np.argmax(logits)))
     (done,) = e.generate([prompt], wanted)[0]
-    assert done.tokens == text[len(prompt) :]
+    assert done.tokens == penalised(prompt, 10)
     assert done.tokens != tiny.greedy(prompt, 10)
     assert len(done.logprobs) == 10 and max(done.logprobs) <= 0
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("drafter", [None, PromptLookup(3)])
+def test_requests_that_change_logits_come_and_go_beside_plain_ones(preemption, drafter):
+  """Programs with and without `seen` take turns; a row that needs it has it after each change."""
+  e = engine(preemption=preemption, drafter=drafter, num_steps=2)
+  plain = e.submit(PROMPTS[0], Sampling(max_new_tokens=40))
+  e.step()
+  for nth, prompt in enumerate(PROMPTS[1:]):
+    other = e.submit(prompt, Sampling(max_new_tokens=9, repetition_penalty=3.0))
+    e.step()
+    e.step()
+    if nth % 2:
+      force_preemption(e)
+    elif len(other.tokens[0]) < 9:
+      (branch,) = other.fork(1)
+      while not branch.done:
+        e.step()
+      assert branch.tokens == [penalised(prompt, 9)]
+      other.rollback(1)
+    while not other.done:
+      e.step()
+    assert other.tokens == [penalised(prompt, 9)]
+    e.step()
+  finish(e)
+  assert plain.tokens == [tiny.greedy(PROMPTS[0], 40)]
+
+
+def test_only_programs_of_requests_that_ask_have_logprobs_and_only_these_get_them():
+  e = engine()
+  plain = e.submit(PROMPTS[0], Sampling(max_new_tokens=40, temperature=1.0, top_k=3))
+  asked, reported = None, []
+  while e.step():
+    if len(e._calls):
+      reported.append(bool(e._calls._calls[-1].like.logprobs.size))
+    if len(plain.tokens[0]) > 8 and asked is None:
+      asked = e.submit(PROMPTS[1], Sampling(max_new_tokens=8, logprobs="model"))
+  assert (
+    asked is not None
+    and sorted({*reported}) == [False, True]
+    and not reported[0]
+    and not reported[-1]
+  )
+  assert np.isnan(plain.completions[0].logprobs).tolist() == [True] * 40
+  assert np.isfinite(asked.completions[0].logprobs).tolist() == [True] * 8
+  finish(e)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +96,7 @@ def test_seen_tokens_of_prompt_and_text_are_penalised():
     ("max_new_tokens", 0), ("num_samples", 0), ("temperature", -1.0), ("temperature", float("nan")),
     ("top_k", 0), ("top_p", 0.0), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1),
     ("logit_bias", {1: float("nan")}), ("logit_bias", dict.fromkeys(range(17), 1.0)),
-    ("stop_tokens", tuple(range(9))), ("stop", "text"), ("stop", ("",)), ("num_beams", 0), ("length_penalty", float("inf")),
+    ("logprobs", "sampled"), ("logprobs", True), ("stop_tokens", tuple(range(9))), ("stop", "text"), ("stop", ("",)), ("num_beams", 0), ("length_penalty", float("inf")),
   ],
 )  # fmt: skip
 def test_a_field_out_of_range_is_named(name, value):

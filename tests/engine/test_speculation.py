@@ -32,7 +32,9 @@ def test_text_is_that_of_plain_decoding(drafter, num_pages):
 
 def test_drawn_text_and_its_logprobs_are_those_of_plain_decoding():
   hot = [
-    Sampling(max_new_tokens=14, temperature=1.5, repetition_penalty=1.3, seed=i, top_k=9)
+    Sampling(
+      max_new_tokens=14, temperature=1.5, repetition_penalty=1.3, seed=i, top_k=9, logprobs="model"
+    )
     for i in range(len(PROMPTS))
   ]
   plain = engine().generate(PROMPTS, hot)

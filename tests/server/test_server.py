@@ -42,7 +42,9 @@ def served():
   engine = Engine(
     decoder, EngineConfig(cache, num_steps=4, prompt_sizes=(32,)), tokenizer=TOKENIZER
   )
-  alone = [sample for (sample,) in engine.generate(PROMPTS, Sampling(max_new_tokens=40))]
+  alone = [
+    sample for (sample,) in engine.generate(PROMPTS, Sampling(max_new_tokens=40, logprobs="model"))
+  ]
   application = server.app(
     engine, NAME, tokenizer=TOKENIZER, max_requests=MAX_REQUESTS, max_choices=100,
     max_bytes=MAX_BYTES,

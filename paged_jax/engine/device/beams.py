@@ -20,6 +20,12 @@ class Choice(NamedTuple):
   scores: jax.Array  # f32[S] log-probability of the text, -inf = no text
 
 
+def same(scores: jax.Array) -> Choice:
+  """The choice of rows that do not search, with their `scores` f32[S]."""
+  none = jnp.zeros(len(scores), jnp.int32)
+  return Choice(jnp.arange(len(scores), dtype=jnp.int32), none, none > 0, scores)
+
+
 def choose(
   logprobs: jax.Array, groups: jax.Array, scores: jax.Array, ended: jax.Array, *, num_beams: int
 ) -> Choice:

@@ -19,6 +19,7 @@ import paged_jax
 from paged_jax.engine.device import beams
 from paged_jax.engine.device import draws as draws_lib
 from paged_jax.engine.device.drafts import Drafter
+from paged_jax.engine.device.draws import Adjustments
 from paged_jax.engine.device.records import (
   BeamReport,
   Edits,
@@ -50,6 +51,7 @@ def run(
   past: Past,
   edits: Edits,
   prompts: Prompts | None,
+  adjustments: Adjustments | None = None,
   *,
   num_steps: int,
   drafter: Drafter | None = None,
@@ -67,6 +69,7 @@ def run(
     past: What `run` returned before.
     edits: The host's changes, made first.
     prompts: Pieces of prompts, None for none.
+    adjustments: Of logits. None: nobody searches either, or asks for log-probabilities.
     num_steps: K.
     drafter: Guesses tokens to be verified in the same pass.
     num_beams: The most rows that a beam search has; 1 = nobody searches.
@@ -74,6 +77,8 @@ def run(
   Returns:
     As `Manager.run` wants it: cache, log, and (rows, past, packed report).
   """
+  if num_beams > 1 and adjustments is None:
+    raise ValueError(f"{num_beams=} needs adjustments")
   s = cache.ledger.num_rows
   rows = jax.tree.map(
     lambda new, old: jnp.where(edits.changed.reshape(-1, *[1] * (old.ndim - 1)), new, old),
@@ -81,7 +86,9 @@ def run(
     rows,
   )
   w = 1 if drafter is None else 1 + drafter.num_drafts
-  report = blank(num_steps, w, s, searching=num_beams > 1)._replace(remaining=rows.remaining)
+  report = blank(
+    num_steps, w, s, with_logprobs=adjustments is not None, searching=num_beams > 1
+  )._replace(remaining=rows.remaining)
   if report.beams is not None:
     report = report._replace(beams=report.beams._replace(scores=rows.scores))
   state = _State(
@@ -93,7 +100,7 @@ def run(
     growth=jnp.zeros((num_steps, s), jnp.int32),
     kept=jnp.full((num_steps, s), -1, jnp.int32),
   )
-  step = functools.partial(_step, model, drafter=drafter, num_beams=num_beams)
+  step = functools.partial(_step, model, adjustments, drafter=drafter, num_beams=num_beams)
   if prompts is not None:
     state = step(state, prompts)
 
@@ -120,6 +127,7 @@ class _Pass(NamedTuple):
 
 def _step(
   model: Any,
+  adjustments: Adjustments | None,
   state: _State,
   prompts: Prompts | None,
   *,
@@ -143,11 +151,11 @@ def _step(
 
   made = _Pass(tokens, widths, logits, draws=(widths > 0) | starts)
   choice, told = None, report.beams
-  if told is not None:
-    choice, cache, rows, past, made = _search(cache, rows, past, made, num_beams)
+  if told is not None and adjustments is not None:
+    choice, cache, rows, past, made = _search(cache, rows, past, made, adjustments, num_beams)
     told = BeamReport(told.sources.at[step].set(choice.sources), choice.scores)
   first = cache.lengths - jnp.maximum(made.widths - 1, 0)  # where the next token will be
-  rows, past, new, logprobs, counts, broken = _draw(rows, past, made, first, choice)
+  rows, past, new, logprobs, counts, broken = _draw(rows, past, made, adjustments, first, choice)
   kept = jnp.where(made.widths > 1, cache.lengths - made.widths + counts, cache.lengths)
   if drafter is not None:
     cache, _ = paged_jax.trim(cache, kept)
@@ -170,15 +178,24 @@ def _step(
 
 
 def _search(
-  cache: Cache, rows: Rows, past: Past, made: _Pass, num_beams: int
+  cache: Cache,
+  rows: Rows,
+  past: Past,
+  made: _Pass,
+  adjustments: Adjustments,
+  num_beams: int,
 ) -> tuple[beams.Choice, Cache, Rows, Past, _Pass]:
   """Rows that search become those that they go on with; the tokens to draw are in the choice."""
   searches = rows.groups < cache.ledger.num_rows
-  adjusted = draws_lib.adjust(made.logits[:, 0], rows.draws, past.seen)
   ended = searches & (rows.scores > -jnp.inf) & ~made.draws
-  choice = beams.choose(
-    jax.nn.log_softmax(adjusted), rows.groups, rows.scores, ended, num_beams=num_beams
-  )
+
+  def chosen():
+    adjusted = draws_lib.adjust(made.logits[:, 0], adjustments, past.seen)
+    logprobs = jax.nn.log_softmax(adjusted)
+    return beams.choose(logprobs, rows.groups, rows.scores, ended, num_beams=num_beams)
+
+  # Others may have asked for this program: then there is nothing to choose.
+  choice = jax.lax.cond(jnp.any(searches), chosen, lambda: beams.same(rows.scores))
   to = choice.sources
   cache, _ = paged_jax.reorder(cache, to)
   lost = searches & made.draws & (choice.scores == -jnp.inf)  # nothing to go on with
@@ -196,13 +213,19 @@ def _search(
 
 
 def _draw(
-  rows: Rows, past: Past, made: _Pass, first: jax.Array, choice: beams.Choice | None
+  rows: Rows,
+  past: Past,
+  made: _Pass,
+  adjustments: Adjustments | None,
+  first: jax.Array,
+  choice: beams.Choice | None,
 ) -> tuple[Rows, Past, jax.Array, jax.Array, jax.Array, jax.Array]:
   """As many tokens of each row as a pass allows: one, and more as long as it foresaw them.
 
   Returns:
-    Rows and what they have read, tokens i32[W,S], their log-probabilities f32[W,S], how many of
-    them were drawn i32[S], and whose logits were not numbers, bool[S]: such a row ends.
+    Rows and what they have read, tokens i32[W,S], their log-probabilities f32[W,S] (S = 0 without
+    adjustments), how many of them were drawn i32[S], and whose logits were not numbers, bool[S]:
+    such a row ends.
   """
   tokens, logprobs = [], []
   draws, counts, broken = made.draws, jnp.zeros_like(made.widths), jnp.zeros_like(made.draws)
@@ -210,17 +233,18 @@ def _draw(
     if nth:
       draws &= (nth < made.widths) & (rows.remaining > 0) & (made.tokens[:, nth] == rows.tokens)
     logits = made.logits[:, nth]
-    adjusted = draws_lib.adjust(logits, rows.draws, past.seen)
-    sane = jnp.isfinite(jnp.max(adjusted, axis=-1))
+    adjusted = logits
+    if adjustments is not None:
+      adjusted = draws_lib.adjust(logits, adjustments, past.seen)
+    new, sane = draws_lib.draw(adjusted, rows.draws, first + nth)
     broken |= draws & ~sane
     draws &= sane
-    new = draws_lib.draw(adjusted, rows.draws, first + nth)
     if choice is not None:
       new = jnp.where(rows.groups < rows.groups.shape[0], choice.tokens, new)
     new = jnp.where(draws, new, rows.tokens)
     rows, past = _taken(rows, past, new, draws, first + nth)
     tokens.append(new)
-    logprobs.append(draws_lib.logprob(logits, new))
+    logprobs.append(draws_lib.logprob(logits, new) if adjustments else jnp.zeros(0, jnp.float32))
     counts += draws.astype(jnp.int32)
   rows = dataclasses.replace(rows, remaining=jnp.where(broken, 0, rows.remaining))
   return rows, past, jnp.stack(tokens), jnp.stack(logprobs), counts, broken

@@ -35,7 +35,8 @@ class Rows:
 class Past:
   """What rows have read. Lives on the device from call to call."""
 
-  seen: jax.Array  # bool[S,V] tokens in the row's text, kept where there is a repetition penalty
+  seen: jax.Array  # bool[S,V] tokens in the row's text, kept where there is a repetition penalty;
+  # V = 0 in a program without adjustments
   texts: jax.Array  # i32[S,X] the row's text, kept for a drafter; X = 0 without one
   logits: jax.Array  # f32[S,V] after the row's prompt
 
@@ -79,20 +80,22 @@ class Report(NamedTuple):
   """What a call reports to the host."""
 
   tokens: jax.Array  # i32[K,W,S]
-  logprobs: jax.Array  # f32[K,W,S]
+  logprobs: jax.Array  # f32[K,W,S]; S = 0: nobody asks
   counts: jax.Array  # i32[K,S] tokens that the row drew in that step
   remaining: jax.Array  # i32[S] tokens still to draw
   broken: jax.Array  # bool[S] the row's logits were not numbers; it ended
   beams: BeamReport | None  # None: no row searches
 
 
-def blank(num_steps: int, width: int, num_rows: int, *, searching: bool) -> Report:
+def blank(
+  num_steps: int, width: int, num_rows: int, *, with_logprobs: bool, searching: bool
+) -> Report:
   """A report of nothing."""
   k, w, s = num_steps, width, num_rows
   own = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (k, s))
   return Report(
     tokens=jnp.zeros((k, w, s), jnp.int32),
-    logprobs=jnp.zeros((k, w, s), jnp.float32),
+    logprobs=jnp.zeros((k, w, s if with_logprobs else 0), jnp.float32),
     counts=jnp.zeros((k, s), jnp.int32),
     remaining=jnp.zeros(s, jnp.int32),
     broken=jnp.zeros(s, bool),
