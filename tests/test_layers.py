@@ -36,8 +36,8 @@ TABLES = {
   """,
   "paged_jax.attention": """
     __init__ gpu hopper reference tpu xla
-    backend blocks tpu_kernel
-    options softmax splits tpu_write
+    backend blocks proof tpu_kernel
+    cases options softmax splits tpu_write
   """,
   "paged_jax.models": """
     __init__
@@ -73,7 +73,7 @@ TABLES = {
     audit branches delivery warming
     desk scheduler
     calls room
-    config queue
+    config proofs queue
     device requests
     prompts sampling text
   """,

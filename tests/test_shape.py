@@ -30,7 +30,7 @@ TEXTS = {path.relative_to(ROOT): path.read_text() for path in sorted(ROOT.rglob(
 
 
 def is_kernel(path):
-  return path.parts[0] == "attention"
+  return path.parts[0] == "attention" and path.stem not in ("cases", "proof")
 
 
 def depth(node):

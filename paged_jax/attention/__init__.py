@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,13 @@ from paged_jax import arguments
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
+from paged_jax.attention import proof
 from paged_jax.attention.backend import FEW as FEW
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
+from paged_jax.attention.proof import Report as Report
 from paged_jax.attention.softmax import merge as merge
+from paged_jax.config import CacheConfig
 from paged_jax.types import Pages, Part, Plan, Tables
 
 _KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best first
@@ -30,8 +33,7 @@ def choose(implementation: str | None, pages: Pages) -> str:
     NotImplementedError: The one named cannot serve `pages`. No other is taken in its place.
   """
   if implementation is None:
-    kernels = _KERNELS.get(jax.default_backend(), ())
-    return next((name for name in kernels if refusal(name, pages) is None), "xla")
+    return candidates(pages)[0]
   if implementation not in implementations:
     raise ValueError(
       f"implementation must be one of {', '.join(implementations)}, got {implementation!r}"
@@ -39,6 +41,12 @@ def choose(implementation: str | None, pages: Pages) -> str:
   if why := refusal(implementation, pages):
     raise NotImplementedError(f"implementation {implementation!r} cannot serve this cache: {why}")
   return implementation
+
+
+def candidates(pages: Pages) -> list[str]:
+  """All backends that the platform has for `pages`, best first; "xla" is the last."""
+  kernels = _KERNELS.get(jax.default_backend(), ())
+  return [*(name for name in kernels if refusal(name, pages) is None), "xla"]
 
 
 def platform(implementation: str) -> str | None:
@@ -183,3 +191,58 @@ def _write_jvp(primals, tangents):
   pages_lib.check_differentiable(pages)
   moved, _, k, v, _ = tangents
   return write(*primals), pages_lib.write(moved, layer, k, v, plan.slots)
+
+
+def verify(
+  implementation: str | None = None,
+  config: CacheConfig | None = None,
+  *,
+  num_heads: int | None = None,
+  memory_bytes: int = 2**29,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+  """Proves on this device that a backend is right, or shows where it is not. Slow: it compiles.
+
+  Cases of every kind run once: rows that decode, prompts, both in parts, drafts, windows, softcap,
+  sinks. Outputs are compared with the definition in float64 on the host, pages with what the write
+  must make of them. Then a decode step is timed against a copy.
+
+  Args:
+    implementation: The backend; None takes the one that `plan` would.
+    config: The cache whose pages are meant: KV heads, head dim, page size, dtypes. Default: 8 heads
+      of 128, 16 tokens per page, bfloat16.
+    num_heads: Query heads, by default 4 per KV head. 1 and 8 per KV head are tried in any case.
+    memory_bytes: Most that the timed step may take. The cases take 34 MB for 8
+      KV heads of 128 in 16 bits.
+    progress: Called with how many of how many runs are done.
+
+  Raises:
+    ValueError: There is no such backend, or `num_heads` is not a multiple of the KV heads.
+    NotImplementedError: The backend asked for cannot serve such pages.
+
+  >>> import paged_jax
+  >>> from paged_jax import attention
+  >>> config = paged_jax.CacheConfig(num_kv_heads=1, head_dim=4, page_size=8, dtype="float32")
+  >>> report = attention.verify("xla", config, memory_bytes=2**20)
+  >>> report.ok, len(report.checks)
+  (True, 12)
+  """
+  if config is None:
+    config = CacheConfig(num_kv_heads=8).stored_for(jax.default_backend())
+  num_heads = 4 * config.num_kv_heads if num_heads is None else num_heads
+  if num_heads < 1 or num_heads % config.num_kv_heads:
+    raise ValueError(f"num_heads must be a multiple of {config.num_kv_heads}, got {num_heads}")
+  pages = jax.eval_shape(functools.partial(pages_lib.init, config))
+  implementation = choose(implementation, pages)
+  step = functools.partial(_layer, implementation)
+  return proof.prove(implementation, step, config, num_heads, memory_bytes, progress)
+
+
+def _layer(implementation: str, pages, layer, q, k, v, tables, tokens, parts, **options):
+  """A layer's write and attention, as in a step; see `proof.Step`."""
+  rows, positions, slots, ok = tokens
+  live = ok & (rows < tables.lengths.shape[0])
+  made = cut(implementation, rows, positions, slots, live, pages, tables, parts)
+  plan = Plan(rows, positions, slots, ok, made, implementation=implementation)
+  pages = write(pages, layer, k, v, plan)
+  return pages, *attend(q, pages, layer, tables, plan, **options)

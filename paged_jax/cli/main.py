@@ -1,4 +1,5 @@
-"""The `paged-jax` command: an environment fit for it, and one line for any error."""
+"""The `paged-jax` command: an environment fit for it, and one line for any error, except that a kernel
+that is wrong is shown with its table."""
 
 import os
 import sys
@@ -47,6 +48,9 @@ def _run(argv: Sequence[str] | None) -> NoReturn:
     sys.exit(command.main(argv, prog_name="paged-jax", standalone_mode=False) or 0)
   except usage_error as error:
     _fail(error.format_message())
+  except NotImplementedError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
   except (ValueError, OSError) as error:
     _fail(str(error))
   except (KeyboardInterrupt, typer.Abort):

@@ -1,18 +1,22 @@
-"""What a command is doing: a line or a spinner, and an engine's requests round by round."""
+"""What a command is doing: lines, a spinner or a bar, and an engine's requests round by round."""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import rich.console
+import rich.progress
 import rich.text
 
 from paged_jax.engine import Engine, RequestHandle, Sampling
 from paged_jax.types import Cache
+
+_MAX_LINES = 12  # of a bar, where there is no terminal
 
 
 def say(line: str) -> None:
@@ -29,6 +33,22 @@ def status(text: str) -> Iterator[None]:
   else:
     say(text)
     yield
+
+
+@contextlib.contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+  """Gives what shows how many of how many are done: in a bar on a terminal, elsewhere in few lines."""
+  if not sys.stderr.isatty():
+    yield functools.partial(_say_done, text)
+    return
+  with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as shown:
+    task = shown.add_task(text)
+    yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _say_done(text: str, done: int, total: int) -> None:
+  if done < total and done % -(-total // _MAX_LINES) == 0:
+    say(f"{text} {done + 1}/{total}")
 
 
 class Summary(NamedTuple):

@@ -3,13 +3,10 @@
 import dataclasses
 import gc
 import socket
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import rich.console
-import rich.progress
 import typer
 
 from paged_jax import interrupts, models
@@ -17,8 +14,6 @@ from paged_jax.cli import model as model_lib
 from paged_jax.cli import progress
 from paged_jax.engine import Engine, EngineConfig
 from paged_jax.host import ManagerConfig
-
-_MAX_LINES = 12  # of progress, where there is no terminal
 
 
 def run(
@@ -47,6 +42,9 @@ def run(
   dtype: Annotated[
     model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
   ] = None,
+  attention: Annotated[
+    str | None, typer.Option(help="Attention backend; default: the best that is right here.")
+  ] = None,
 ) -> None:
   """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
   from paged_jax import server  # not earlier: it needs an extra of its own
@@ -72,10 +70,12 @@ def run(
           config.stored_for(jax.default_backend()),
           ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
           prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
+          implementation=attention,
         ),
         tokenizer=tokenizer,
       )  # fmt: skip
-    _warm_up(engine)
+    with progress.bar("compiling") as tell:
+      engine.warm_up(tell)
     gc.collect()
     gc.freeze()  # later collections skip what is here, so none stops the tokens for long
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
@@ -106,17 +106,3 @@ def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int 
     f"texts of {held} tokens at most: --num-pages {num_pages} holds fewer than {longest}"
   )
   return held
-
-
-def _warm_up(engine: Engine) -> None:
-  """Compiles the engine's programs: behind a bar on a terminal, elsewhere with a few lines."""
-  if not sys.stderr.isatty():
-    return engine.warm_up(_say_compiling)
-  with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
-    task = bar.add_task("compiling")
-    engine.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
-
-
-def _say_compiling(done: int, total: int) -> None:
-  if done < total and done % -(-total // _MAX_LINES) == 0:
-    progress.say(f"compiling {done + 1}/{total}")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged_jax
+from paged_jax import attention
 from paged_jax.config import CacheConfig
 from paged_jax.engine import sampling
 from paged_jax.engine.config import Counts, EngineConfig
@@ -102,6 +103,7 @@ class Calls:
     self._manager, self._model, self._queue = manager, _compilable(model), queue
     self._config, self._counts = config, counts
     self._cache: CacheConfig = manager.config
+    self.implementation = attention.choose(config.implementation, manager.cache.pages)
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
@@ -167,7 +169,7 @@ class Calls:
       num_beams = self._config.max_beams
     ticket = self._manager.run(
       _run, self._model, self._rows, past, edits, prompts, adjustments, num_steps=num_steps,
-      drafter=self._config.drafter, num_beams=num_beams,
+      drafter=self._config.drafter, num_beams=num_beams, implementation=self.implementation,
     )  # fmt: skip
     self._rows, past, packed = ticket.result
     # A row that needs `seen` makes all programs full while it draws, so what others leave out is not
@@ -334,7 +336,7 @@ def _searched(report: records.Report, beams: dict[int, Sample]) -> list[Drawn]:
 _run = jax.jit(
   program.run,
   donate_argnames=("cache", "rows", "past"),
-  static_argnames=("num_steps", "drafter", "num_beams"),
+  static_argnames=("num_steps", "drafter", "num_beams", "implementation"),
 )
 _read = jax.jit(program.read, donate_argnums=0)
 _give = jax.jit(program.give, donate_argnums=0)

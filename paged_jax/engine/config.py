@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from collections import Counter
 
+from paged_jax import attention
 from paged_jax.config import CacheConfig
 from paged_jax.engine.device.drafts import Drafter
 from paged_jax.engine.sampling import MAX_STOP_TOKENS
@@ -37,6 +38,7 @@ class EngineConfig:
   preemption: str = "auto"  # swap, recompute, or whichever costs less
   drafter: Drafter | None = None  # speculative decoding: what guesses the next tokens
   max_beams: int = 1  # the widest beam search that may be asked for
+  implementation: str | None = None  # attention backend; None: the best one, see `warm_up`
 
   def __post_init__(self):
     if whole("num_steps", self.num_steps) < 1:
@@ -54,6 +56,11 @@ class EngineConfig:
     if not 1 <= self.max_beams <= self.cache.num_rows:
       raise ValueError(
         f"max_beams must be in [1, {self.cache.num_rows}], the number of rows, got {self.max_beams}"
+      )
+    if self.implementation not in (None, *attention.implementations):
+      raise ValueError(
+        f"implementation must be None or one of {', '.join(attention.implementations)},"
+        f" got {self.implementation!r}"
       )
 
   @property

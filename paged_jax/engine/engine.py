@@ -59,6 +59,9 @@ class Engine:
       compiled in, and must be hashable.
     config: How to work.
     tokenizer: Needed for texts and stop strings: `decode(list of tokens) -> str`.
+
+  Raises:
+    NotImplementedError: The attention backend asked for cannot serve the cache.
   """
 
   def __init__(self, model: Any, config: EngineConfig, *, tokenizer: Tokenizer | None = None):
@@ -293,10 +296,17 @@ class Engine:
   def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Compiles everything that requests will run, and measures what preemption costs.
 
-    Before the first request.
+    Before the first request. An attention kernel for GPU or TPU first proves itself on this device
+    (`attention.verify`), once per device, versions and shape of pages: the proof is kept beside
+    the compiled programs (`jax_compilation_cache_dir`), else for this process. A kernel that is
+    wrong is not used if `EngineConfig.implementation` is None: a warning says which backend is,
+    and has the table.
 
     Args:
       progress: Called with how many of how many programs are ready.
+
+    Raises:
+      NotImplementedError: The kernel that was asked for by name is wrong; the message has the table.
     """
     warming.warm_up(self.manager, self._calls, self._scheduler, self.config, progress)
 

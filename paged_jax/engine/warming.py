@@ -1,10 +1,12 @@
-"""Before the first request: compiles every program, and measures what preemption costs."""
+"""Before the first request: proves the attention kernel, compiles every program, and measures what
+preemption costs."""
 
 import time
 from collections.abc import Callable
 
 import jax
 
+from paged_jax.engine import proofs
 from paged_jax.engine.calls import Calls
 from paged_jax.engine.config import EngineConfig
 from paged_jax.engine.scheduler import Scheduler
@@ -20,6 +22,7 @@ def warm_up(
   progress: Callable[[int, int], None],
 ) -> None:
   """See `Engine.warm_up`."""
+  calls.implementation = proofs.backend(config.implementation, config.cache)
   sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
   programs = [(size, wanted) for wanted in ({}, None) for size in sizes]
   for done, (size, wanted) in enumerate(programs):

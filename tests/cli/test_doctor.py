@@ -1,4 +1,14 @@
 import jax
+import pytest
+
+from paged_jax.attention import cases, xla
+
+SMALL = ("--num-kv-heads", 1, "--head-dim", 8, "--dtype", "float32")
+
+
+@pytest.fixture
+def few(monkeypatch):
+  monkeypatch.setattr(cases, "ESSENTIAL", cases.ESSENTIAL[:1])
 
 
 def test_doctor_shows_what_would_be_chosen(paged_jax):
@@ -13,3 +23,33 @@ def test_doctor_shows_what_would_be_chosen(paged_jax):
   ):
     assert line in out
   assert f"compiled programs: kept in {jax.config.jax_compilation_cache_dir}\n" in out
+
+
+def test_verify_shows_a_table_on_standard_output_and_progress_elsewhere(paged_jax, few):
+  code, out, err = paged_jax("doctor", "--verify", *SMALL)
+  assert code == 0, out
+  assert "attention: xla, 4 query heads over 1; pages of 16 x 8, float32" in out
+  assert out.endswith("all cases agree, in place\n")
+  assert err == "".join(f"verifying {n}/4\n" for n in range(1, 5))
+
+
+def test_verify_ends_with_code_1_if_a_case_disagrees(paged_jax, few, monkeypatch):
+  def doubled(*args):
+    out, lse = xla.attend(*args)
+    return 2 * out, lse
+
+  monkeypatch.setattr(xla, "BACKEND", xla.BACKEND._replace(attend=doubled))
+  code, out, _ = paged_jax("doctor", "--verify", "--attention", "xla", *SMALL)
+  assert code == 1
+  assert "output differs by" in out and "WRONG: 3 of 3 cases disagree" in out
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+  (("--attention", "cuda"), "implementation must be one of "),
+  (("--attention", "tpu", *SMALL), "implementation 'tpu' cannot serve this cache: head_dim"),
+  (("--verify", "--num-heads", 3, *SMALL, "--num-kv-heads", 2), "num_heads must be a multiple of 2"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(paged_jax, argv, message):
+  code, _, err = paged_jax("doctor", *argv)
+  assert code == 2
+  assert err.startswith(f"error: {message}") and err.count("\n") == 1

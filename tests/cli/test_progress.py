@@ -1,6 +1,16 @@
+import pytest
+
 from paged_jax import models
 from paged_jax.cli import generate, progress
 from paged_jax.engine import RequestHandle, Sampling
+
+
+@pytest.mark.parametrize(("total", "shown"), [(5, [1, 2, 3, 4, 5]), (30, [*range(1, 31, 3)])])
+def test_a_bar_is_a_dozen_lines_at_most_where_there_is_no_terminal(capsys, total, shown):
+  with progress.bar("compiling") as tell:
+    for done in range(total + 1):
+      tell(done, total)
+  assert capsys.readouterr().err == "".join(f"compiling {n}/{total}\n" for n in shown)
 
 
 def test_each_piece_and_token_is_read_once(folder, monkeypatch):

@@ -14,13 +14,6 @@ def test_a_server_on_few_pages_says_how_long_texts_may_be(capsys):
   assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize(("total", "shown"), [(5, [1, 2, 3, 4, 5]), (30, [*range(1, 31, 3)])])
-def test_progress_is_a_dozen_lines_at_most(capsys, total, shown):
-  for done in range(total + 1):
-    serve._say_compiling(done, total)
-  assert capsys.readouterr().err == "".join(f"compiling {n}/{total}\n" for n in shown)
-
-
 BAD = [
   (["serve", "--model", "nowhere"], "there is no model folder nowhere"),
   (["serve", "--model", "."], ". is no checkpoint: it has no config.json"),
@@ -28,6 +21,14 @@ BAD = [
   (
     ["serve", "--port", "0", "--max-length", "33", "--num-pages", "2"],
     "--max-length is 33, but --num-pages 2 holds 32 tokens",
+  ),
+  (
+    ["serve", "--port", "0", "--attention", "cuda"],
+    "implementation must be None or one of reference, xla, tpu, gpu, hopper, got 'cuda'",
+  ),
+  (
+    ["serve", "--port", "0", "--attention", "tpu"],
+    "implementation 'tpu' cannot serve this cache: head_dim must be a multiple of 64, not 8",
   ),
   (["serve", "--port", "65536"], "Invalid value for '--port'"),
   (["serve", "--port", "1", "--host", "192.0.2.1"], "[Errno 99] Cannot assign requested address"),

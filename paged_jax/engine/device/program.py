@@ -56,6 +56,7 @@ def run(
   num_steps: int,
   drafter: Drafter | None = None,
   num_beams: int = 1,
+  implementation: str | None = None,
 ) -> tuple[Cache, Log, tuple[Rows, Past, jax.Array]]:
   """Runs up to `num_steps` decode steps; the first one carries the prompts along.
 
@@ -73,6 +74,7 @@ def run(
     num_steps: K.
     drafter: Guesses tokens to be verified in the same pass.
     num_beams: The most rows that a beam search has; 1 = nobody searches.
+    implementation: Of attention, see `paged_jax.plan`.
 
   Returns:
     As `Manager.run` wants it: cache, log, and (rows, past, packed report).
@@ -100,7 +102,9 @@ def run(
     growth=jnp.zeros((num_steps, s), jnp.int32),
     kept=jnp.full((num_steps, s), -1, jnp.int32),
   )
-  step = functools.partial(_step, model, adjustments, drafter=drafter, num_beams=num_beams)
+  step = functools.partial(
+    _step, model, adjustments, drafter=drafter, num_beams=num_beams, implementation=implementation
+  )
   if prompts is not None:
     state = step(state, prompts)
 
@@ -133,6 +137,7 @@ def _step(
   *,
   drafter: Drafter | None,
   num_beams: int,
+  implementation: str | None,
 ) -> _State:
   """The next tokens of each running row, and the prompts' in the same pass."""
   cache, rows, past, report, step = state.cache, state.rows, state.past, state.report, state.step
@@ -143,7 +148,7 @@ def _step(
   cache, info = paged_jax.extend(cache, widths)
   widths = jnp.where(info.ok, widths, 0)
   growth = state.growth.at[step].set(widths)
-  logits, cache = _logits(model, cache, tokens, widths, prompts)
+  logits, cache = _logits(model, cache, tokens, widths, prompts, implementation)
   if prompts is not None:
     given = (starts & (prompts.last == prompts.tokens.shape[0]))[:, None]
     logits = logits.at[:, 0].set(jnp.where(given, past.logits, logits[:, 0]))
@@ -265,7 +270,12 @@ def _batch(
 
 
 def _logits(
-  model: Any, cache: Cache, tokens: jax.Array, widths: jax.Array, prompts: Prompts | None
+  model: Any,
+  cache: Cache,
+  tokens: jax.Array,
+  widths: jax.Array,
+  prompts: Prompts | None,
+  implementation: str | None,
 ) -> tuple[jax.Array, Cache]:
   """Logits f32[S,W,V] after each of the rows' tokens; the first ones of a row that starts are those
   after its prompt."""
@@ -283,7 +293,8 @@ def _logits(
   parts = ((s * w, s),)
   if size := len(tokens) - s * w:
     parts += ((size, most_prompts(size)),)
-  hidden, cache = model(tokens, cache, paged_jax.plan(cache, ids, positions, parts=parts))
+  plan = paged_jax.plan(cache, ids, positions, implementation=implementation, parts=parts)
+  hidden, cache = model(tokens, cache, plan)
   logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))
   return logits.reshape(s, w, -1), cache
 
