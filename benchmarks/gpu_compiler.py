@@ -12,6 +12,7 @@ and the compiler, of the version of the installed jax, in a folder of their own 
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -49,7 +50,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from paged_jax import attention  # noqa: E402
 from paged_jax.attention import gpu  # noqa: E402
-from paged_jax.types import Pages, Plan, Tables  # noqa: E402
+from paged_jax.types import Pages, Tables  # noqa: E402
 
 
 class Gpu(NamedTuple):
@@ -110,14 +111,14 @@ POOL_BYTES = 2**36  # far beyond 32-bit offsets
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A step of a model."""
+  """A part of a step of a model, which is one launch of the kernel."""
 
   name: str
   num_heads: int
   num_kv_heads: int
   head_dim: int
   num_tokens: int
-  num_rows: int = 32
+  num_rows: int = 32  # most of the part
   page_size: int = 16
   dtype: str = "bfloat16"
   softcap: float | None = None
@@ -128,40 +129,44 @@ LLAMA = Step("Llama-3-8B", 32, 8, 128, 32)
 QWEN = dataclasses.replace(LLAMA, name="Qwen3-0.6B", num_heads=16)
 GEMMA = Step("Gemma-2-9B", 16, 8, 256, 32, softcap=50.0, window=4096)
 SMALL = Step("Llama-3.2-1B", 32, 8, 64, 32)
+# Rows that decode, one row, rows that verify 4 drafts each, and prompts.
+PARTS = ((32, 32), (1, 1), (160, 32), (512, 8))
 STEPS = [
   dataclasses.replace(model, num_tokens=num_tokens, num_rows=num_rows)
   for model in (LLAMA, QWEN, GEMMA, SMALL)
-  for num_tokens, num_rows in ((32, 32), (1, 1), (256, 32), (2048, 32))
+  for num_tokens, num_rows in PARTS
 ] + [
-  dataclasses.replace(model, page_size=page_size, dtype=dtype, num_tokens=num_tokens)
+  dataclasses.replace(model, page_size=page_size, dtype=dtype, num_tokens=part[0], num_rows=part[1])
   for model, page_size, dtype in (
     (LLAMA, 64, "bfloat16"),
     (LLAMA, 16, "float16"),
     (LLAMA, 16, "float32"),
     (GEMMA, 16, "float32"),
   )
-  for num_tokens in (32, 2048)
+  for part in (PARTS[0], PARTS[-1])
 ]
 
 
 def arguments(step: Step, sharding):
+  """What the kernel gets, as shapes: q, pages, layer, tables and the part."""
+
   def shape(*dims, dtype="int32"):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
   b, s = step.num_tokens, step.num_rows
   page = 32, step.num_kv_heads, step.page_size, 2 * step.head_dim
   num_pages = POOL_BYTES // (math.prod(page) * np.dtype(step.dtype).itemsize)
-  block_size = attention.block_size("gpu", b, s)
-  blocks, _ = jax.eval_shape(lambda rows: attention.schedule(rows, s, block_size), shape(b))
   tokens, rows = shape(b), shape(s)
+  tables = Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool"))
+  cut = functools.partial(attention.cut, "gpu", parts=((b, s),))
+  [part] = jax.eval_shape(cut, tokens, tokens, shape(b, dtype="bool"), tables)
   return (
     shape(b, step.num_heads, step.head_dim, dtype=step.dtype),
     Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype)),
     shape(),
-    Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool")),
-    Plan(tokens, tokens, tokens, shape(b, dtype="bool"), shape(*blocks.shape), shape(*blocks.shape),
-         block_size=block_size, implementation="gpu"),
-  )  # fmt: skip
+    tables,
+    jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), part),
+  )
 
 
 def compiled(step: Step, device) -> dict:
@@ -173,9 +178,9 @@ def compiled(step: Step, device) -> dict:
     (1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=abstract
   )
 
-  def run(q, pages, layer, tables, plan):
+  def run(q, pages, layer, tables, part):
     options = attention.options.make(q, window=step.window, softcap=step.softcap)
-    return gpu.attend(q, pages, layer, tables, plan, options)
+    return gpu.attend(q, pages, layer, tables, part, options)
 
   args = arguments(step, jax.sharding.SingleDeviceSharding(device))
   with jax.sharding.use_abstract_mesh(mesh):

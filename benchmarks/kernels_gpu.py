@@ -10,6 +10,9 @@ each step's queries are the step before's output, so that nothing is hoisted, ov
 for the host, and one dispatch is under 1%. PyTorch's are captured in a CUDA graph as long. Steps
 take turns over so many sets of pages that nothing is still in the L2 cache when it is read again.
 
+Then batches as engines make them, which only our kernel takes: rows that decode beside a piece of one
+prompt, attended as two parts and, to compare, as one.
+
 Goals: 0.90 of the copy's bandwidth from 32 rows of 4,096 tokens upwards, 0.75 from 8 rows, nobody
 faster. It fails if one is missed. `--smoke` runs tiny shapes, interpreted, on any machine.
 """
@@ -33,11 +36,15 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from paged_jax import attention  # noqa: E402
-from paged_jax.types import Pages, Plan, Tables  # noqa: E402
+from paged_jax.types import Pages, Tables  # noqa: E402
 
 SECONDS = 0.02  # of one program
 CACHE_BYTES = 2**28  # more than any L2 cache
 KEY_SPLITS = (1, 4, 16)  # of jax's kernel; the best counts
+MIXED = ((32, 2048), (32, 8192), (32, 32_768), (256, 2048), (256, 8192), (256, 32_768))
+PROMPT = 512  # tokens of a mixed batch's prompt
+PROMPTS = 8  # at most, as its part is told
+Parts = tuple[tuple[int, int], ...] | None
 GOALS = (
   ("worst_of_copy_32_rows", ">=", 0.90),  # and 4,096 tokens or more
   ("worst_of_copy_8_rows", ">=", 0.75),
@@ -109,22 +116,29 @@ def data(case: Case) -> Data:
   )
 
 
-def ours(case: Case, d: Data, implementation: str):
+def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts = None):
+  """A step of our kernel: one token of each row, or of the last row `prompt` tokens."""
   attend = importlib.import_module(f"paged_jax.attention.{implementation}").attend
   if case.smoke and implementation in ("gpu", "tpu"):
     attend = functools.partial(attend, interpret=True)
-  b = case.batch
-  rows = jnp.arange(b, dtype=jnp.int32)
-  block_size = attention.block_size(implementation, b, b)
-  blocks, block_lengths = attention.schedule(rows, b, block_size)
-  plan = Plan(rows, d.lengths - 1, rows, jnp.ones(b, bool), blocks, block_lengths,
-              block_size=block_size, implementation=implementation)  # fmt: skip
-  starts = jnp.zeros(b, jnp.int32)
+  s = d.lengths.shape[0]
+  each = np.append(np.ones(s - 1, np.int32), prompt or 1)  # tokens of each row
+  rows = jnp.asarray(np.repeat(np.arange(s, dtype=np.int32), each))
+  nth = np.concatenate([np.arange(-count, 0, dtype=np.int32) for count in each])
+  starts, stale = jnp.zeros(s, jnp.int32), jnp.zeros(s, bool)
+  live = jnp.ones(rows.shape, bool)
+  tables = Tables(d.tables[0], starts, d.lengths, stale)
+  cut = attention.cut(implementation, rows, d.lengths[rows] + nth, live, tables, parts)
 
   def step(q, kv, table):
-    tables = Tables(table, starts, d.lengths, jnp.zeros(b, bool))
+    tables = Tables(table, starts, d.lengths, stale)
     pages = Pages(kv[:, None], np.dtype(case.dtype))
-    return attend(q, pages, jnp.int32(0), tables, plan, attention.options.make(q))[0]
+    options, outs, begin = attention.options.make(q), [], 0
+    for part in cut:
+      end = begin + part.rows.shape[0]
+      outs.append(attend(q[begin:end], pages, jnp.int32(0), tables, part, options)[0])
+      begin = end
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs)
 
   return step, d.kv
 
@@ -290,6 +304,49 @@ def compare(case: Case, bandwidth: float, args) -> dict:
   }
 
 
+def compare_mixed(num_rows: int, context: int, bandwidth: float, args) -> dict:
+  """One row of the table: rows that decode at 2,048 tokens, and the last tokens of one prompt."""
+  case = Case(num_rows, 2048, 16)
+  prompt = PROMPT
+  if args.smoke:
+    case, prompt = Case(num_rows, 64, 16, 8, 2, 16, "float32", smoke=True), 20
+  size = case.page_size
+  counts = np.append(np.full(num_rows, case.pages_per_row), -(-context // size))  # of pages
+  n = int(counts.sum())
+  tables = np.full((num_rows + 1, counts.max()), n, np.int32)
+  tables[np.arange(counts.max()) < counts[:, None]] = np.random.default_rng(0).permutation(n)
+  q_key, kv_key = jax.random.split(jax.random.key(0))
+  normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+  d = Data(
+    q=normal(q_key, (num_rows + prompt, case.num_heads, case.head_dim), case.dtype),
+    kv=normal(kv_key, (n, case.num_kv_heads, size, 2 * case.head_dim), case.dtype),
+    tables=jnp.asarray(tables)[None],
+    lengths=jnp.asarray(np.append(np.full(num_rows, case.context), context), jnp.int32),
+  )
+  iterations = case.iterations(bandwidth)
+  ways = {"ours": ((num_rows, num_rows), (prompt, PROMPTS)), "one part": None}
+  steps = {name: ours(case, d, args.implementation, prompt, parts) for name, parts in ways.items()}
+  got, want = (
+    np.asarray(jax.jit(step)(d.q, kv, d.tables[0]), np.float32) for step, kv in steps.values()
+  )
+  np.testing.assert_allclose(
+    got, want, atol=0.03, err_msg=f"{num_rows} rows and a prompt of {context}"
+  )
+  times = measure.medians(
+    {name: program(step, kv, d, iterations) for name, (step, kv) in steps.items()}, args.rounds
+  )
+  times = {name: t / iterations for name, t in times.items()}
+  return {
+    "batch": num_rows,
+    "context": case.context,
+    "page size": size,
+    "heads": f"{case.num_heads}:{case.num_kv_heads}",
+    "prompt": f"{prompt} at {context}",
+    "of copy": d.kv.nbytes / times["ours"] / bandwidth,  # as if each row were read once
+    **{f"{name} us": round(1e6 * t, 2) for name, t in times.items()},
+  }
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -302,6 +359,8 @@ def main():
     parser.error("needs an NVIDIA GPU that jax can see; --smoke runs tiny shapes without one")
   bandwidth = copy_bandwidth(2**20 if args.smoke else 2**30)
   rows = [compare(case, bandwidth, args) for case in cases(args)]
+  mixed = ((3, 70),) if args.smoke else MIXED[::3] if args.quick else MIXED
+  mixed = [compare_mixed(num_rows, context, bandwidth, args) for num_rows, context in mixed]
 
   large = [row for row in rows if row["context"] >= 4096]
   summary = {
@@ -310,7 +369,7 @@ def main():
     "worst_of_copy_8_rows": min((r["of copy"] for r in large if r["batch"] >= 8), default=None),
     "worst_vs_best": max(row["vs best"] for row in rows),
   }
-  measure.report(rows, summary, as_json=args.json)
+  measure.report(rows + mixed, summary, as_json=args.json)
   if not args.smoke:
     missed = [
       f"{name} is {summary[name]:.3g}, not {sign} {goal}"

@@ -36,7 +36,7 @@ TABLES = {
   """,
   "paged_jax.attention": """
     __init__ gpu hopper reference tpu xla
-    backend blocks proof tpu_kernel
+    backend blocks proof tpu_kernel wgmma
     cases options softmax splits tpu_write
   """,
   "paged_jax.models": """

@@ -60,9 +60,16 @@ def schedule(
   )
 
 
-def queries(q: jax.Array, h: int, part: Part) -> jax.Array:
-  """Queries q [B,Q,D] by block: [G,H,M,D], any where there is none."""
-  return by_head(q.at[part.blocks.tokens].get(mode="clip"), h)
+def queries(q: jax.Array, h: int, part: Part) -> tuple[jax.Array, jax.Array]:
+  """Queries q [B,Q,D] by block: [G,H,M,D], any where there is none; and where each block's are, i32[G].
+
+  Blocks of one token are where the token is: nothing is moved.
+  """
+  first = part.blocks.first
+  if part.block_size == 1:
+    return by_head(q[:, None], h), jnp.minimum(first, q.shape[0] - 1)
+  arranged = q.at[part.blocks.tokens].get(mode="clip")
+  return by_head(arranged, h), jnp.arange(first.shape[0], dtype=jnp.int32)
 
 
 def per_query(x: jax.Array, group: int) -> jax.Array:
@@ -97,8 +104,10 @@ def start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
 
 
 def by_token(x: jax.Array, part: Part, missing: float) -> jax.Array:
-  """[G,H,M,E] by block as [B,Q,E] by token, `missing` for tokens that attend to nothing."""
+  """[G,H,M,E], as `queries` come, by token: [B,Q,E], `missing` for tokens that attend to nothing."""
   x = by_query(x, part.block_size)
+  if part.block_size == 1:  # what attends to nothing was not written
+    return jnp.where(part.last[:, None, None] >= 0, x[:, 0], missing)
   return _take(x.reshape(-1, *x.shape[2:]), part.blocks.places, missing)
 
 

@@ -4,13 +4,14 @@ A program handles a tile of a block's queries, all for one KV head, and one shar
 they see. It walks them in chunks, from the first that the window reaches to the last that causality
 allows; loads run ahead of products, keys and values through the block table. Where there are too
 few programs to fill the GPU each row is split, and the shares of a row, as long as each other, are
-merged by their LSE.
+merged by their LSE. The grid is static: a program of a block without tokens ends at once.
 
     # tokens seen    [chunk 0][chunk 1][chunk 2][chunk 3][chunk 4]
     # 2 splits        split 0 ................. split 1 .........
 
 The kernel reads and writes tokens where they are in the batch: in small batches, arranging blocks
-first and their outputs after would launch kernels that cost as much as the attention itself.
+first and their outputs after would launch kernels that cost as much as the attention itself. Where
+each token is a block of its own, programs go by token, and write those that attend to nothing, too.
 
 Letters as in types.py; G blocks, M = queries of a block x query heads per KV head, W splits, I
 queries in a tile, X positions in a chunk.
@@ -32,28 +33,36 @@ from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Tables
 
 CHUNK_BYTES = 2**15
+TILE_CHANNELS = 2**14  # queries of a tile x head dim, at most
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
 class Config(NamedTuple):
   """How one kernel is cut."""
 
-  tile_size: int  # queries
+  tile_size: int  # queries, fewer where they are more than TILE_CHANNELS
   chunk_size: int  # tokens, fewer where they are more than CHUNK_BYTES
   num_warps: int
   num_stages: int
 
 
-# By bits of the products' operands, and whether a block has no more than 16 queries. Not tuned on
-# hardware: chosen 2026-11 by what the compiler of jax 0.12.0 makes for H200, A100 and L4
-# (benchmarks/gpu_compiler.py): nothing spills, and shared memory fits in the 99 KB of compute
-# capability 8.6 and 8.9. Through the block table a chunk ahead takes two stages. Chunks of as many
-# tokens as threads would not have their ids loaded ahead.
+# By bits of the products' operands, then the most queries M of a block: of rows that decode, of rows
+# that verify drafts, of prompts. Not tuned on hardware: chosen 2026-11 by what the compiler of jax
+# 0.12.0 makes for H200, A100 and L4 (benchmarks/gpu_compiler.py): nothing spills, and shared memory
+# fits in the 99 KB of compute capability 8.6 and 8.9. Rows that decode leave room for three programs
+# on an SM; prompts take large tiles, since each tile reads the row's keys and values again. Through
+# the block table a chunk ahead takes two stages. Chunks of as many tokens as threads would not have
+# their ids loaded ahead.
 CONFIGS = {
-  (16, True): Config(tile_size=16, chunk_size=64, num_warps=8, num_stages=5),
-  (16, False): Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
-  (32, True): Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=5),
-  (32, False): Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=3),
+  16: {
+    16: Config(tile_size=16, chunk_size=64, num_warps=8, num_stages=5),
+    64: Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
+    _NEVER: Config(tile_size=128, chunk_size=32, num_warps=8, num_stages=3),
+  },
+  32: {
+    16: Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=5),
+    _NEVER: Config(tile_size=16, chunk_size=16, num_warps=4, num_stages=3),
+  },
 }
 
 
@@ -93,12 +102,16 @@ def attend(
   _, _, h, t, _ = pages_lib.sizes(pages)
   m = part.block_size * (num_heads // h)
   dtype = pages.dtype if q.dtype == pages.dtype else np.dtype(jnp.float32)  # of products' operands
-  config = CONFIGS[8 * dtype.itemsize, m <= 16]
-  tile_size = min(config.tile_size, max(16, pl.next_power_of_2(m)))
+  config = next(c for most, c in CONFIGS[8 * dtype.itemsize].items() if m <= most)
+  tile_size = min(config.tile_size, TILE_CHANNELS // d, max(16, pl.next_power_of_2(m)))
   num_tiles = pl.cdiv(m, tile_size)
+  alone = part.block_size == 1
+  blocks = part.blocks
+  by_block = (None, None) if alone else (blocks.first, blocks.lengths)
+  rows, starts = (part.rows, part.starts) if alone else (blocks.rows, blocks.starts)
   chunk_size = min(config.chunk_size, CHUNK_BYTES // (2 * d * dtype.itemsize))
   capacity = tables.block_tables.shape[1] * t
-  num_blocks = part.blocks.first.shape[0]
+  num_blocks = rows.shape[0]
   num_splits = splits.count(
     num_blocks * num_tiles * h, pl.cdiv(capacity, chunk_size), splits.num_sms()
   )
@@ -125,13 +138,14 @@ def attend(
   )(
     layer[None], options.window[None], options.scale[None],
     None if options.softcap is None else options.softcap[None], options.sinks,
-    part.blocks.first, part.blocks.lengths, part.blocks.rows, part.blocks.starts, part.last,
-    tables.block_tables, q, pages.kv,
+    *by_block, rows, starts, part.last, tables.block_tables, q, pages.kv,
   )  # fmt: skip
   out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse)
-  owned = part.last >= 0  # others: not written
-  out = jnp.where(owned[:, None, None], out.astype(q.dtype), jnp.zeros((), q.dtype))
-  return out, jnp.where(owned[:, None], lse, -jnp.inf)
+  if alone:
+    return out.astype(q.dtype), lse
+  live = part.last >= 0  # what is not was not written
+  out = jnp.where(live[:, None, None], out.astype(q.dtype), jnp.zeros((), q.dtype))
+  return out, jnp.where(live[:, None], lse, -jnp.inf)
 
 
 def _kernel(
@@ -141,8 +155,8 @@ def _kernel(
   scale_ref,  # f32[1]
   softcap_ref,  # f32[1] or None
   sinks_ref,  # f32[Q] or None
-  blocks_ref,  # i32[G] first token of each
-  block_lengths_ref,  # i32[G]
+  first_ref,  # i32[G] first token of each, None where each token is a block
+  lengths_ref,  # i32[G] or None
   rows_ref,  # i32[G]
   starts_ref,  # i32[G]
   last_ref,  # i32[B]
@@ -163,54 +177,58 @@ def _kernel(
   _, num_heads, d = q_ref.shape
   repeats = num_heads // h
   g, tile = jax.lax.div(pl.program_id(0), num_tiles), jax.lax.rem(pl.program_id(0), num_tiles)
-  head, split = pl.program_id(1), pl.program_id(2)
+  head, split, num_splits = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
   layer = layer_ref[0]
+  token, length = (g, 1) if first_ref is None else (first_ref[g], lengths_ref[g])
 
-  # who asks
-  nth = tile * tile_size + jnp.arange(tile_size, dtype=jnp.int32)
-  tokens = blocks_ref[g] + jax.lax.div(nth, repeats)
-  heads = head * repeats + jax.lax.rem(nth, repeats)
-  ours = jax.lax.div(nth, repeats) < block_lengths_ref[g]
-  q = plgpu.load(q_ref.at[tokens[:, None], heads[:, None], jnp.arange(d)[None]],
-                 mask=ours[:, None], other=0).astype(dtype)  # fmt: skip
+  @pl.when(tile * tile_size < length * repeats)  # else there is nothing of this tile
+  def _():
+    # who asks
+    nth = tile * tile_size + jnp.arange(tile_size, dtype=jnp.int32)
+    tokens = token + jax.lax.div(nth, repeats)
+    heads = head * repeats + jax.lax.rem(nth, repeats)
+    ours = jax.lax.div(nth, repeats) < length
+    last = plgpu.load(last_ref.at[tokens], mask=ours, other=-1)
+    attends = last >= 0
+    q = plgpu.load(q_ref.at[tokens[:, None], heads[:, None], jnp.arange(d)[None]],
+                   mask=attends[:, None], other=0).astype(dtype)  # fmt: skip
 
-  # what they see
-  row = rows_ref[g]
-  last = plgpu.load(last_ref.at[tokens], mask=ours, other=-1)
-  first = jnp.maximum(starts_ref[g], last - window_ref[0] + 1)
-  begin = jnp.min(jnp.where(last < 0, _NEVER, first))
-  end = jnp.minimum(jnp.max(last) + 1, tables_ref.shape[1] * t)
-  share = pl.cdiv(pl.cdiv(jnp.maximum(end - begin, 0), chunk_size), pl.num_programs(2))
-  begin = begin + split * share * chunk_size
+    # what they see
+    row = rows_ref[g]
+    first = jnp.maximum(starts_ref[g], last - window_ref[0] + 1)
+    begin = jnp.min(jnp.where(last < 0, _NEVER, first))
+    end = jnp.minimum(jnp.max(last) + 1, tables_ref.shape[1] * t)
+    share = pl.cdiv(pl.cdiv(jnp.maximum(end - begin, 0), chunk_size), num_splits)
+    begin = begin + split * share * chunk_size
 
-  def add_chunk(number, sums):
-    at = begin + number * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
-    ids = plgpu.load(tables_ref.at[row, jax.lax.div(at, t)], mask=at < end, other=n)
-    mapped = ids < n
+    def add_chunk(number, sums):
+      at = begin + number * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
+      ids = plgpu.load(tables_ref.at[row, jax.lax.div(at, t)], mask=at < end, other=n)
+      mapped = ids < n
 
-    def load(channel):
-      place = ids[:, None], layer, head, jax.lax.rem(at, t)[:, None], channel[None]
-      bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=0)  # 0 * NaN is NaN
-      return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
+      def load(channel):
+        place = ids[:, None], layer, head, jax.lax.rem(at, t)[:, None], channel[None]
+        bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=0)  # 0 * NaN is NaN
+        return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
 
-    channels = jnp.arange(d, dtype=jnp.int32)
-    k, v = load(channels), load(channels + d)
-    seen = (at[None] >= first[:, None]) & (at[None] <= last[:, None]) & mapped[None]
-    softcap = None if softcap_ref is None else softcap_ref[0]
-    return softmax.step(sums, softmax.logits(q, k, seen, scale_ref[0], softcap), v)
+      channels = jnp.arange(d, dtype=jnp.int32)
+      k, v = load(channels), load(channels + d)
+      seen = (at[None] >= first[:, None]) & (at[None] <= last[:, None]) & mapped[None]
+      softcap = None if softcap_ref is None else softcap_ref[0]
+      return softmax.step(sums, softmax.logits(q, k, seen, scale_ref[0], softcap), v)
 
-  top = jnp.full(tile_size, -jnp.inf, jnp.float32)
-  if sinks_ref is not None:  # they count once
-    top = plgpu.load(sinks_ref.at[heads], mask=ours & (split == 0), other=-jnp.inf)
-  total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-  sums = softmax.Sums(top[:, None], total[:, None], jnp.zeros((tile_size, d), jnp.float32))
-  count = jnp.minimum(share, pl.cdiv(jnp.maximum(end - begin, 0), chunk_size))
-  out, lse = softmax.finish(jax.lax.fori_loop(0, count, add_chunk, sums))
-  place = split, tokens[:, None], heads[:, None]
-  plgpu.store(
-    out_ref.at[(*place, jnp.arange(d)[None])], out.astype(out_ref.dtype), mask=ours[:, None]
-  )
-  plgpu.store(lse_ref.at[place], lse, mask=ours[:, None])
+    top = jnp.full(tile_size, -jnp.inf, jnp.float32)
+    if sinks_ref is not None:  # they count once
+      top = plgpu.load(sinks_ref.at[heads], mask=attends & (split == 0), other=-jnp.inf)
+    total = jnp.where(top == -jnp.inf, 0.0, 1.0)
+    sums = softmax.Sums(top[:, None], total[:, None], jnp.zeros((tile_size, d), jnp.float32))
+    count = jnp.minimum(share, pl.cdiv(jnp.maximum(end - begin, 0), chunk_size))
+    out, lse = softmax.finish(jax.lax.fori_loop(0, count, add_chunk, sums))
+    place = split, tokens[:, None], heads[:, None]
+    plgpu.store(
+      out_ref.at[(*place, jnp.arange(d)[None])], out.astype(out_ref.dtype), mask=ours[:, None]
+    )
+    plgpu.store(lse_ref.at[place], lse, mask=ours[:, None])
 
 
 BACKEND = Backend(attend, refusal)

@@ -1,20 +1,25 @@
 """Paged attention for NVIDIA Hopper (Pallas, Mosaic GPU: wgmma, TMA).
 
 A program handles one tile of up to 128 queries of a block, for one KV head, over one split of the
-pages that the tile sees. A memory warpgroup walks them in chunks of X positions and fetches each
+pages that the block sees. A memory warpgroup walks them in chunks of X positions and fetches each
 page, keys and values together, with one TMA copy; one or two compute warpgroups of 64 queries each
-follow through a ring of chunks. Partial outputs leave in float32, with their LSE, and are combined.
+follow through a ring of chunks. The grid is static: a program of a block without tokens ends at once.
 
     # memory    chunk 0   chunk 1   wait until chunk 0 is used, chunk 2 ...
     # compute             chunk 0   chunk 1   ...
 
+A wgmma multiplies 64 rows, a block may have fewer queries. Only these are read and written: TMA
+fills what a copy reads beyond the end of an axis with zeros, and drops what it would write there.
+
+    # rows of a wgmma    0 1 2 3 4 5 ... 63
+    # in the arrays      [M = 4 ]             one token, four query heads per KV head
+
 Letters as in types.py; G blocks, M queries of a block x query heads per KV head, in Y tiles of
-W warpgroups x 64, Z splits, X positions of a chunk.
+W warpgroups x 64, M8 = M rounded up to a multiple of 8, Z splits, X positions of a chunk.
 """
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +28,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_jax import pages as pages_lib
+from paged_jax.attention import backend, softmax, splits, wgmma
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import softmax, splits
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Tables
 
-ROWS = 64  # of a wgmma
 LOG2E = math.log2(math.e)
 # head dim: (positions of a chunk, chunks in the ring, most compute warpgroups), what fits into the
 # SMEM and the registers of an H200 as compiled by jax 0.12.0, November 2026; not tuned by timing
 CHUNKS = {64: (128, 4, 2), 128: (64, 4, 2), 256: (64, 2, 1)}
 _API = ("Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "WGMMAAccumulatorRef",
         "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem", "copy_gmem_to_smem",
-        "kernel", "layout_cast", "set_max_registers", "wgmma")  # fmt: skip
+        "copy_smem_to_gmem", "kernel", "layout_cast", "set_max_registers", "wait_smem_to_gmem",
+        "wgmma")  # fmt: skip
 
 
 def refusal(pages: Pages) -> str | None:
@@ -63,6 +68,12 @@ def pages_refusal(pages: Pages) -> str | None:
   return None
 
 
+def block_size(num_tokens: int, num_rows: int, few: int) -> int:
+  """Most tokens in a block: of prompts no fewer than fill a wgmma, with 4 query heads per KV head."""
+  size = backend.block_size(num_tokens, num_rows, few)
+  return size if num_tokens <= few * num_rows else max(size, wgmma.ROWS // 4)
+
+
 def attend(
   q: jax.Array,
   pages: Pages,
@@ -79,48 +90,49 @@ def attend(
   """
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   dtype = pages.kv.dtype
-  blocks, group = part.blocks, q.shape[1] // h
+  blocks, group, alone = part.blocks, q.shape[1] // h, part.block_size == 1
   g, m = blocks.first.shape[0], part.block_size * group
   x, stages, w = CHUNKS[d]
-  w = min(w, -(-m // ROWS))
-  y = -(-m // (w * ROWS))
-  spare = y * w * ROWS - m
-  queries = blocks_lib.queries(q.astype(dtype), h, part)
-  queries = jnp.pad(queries, ((0, 0), (0, 0), (0, spare), (0, 0)))
-  last = blocks_lib.per_query(blocks.last, group)
-  last = jnp.pad(last, ((0, 0), (0, spare)), constant_values=-1)
-  first = jnp.maximum(blocks.starts[:, None], last - options.window + 1)
-  first = jnp.where(last < 0, jnp.iinfo(jnp.int32).max, first)
-  end = jnp.max(last.reshape(g, y, -1), axis=2) + 1
-  begin = jnp.minimum(jnp.min(first.reshape(g, y, -1), axis=2), end)
-  spans = jnp.stack([first.reshape(g, y, w, ROWS), last.reshape(g, y, w, ROWS)], axis=3)
-  box = min(t, x)  # positions per copy
-  most = -(-tables.block_tables.shape[1] * t // x)
-  z = splits.count(g * h * y, most, splits.num_sms())
-  scale, softcap = options.scale, options.softcap
+  w = min(w, -(-m // wgmma.ROWS))
+  y = -(-m // (w * wgmma.ROWS))
+  m8 = -(-m // 8) * 8
+  queries, places = blocks_lib.queries(q, h, part)
+  last = None
+  if not alone:
+    last = _pad(blocks_lib.per_query(blocks.last, group), y * w * wgmma.ROWS, -1)
+  if m > 8:  # TMA takes 8 rows at once
+    queries = _pad(queries.swapaxes(2, 3), m8, 0).swapaxes(2, 3)
+  scale, softcap, sinks = options.scale, options.softcap, options.sinks
+  if sinks is not None:
+    sinks = _pad(jnp.tile(sinks.reshape(h, group), (1, part.block_size)), y * w * wgmma.ROWS, 0)
   if softcap is None:
     factors = jnp.stack([scale * LOG2E, jnp.float32(0)])
   else:
     factors = jnp.stack([2 * LOG2E * scale / softcap, LOG2E * softcap])
+  box = min(t, x)  # positions per copy
+  most = -(-tables.block_tables.shape[1] * t // x)
+  z = splits.count(g * h * y, most, splits.num_sms())
+  out_dtype = q.dtype if z == 1 else jnp.dtype(jnp.float32)
 
-  scratch = [
-    plgpu.SMEM((w, ROWS, d), dtype),
-    plgpu.SMEM((w, 2, ROWS), jnp.int32),
-    plgpu.SMEM((stages, x, 2 * d), dtype),
-    plgpu.Barrier(num_arrivals=2, num_barriers=w),
-    plgpu.Barrier(num_arrivals=x // box, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=w),
-    plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-  ]
-  if interpret:
-    scratch.append(plgpu.SMEM((w, ROWS, x), dtype))
   out, lse = plgpu.kernel(
-    functools.partial(_kernel, softcapped=softcap is not None),
+    functools.partial(_kernel, group=group, softcapped=softcap is not None),
     out_type=[
-      jax.ShapeDtypeStruct((z, g, h, y, w, ROWS, d), jnp.float32),
-      jax.ShapeDtypeStruct((z, g, h, y, w, ROWS), jnp.float32),
+      jax.ShapeDtypeStruct((z, *queries.shape), out_dtype),
+      jax.ShapeDtypeStruct((z, g, h, y * w, min(m8, wgmma.ROWS)), jnp.float32),
     ],
-    scratch_types=scratch,
+    scratch_types=[
+      plgpu.SMEM((w, wgmma.ROWS, d), dtype),
+      None if alone else plgpu.SMEM((w, wgmma.ROWS), jnp.int32),
+      None if sinks is None else plgpu.SMEM((w, wgmma.ROWS), jnp.float32),
+      plgpu.SMEM((stages, x, 2 * d), dtype),
+      plgpu.SMEM((w, wgmma.ROWS, 2 * d // out_dtype.itemsize), out_dtype),
+      plgpu.SMEM((w, wgmma.ROWS), jnp.float32),
+      plgpu.Barrier(num_arrivals=1 + (not alone) + (sinks is not None), num_barriers=w),
+      plgpu.Barrier(num_arrivals=x // box, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=w),
+      plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+      plgpu.SMEM((w, wgmma.ROWS, x), dtype) if interpret else None,
+    ],
     grid=(g, z, h, y),
     grid_names=("block", "split", "head", "tile"),
     num_threads=w + 1,
@@ -130,43 +142,55 @@ def attend(
     ),
     interpret=interpret or None,
   )(
-    blocks.rows, begin, end, layer[None], factors, queries.reshape(g, h, y, w, ROWS, d),
-    spans, tables.block_tables, pages.kv.reshape(n, num_layers, h, t // box, box, 2 * d),
+    places, blocks.lengths, blocks.rows, blocks.starts, blocks.lows, blocks.highs, layer[None],
+    options.window[None], factors, queries.astype(dtype), last, sinks, tables.block_tables,
+    pages.kv.reshape(n, num_layers, h, t // box, box, 2 * d),
   )  # fmt: skip
-  out = out.reshape(z, g, h, -1, d)[:, :, :, :m]
-  lse = lse.reshape(z, g, h, -1)[:, :, :, :m]
-  sinks = options.sinks
-  if sinks is not None:
-    sinks = jnp.tile(sinks.reshape(h, -1), (1, part.block_size))[None]
-  out, lse = splits.combine(out, lse, sinks)
+  out, lse = out[..., :m, :], lse.reshape(z, g, h, -1)[..., :m]
+  out, lse = (out[0], lse[0]) if z == 1 else splits.combine(out, lse)
   out = blocks_lib.by_token(out.astype(q.dtype), part, 0)
   return out, blocks_lib.by_token(lse[..., None], part, -jnp.inf)[..., 0]
 
 
+def _pad(x: jax.Array, width: int, value) -> jax.Array:
+  """[...,M] with `width` columns."""
+  pad = [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]
+  return jnp.pad(x, pad, constant_values=value)
+
+
 def _kernel(
   # inputs
+  places_ref,  # i32[G] where its queries are
+  lengths_ref,  # i32[G] tokens in the block
   rows_ref,  # i32[G]
-  begin_ref,  # i32[G,Y] first position that the tile sees
-  end_ref,  # i32[G,Y] behind the last one
+  starts_ref,  # i32[G] first live token of the row
+  lows_ref,  # i32[G] least position among its queries
+  highs_ref,  # i32[G] greatest position, -1 = it has none
   layer_ref,  # i32[1]
+  window_ref,  # i32[1]
   factors_ref,  # f32[2]
-  q_gmem,  # [G,H,Y,W,64,D]
-  spans_gmem,  # i32[G,Y,W,2,64] first and last position that each query sees
+  q_gmem,  # [G,H,M,D], or M8 in place of an M beyond 8
+  last_gmem,  # i32[G,Y*W*64] position of each query, None where blocks have one token
+  sinks_gmem,  # f32[H,Y*W*64] or None
   tables_ref,  # i32[S,P]
   kv_gmem,  # [N,L,H,boxes of a page,positions of a box,2D]
   # outputs
-  out_ref,  # f32[Z,G,H,Y,W,64,D]
-  lse_ref,  # f32[Z,G,H,Y,W,64]
+  out_gmem,  # [Z,G,H,M,D], as the queries
+  lse_gmem,  # f32[Z,G,H,Y*W,M8], or 64 in place of an M8 beyond 64
   # scratch
   q_ref,  # [W,64,D]
-  spans_ref,  # i32[W,2,64]
+  last_ref,  # i32[W,64] or None
+  sinks_ref,  # f32[W,64] or None
   kv_ref,  # [stages,X,2D]
+  out_ref,  # [W,64,D], half of D in 32 bits: there is no room for more
+  lse_ref,  # f32[W,64]
   q_there,
   kv_there,
   kv_clean,
   kv_used,
-  weights_ref=None,  # [W,64,X] for the interpreter
+  weights_ref,  # [W,64,X] for the interpreter
   *,
+  group: int,  # query heads per KV head
   softcapped: bool,
 ):
   block, split, head, tile = map(lax.axis_index, ("block", "split", "head", "tile"))
@@ -178,8 +202,10 @@ def _kernel(
   boxes = x // box  # of a chunk
 
   row = jnp.minimum(rows_ref[block], num_rows - 1)
-  begin, end = begin_ref[block, tile], end_ref[block, tile]
-  first_chunk, num_chunks = _share(begin, end, x, split, out_ref.shape[0])
+  end = highs_ref[block] + 1
+  begin = jnp.maximum(starts_ref[block], lows_ref[block] - window_ref[0] + 1)
+  first_chunk, num_chunks = _share(jnp.minimum(begin, end), end, x, split, out_gmem.shape[0])
+  busy = (end > 0) & (tile * num_warpgroups * wgmma.ROWS < lengths_ref[block] * group)
 
   def ids(number):
     """The page of each box of a chunk, N where there is none."""
@@ -187,7 +213,7 @@ def _kernel(
     columns = [jnp.minimum(lax.div(i, jnp.int32(boxes_per_page)), pages_per_row - 1) for i in nth]
     return [tables_ref[row, column] for column in columns]
 
-  @pl.when(warpgroup == num_warpgroups)
+  @pl.when((warpgroup == num_warpgroups) & busy)
   def _():
     if num_warpgroups == 2:
       plgpu.set_max_registers(24, action="decrease")
@@ -209,15 +235,24 @@ def _kernel(
           kv_there.at[slot],
         )
 
-  @pl.when(warpgroup < num_warpgroups)
+  @pl.when((warpgroup < num_warpgroups) & busy)
   def _():
     if num_warpgroups == 2:
       plgpu.set_max_registers(240, action="increase")
-    q, spans, there = (ref.at[warpgroup] for ref in (q_ref, spans_ref, q_there))
-    plgpu.copy_gmem_to_smem(q_gmem.at[block, head, tile, warpgroup], q, there)
-    plgpu.copy_gmem_to_smem(spans_gmem.at[block, tile, warpgroup], spans, there)
+    q, there = q_ref.at[warpgroup], q_there.at[warpgroup]
+    nth = tile * num_warpgroups + warpgroup
+    rows = pl.ds(nth * wgmma.ROWS, wgmma.ROWS)
+    place = places_ref[block]
+    plgpu.copy_gmem_to_smem(q_gmem.at[place, head, rows], q, there)
+    if last_ref is not None:
+      plgpu.copy_gmem_to_smem(last_gmem.at[block, rows], last_ref.at[warpgroup], there)
+    if sinks_ref is not None:
+      plgpu.copy_gmem_to_smem(sinks_gmem.at[head, rows], sinks_ref.at[warpgroup], there)
     plgpu.barrier_wait(there)
-    first, last = (_by_row(spans[i]) for i in (0, 1))
+    span = ()  # first and last position that each query sees, if they differ
+    if last_ref is not None:
+      last = wgmma.by_row(last_ref[warpgroup])
+      span = wgmma.by_row(jnp.maximum(starts_ref[block], last - window_ref[0] + 1)), last
 
     def add_chunk(number, sums):
       slot = lax.rem(number, jnp.int32(stages))
@@ -236,26 +271,44 @@ def _kernel(
 
       @pl.when((base < begin) | (base + x > end) | (mapped != (1 << boxes) - 1))
       def _():
-        _clear(values, live, warpgroup, kv_clean)
+        wgmma.clear(values, live, warpgroup, kv_clean)
 
-      logits = _dot(q, keys.transpose((1, 0))) * factors_ref[0]
+      logits = wgmma.dot(q, keys.transpose((1, 0))) * factors_ref[0]
       if softcapped:  # tanh(x) = 1 - 2 / (1 + exp(2x)); the approximate tanh is too coarse
         logits = factors_ref[1] - 2 * factors_ref[1] / (1 + jnp.exp2(logits))
-      at = _iota((ROWS, x), 1)
-      seen = live(at) & (base + at >= _column(first, x)) & (base + at <= _column(last, x))
+      at = wgmma.iota((wgmma.ROWS, x), 1)
+      seen = live(at)
+      if span:
+        first, last = span
+        seen &= (base + at >= wgmma.column(first, x)) & (base + at <= wgmma.column(last, x))
       logits = jnp.where(seen, logits, -jnp.inf)
       weights_smem = None if weights_ref is None else weights_ref.at[warpgroup]
-      sums = _step(sums, logits, lambda acc, p: _add_dot(acc, p, values, weights_smem))
+      sums = wgmma.step(sums, logits, lambda acc, p: wgmma.add_dot(acc, p, values, weights_smem))
       plgpu.barrier_arrive(kv_used.at[slot])
       return sums
 
-    zeros = _by_row(jnp.zeros(ROWS, jnp.float32))
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), plgpu.Layout.WGMMA)
-    sums = lax.fori_loop(0, num_chunks, add_chunk, softmax.Sums(zeros - jnp.inf, zeros, acc))
-    target = (split, block, head, tile, warpgroup)
+    total = wgmma.by_row(jnp.zeros(wgmma.ROWS, jnp.float32))
+    top = total - jnp.inf
+    if sinks_ref is not None:  # they count once
+      top = wgmma.by_row(sinks_ref[warpgroup]) * LOG2E + jnp.where(split == 0, 0.0, -jnp.inf)
+      total = total + jnp.where(split == 0, 1.0, 0.0)
+    acc = wgmma.tiled(jnp.zeros((wgmma.ROWS, d), jnp.float32))
+    sums = lax.fori_loop(0, num_chunks, add_chunk, softmax.Sums(top, total, acc))
     total = jnp.where(sums.total > 0, sums.total, 1)
-    out_ref[target] = sums.acc / _column(total, d)
-    lse_ref[target] = sums.top / LOG2E + jnp.log(sums.total)
+    out, lse = out_ref.at[warpgroup], lse_ref.at[warpgroup]
+    made = wgmma.tiled((sums.acc / wgmma.column(total, d)).astype(out.dtype))
+    lse[...] = wgmma.by_row(sums.top / LOG2E + jnp.log(sums.total))
+    width = out.shape[1]
+    for i in range(0, d, width):
+      out[...] = made if width == d else lax.slice(made, (0, i), (wgmma.ROWS, i + width))
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(out, out_gmem.at[split, place, head, rows, pl.ds(i, width)])
+      plgpu.wait_smem_to_gmem(0)
+    # A copy of one axis is clipped at the end of the array, not of the axis: it takes no more rows
+    # than there are.
+    few = lse.at[pl.ds(0, lse_gmem.shape[-1])]
+    plgpu.copy_smem_to_gmem(few, lse_gmem.at[split, place, head, nth])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _share(begin, end, x, split, num_splits) -> tuple[jax.Array, jax.Array]:
@@ -266,67 +319,4 @@ def _share(begin, end, x, split, num_splits) -> tuple[jax.Array, jax.Array]:
   return first + split * share, jnp.clip(count - split * share, 0, share)
 
 
-def _clear(values_ref, live: Callable, warpgroup, clean) -> None:
-  """Zeroes the values [X,D] of a chunk that are not live: 0 * NaN is NaN in a product, too."""
-
-  @pl.when(warpgroup == 0)
-  def _():
-    x, d = values_ref.shape
-    kept = live(_iota((x, 64), 0))
-    for i in range(0, d, 64):
-      ref = values_ref.at[:, pl.ds(i, 64)]
-      ref[...] = jnp.where(kept, ref[...], jnp.zeros((), ref.dtype))
-    plgpu.commit_smem()
-
-  plgpu.barrier_arrive(clean)
-  plgpu.barrier_wait(clean)
-
-
-def _step(sums: softmax.Sums, logits: jax.Array, add: Callable) -> softmax.Sums:
-  """`softmax.step` in base 2, with statistics [64]: a warpgroup holds no [64,1]."""
-  top = jnp.maximum(sums.top, jnp.max(logits, axis=1))
-  base = jnp.where(top == -jnp.inf, 0, top)
-  weights = jnp.exp2(logits - _column(base, logits.shape[1]))
-  decay = jnp.exp2(sums.top - base)
-  return softmax.Sums(
-    top=top,
-    total=sums.total * decay + jnp.sum(weights, axis=1),
-    acc=add(sums.acc * _column(decay, sums.acc.shape[1]), weights),
-  )
-
-
-def _dot(a_ref, b_ref) -> jax.Array:
-  """a [64,K] times b [K,X]."""
-
-  def multiply(acc_ref):
-    plgpu.wgmma(acc_ref, a_ref, b_ref)
-    return acc_ref[...]
-
-  shape = (a_ref.shape[0], b_ref.shape[1])
-  return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-
-
-def _add_dot(acc: jax.Array, weights: jax.Array, values_ref, weights_ref):
-  """acc + weights [64,X] times values [X,D]."""
-  weights = weights.astype(values_ref.dtype)
-  if weights_ref is None:
-    add = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, values_ref))
-    return add(plgpu.WGMMAAccumulatorRef.init(acc))
-  weights_ref[...] = weights  # the interpreter has neither run_state nor operands in registers
-  return acc + _dot(weights_ref, values_ref)
-
-
-def _by_row(x: jax.Array) -> jax.Array:
-  return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
-
-
-def _column(x: jax.Array, width: int) -> jax.Array:
-  """x [64] in each of `width` columns."""
-  return lax.broadcast_in_dim(x, (x.shape[0], width), (0,))
-
-
-def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
-  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-BACKEND = Backend(attend, refusal)
+BACKEND = Backend(attend, refusal, block_size=block_size)

@@ -1,4 +1,4 @@
-"""Split-K on a GPU: how many programs share the keys of one block, and the sum of their parts.
+"""Split-K on a GPU: how many programs share the keys of one block, and the sum of their results.
 
 Letters as in types.py; G blocks, M = queries of a block x query heads per KV head, Z splits.
 """
@@ -23,19 +23,14 @@ def count(programs: int, most: int, num_sms: int) -> int:
   return next(n for n, part in zip(counts, filled) if part >= 0.85 * max(filled))
 
 
-def combine(
-  out: jax.Array, lse: jax.Array, rest: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """The output f32[...,D] and LSE f32[...] over all splits and the rest.
+def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The output f32[...,D] and LSE f32[...] over all splits.
 
   Args:
     out: [Z,...,D] output over each split; 0 where it saw nothing.
-    lse: f32[Z,...] its LSE; -inf where it saw nothing.
-    rest: Logits that carry no value (sinks), broadcast to f32[...], or None.
+    lse: f32[Z,...] its LSE; -inf where it saw nothing. Sinks belong to one split only.
   """
   total = jax.nn.logsumexp(lse, axis=0)
-  if rest is not None:
-    total = jnp.logaddexp(total, jnp.broadcast_to(rest, total.shape))
   weights = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total)[None])
   out = jnp.einsum("z...d,z...->...d", out.astype(jnp.float32), weights, precision="highest")
   return out, total

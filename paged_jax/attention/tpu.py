@@ -49,13 +49,9 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   _, _, h, t, d = pages_lib.sizes(pages)
-  b, num_heads, _ = q.shape
-  group, alone = num_heads // h, part.block_size == 1
+  group, alone = q.shape[1] // h, part.block_size == 1
   blocks, m = part.blocks, part.block_size * group
-  if alone:  # a token is where its block is: nothing to arrange
-    queries, places = q.reshape(b, h, group, d), jnp.minimum(blocks.first, b - 1)
-  else:
-    queries, places = blocks_lib.queries(q, h, part), jnp.arange(blocks.first.shape[0])
+  queries, places = blocks_lib.queries(q, h, part)
   width = d
   if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
     queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
@@ -119,14 +115,9 @@ def attend(
     jnp.stack([layer, options.window]), factors, queries, last, sinks, tables.block_tables, pages.kv,
   )  # fmt: skip
 
-  def by_token(x, missing):
-    if alone:  # what attends to nothing was not written
-      return jnp.where(part.last[:, None, None] >= 0, x.reshape(b, num_heads, -1), missing)
-    return blocks_lib.by_token(x, part, missing)
-
   if lse is not None:
-    lse = by_token(lse.swapaxes(1, 2)[..., None], -jnp.inf)[..., 0]
-  return by_token(out, 0), lse
+    lse = blocks_lib.by_token(lse.swapaxes(1, 2)[..., None], part, -jnp.inf)[..., 0]
+  return blocks_lib.by_token(out, part, 0), lse
 
 
 BACKEND = Backend(attend, refusal, tpu_write.write, windows=tpu_write.windows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import cases
@@ -167,6 +168,7 @@ class Shapes:
   page_size: int = 16
   num_tokens: int = 32
   num_rows: int = 32
+  parts: tuple[tuple[int, int], ...] | None = None
   num_pages: int = 4096
   num_layers: int = 32
   dtype: str = "bfloat16"
@@ -180,7 +182,7 @@ class Shapes:
     rows = shape((b,), jnp.int32)
     pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype))
     plan = jax.eval_shape(
-      functools.partial(cases.traced_plan, implementation="gpu", parts=None),
+      functools.partial(cases.traced_plan, implementation="gpu", parts=self.parts),
       rows, rows, shape((b,), jnp.bool), pages, tables,
     )  # fmt: skip
     return (
@@ -220,6 +222,22 @@ def test_it_lowers_for_an_h200(model, page_size, num_tokens, monkeypatch):
   as_backend(monkeypatch)
   text = lower(dataclasses.replace(model, page_size=page_size, num_tokens=num_tokens))
   assert text.count("xla.gpu.triton") == 1
+
+
+MIXED = dataclasses.replace(LLAMA, num_tokens=32 + 512, parts=((32, 32), (512, 8)))
+
+
+def test_parts_have_a_launch_each_and_no_other_work_on_the_plan(monkeypatch):
+  """Rows that decode: a program for each token and KV head. Prompts: large tiles of 64-token blocks.
+
+  32,512 = 32 * 8 programs of 16 queries, and (512 + 8 * 63) // 64 blocks of two tiles of 128.
+  """
+  as_backend(monkeypatch)
+  text = lower(MIXED)
+  assert text.count("xla.gpu.triton") == 2
+  found = re.findall(r"grid_x = (\d+) : i32, grid_y = (\d+) : i32, grid_z = (\d+)", text)
+  assert found == [("32", "8", "1"), ("30", "8", "1")]
+  assert not re.search(r"stablehlo\.(gather|scatter|dynamic_gather|reduce_window|while)", text)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

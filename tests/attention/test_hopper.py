@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 import types
 
 import cases
@@ -23,6 +24,7 @@ OWN = (
   cases.Case("head dim 256", (9, 70), (1, 3), head_dim=256, page_size=32),
   cases.Case("page larger than a chunk", (300, 70), (1, 3), head_dim=128, page_size=128),
   cases.Case("several tiles", (90,), (64,), num_heads=6, spare_rows=0),
+  cases.Case("more heads than a wgmma has rows", (9, 30), (1, 1), num_heads=71, num_kv_heads=1),
 )
 HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
 interpreter = pytest.mark.skipif(
@@ -146,6 +148,33 @@ def h200():
   )
 
 
+def lower(num_heads, h, d, num_tokens, *, page_size=16, softcap=None, window=None, parts=None):
+  """The program for an H200 of one layer's attention; 32 rows of up to 8,192 tokens."""
+  rows, pages_per_row = 32, 8192 // page_size
+
+  def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
+    ok = jnp.ones(num_tokens, bool)
+    tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
+    pages = Pages(kv, np.dtype(jnp.bfloat16))
+    plan = cases.traced_plan(token_rows, positions, ok, pages, tables, "hopper", parts)
+    return attention.attend(q, pages, 1, tables, plan, softcap=softcap, window=window)
+
+  i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  shapes = (
+    bf16((num_tokens, num_heads, d)), bf16((4096, 2, h, page_size, 2 * d)),
+    i32((rows, pages_per_row)), i32((rows,)), i32((rows,)), i32((num_tokens,)), i32((num_tokens,)),
+  )  # fmt: skip
+  with h200():
+    return jax.jit(attend).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def outputs(text: str) -> list[str]:
+  """Shapes of all outputs of the kernels' launches."""
+  calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+  return [shape for line in calls for shape in re.findall(r"tensor<(\w+)>", line.split("->")[-1])]
+
+
 MODELS = {  # query heads, KV heads, head dim, softcap, window
   "Llama-3-8B": (32, 8, 128, None, None),
   "Qwen3-0.6B": (16, 8, 128, None, None),
@@ -158,24 +187,42 @@ MODELS = {  # query heads, KV heads, head dim, softcap, window
 @pytest.mark.parametrize("num_tokens", [32, 2048], ids=["decode", "prefill"])
 def test_it_lowers_for_an_h200_at_the_sizes_of(name, page_size, num_tokens):
   num_heads, h, d, softcap, window = MODELS[name]
-  rows, pages_per_row = 32, 8192 // page_size
+  text = lower(num_heads, h, d, num_tokens, page_size=page_size, softcap=softcap, window=window)
+  assert len(outputs(text)) == 2
 
-  def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
-    ok = jnp.ones(num_tokens, bool)
-    tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
-    pages = Pages(kv, np.dtype(jnp.bfloat16))
-    plan = cases.traced_plan(token_rows, positions, ok, pages, tables, "hopper", None)
-    return attention.attend(q, pages, 1, tables, plan, softcap=softcap, window=window)
 
-  i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-  shapes = (
-    bf16((num_tokens, num_heads, d)), bf16((4096, 2, h, page_size, 2 * d)),
-    i32((rows, pages_per_row)), i32((rows,)), i32((rows,)), i32((num_tokens,)), i32((num_tokens,)),
-  )  # fmt: skip
-  with h200():
-    lowered = jax.jit(attend).trace(*shapes).lower(lowering_platforms=("cuda",))
-  assert "mosaic_gpu" in lowered.as_text()
+@pytest.mark.parametrize(
+  "group, few, rows", [(1, 1, 1), (4, 1, 4), (8, 1, 8), (7, 2, 16), (8, 4, 32)]
+)
+def test_only_live_rows_are_stored(group, few, rows):
+  """`few` tokens of each row by `group` query heads: M rows of the 64 of a wgmma, M8 beyond 8."""
+  text = lower(8 * group, 8, 128, 32 * few, parts=((32 * few, 32),))
+  num_blocks = (32 * few + 32 * (few - 1)) // few
+  assert outputs(text) == [
+    f"1x{num_blocks}x8x{rows}x128xbf16", f"1x{num_blocks}x8x1x{max(8, rows)}xf32"
+  ]  # fmt: skip
+
+
+def test_parts_have_a_launch_each():
+  """Prompts come in (512 + 8 * 63) // 64 blocks of 64 tokens, 256 rows, two tiles of 128."""
+  text = lower(32, 8, 128, 32 + 512, parts=((32, 32), (512, 8)))
+  assert outputs(text) == [
+    "1x32x8x4x128xbf16", "1x32x8x1x8xf32", "1x15x8x256x128xbf16", "1x15x8x4x64xf32",
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "num_tokens, num_rows, few, size",
+  [
+    (32, 32, 8, 1),  # rows that decode
+    (160, 32, 8, 8),  # drafts
+    (512, 8, 8, 64),  # prompts
+    (512, 256, 1, 16),  # prompts of any rows: 16 tokens of 4 heads fill a wgmma
+    (4, 2, 1, 16),
+  ],
+)
+def test_blocks_of_prompts_fill_a_wgmma(num_tokens, num_rows, few, size):
+  assert hopper.block_size(num_tokens, num_rows, few) == size
 
 
 def pages(**fields):

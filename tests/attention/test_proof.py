@@ -10,7 +10,7 @@ import pytest
 
 import paged_jax
 from paged_jax import attention
-from paged_jax.attention import cases, proof, tpu, xla
+from paged_jax.attention import cases, proof, tpu, tpu_write, xla
 from paged_jax.attention.backend import scatter
 
 CONFIG = paged_jax.CacheConfig(num_kv_heads=2, head_dim=8, page_size=4, dtype="float32")
@@ -192,7 +192,7 @@ def test_a_sound_backend_is_ok_in_place_and_its_table_says_where():
 @pytest.mark.once
 def test_the_tpu_kernel_agrees_in_the_interpreter(monkeypatch):
   """Which has no place for pages: it copies them."""
-  attend, write = (functools.partial(f, interpret=True) for f in (tpu.attend, tpu.write))
+  attend, write = (functools.partial(f, interpret=True) for f in (tpu.attend, tpu_write.write))
   monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
   monkeypatch.setattr(cases, "ESSENTIAL", FEW)
   monkeypatch.setattr(proof, "NUM_TOKENS", 16)
