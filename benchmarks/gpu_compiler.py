@@ -162,7 +162,7 @@ def arguments(step: Step, sharding):
   [part] = jax.eval_shape(cut, tokens, tokens, shape(b, dtype="bool"), tables)
   return (
     shape(b, step.num_heads, step.head_dim, dtype=step.dtype),
-    Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype)),
+    Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype), step.head_dim),
     shape(),
     tables,
     jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), part),

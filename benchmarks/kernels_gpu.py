@@ -132,7 +132,7 @@ def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts
 
   def step(q, kv, table):
     tables = Tables(table, starts, d.lengths, stale)
-    pages = Pages(kv[:, None], np.dtype(case.dtype))
+    pages = Pages(kv[:, None], np.dtype(case.dtype), case.head_dim)
     options, outs, begin = attention.options.make(q), [], 0
     for part in cut:
       end = begin + part.rows.shape[0]

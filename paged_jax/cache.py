@@ -129,7 +129,7 @@ def plan(
     crowded = plans.crowded(known, parts := arguments.parts(parts, rows.shape[0]), s)
     own, ordered = own & ~crowded, ordered & ~crowded
   nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
-  implementation = attention.choose(implementation, cache.pages)
+  implementation = attention.choose(implementation, cache.pages, cache.ledger.pages_per_row)
   placed, slots = jnp.where(ordered, known, s), jnp.where(own, slots, nowhere)
   return Plan(
     rows=known,
@@ -184,8 +184,8 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   [1.0, 2.0]
   """
   _check_call("write(cache, layer, k, v, plan)", cache, plan)
-  _, num_layers, h, _, d = pages_lib.sizes(cache.pages)
-  shape = (plan.rows.shape[0], h, d)
+  _, num_layers, h, _, _ = pages_lib.sizes(cache.pages)
+  shape = (plan.rows.shape[0], h, cache.pages.head_dim)
   k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
   index = arguments.layer(layer, num_layers)
   k = _poisoned(k, layer, index, num_layers)

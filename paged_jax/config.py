@@ -32,6 +32,7 @@ class CacheConfig:
   max_length: int = 4096  # tokens per row, rounded up to whole pages
   dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
   storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16 for bits
+  storage_head_dim: int | None = None  # of the page array: None = `head_dim`, or more, padded
   copy_on_write: bool = True  # False: only whole pages are shared
 
   def __post_init__(self):
@@ -49,6 +50,14 @@ class CacheConfig:
       raise ValueError(f"storage_dtype must be None, {dtype} or {bits}, got {storage}")
     object.__setattr__(self, "dtype", dtype)
     object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
+    stored = self.storage_head_dim
+    if stored is not None:
+      if isinstance(stored, bool) or not isinstance(stored, int | np.integer):
+        raise ValueError(f"storage_head_dim must be None or an integer, got {stored!r}")
+      if stored < self.head_dim:
+        raise ValueError(f"storage_head_dim must be at least {self.head_dim=}, got {stored}")
+    stored = None if stored in (None, self.head_dim) else int(stored)
+    object.__setattr__(self, "storage_head_dim", stored)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
     products = {  # computed in int32, with room for the slots of dropped tokens
@@ -66,24 +75,40 @@ class CacheConfig:
     return np.dtype(self.dtype if self.storage_dtype is None else self.storage_dtype)
 
   @property
+  def array_head_dim(self) -> int:
+    """Head dim of the page array: `storage_head_dim`, or `head_dim` if it is None."""
+    return self.head_dim if self.storage_head_dim is None else self.storage_head_dim
+
+  @property
   def pages_per_row(self) -> int:
     """Pages that one row can map."""
     return -(-self.max_length // self.page_size)
 
   @property
   def page_bytes(self) -> int:
-    """Bytes of one page, all layers, keys and values."""
-    values = self.num_layers * self.num_kv_heads * self.page_size * 2 * self.head_dim
+    """Bytes of one page, all layers, keys and values, as they are stored."""
+    values = self.num_layers * self.num_kv_heads * self.page_size * 2 * self.array_head_dim
     return values * self.array_dtype.itemsize
 
   def stored_for(self, platform: str) -> "CacheConfig":
-    """The same cache, with the `storage_dtype` that a `platform` ("cpu", "gpu", ...) updates fastest.
+    """The same cache, stored as a `platform` ("cpu", "gpu", "tpu", ...) works with it best.
 
-    On CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16. It updates the same
-    bits in place if they are kept as uint16.
+    `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16. It
+    updates the same bits in place if they are kept as uint16. `storage_head_dim`: the kernels of
+    attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. Other head dims
+    are padded with zeros to the next one. No verb shows the padding.
+
+    >>> import paged_jax as pj
+    >>> config = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=80, num_pages=8)
+    >>> config.stored_for("tpu").array_head_dim, config.stored_for("cpu").array_head_dim
+    (128, 80)
     """
     bits = platform == "cpu" and self.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
-    return dataclasses.replace(self, storage_dtype=np.dtype("uint16") if bits else None)
+    return dataclasses.replace(
+      self,
+      storage_dtype=np.dtype("uint16") if bits else None,
+      storage_head_dim=_served(self.head_dim, platform),
+    )
 
   def _dtype(self, name: str) -> np.dtype | None:
     value = getattr(self, name)
@@ -91,3 +116,12 @@ class CacheConfig:
       return None if value is None else np.dtype(value)
     except TypeError:
       raise ValueError(f"{name} must be a dtype, got {value!r}") from None
+
+
+def _served(head_dim: int, platform: str) -> int:
+  """The least head dim, from this one on, that a kernel of the platform serves; or this one."""
+  if platform == "tpu":
+    return -(-head_dim // 64) * 64
+  if platform == "gpu":
+    return next((size for size in (16, 32, 64, 128, 256) if size >= head_dim), head_dim)
+  return head_dim

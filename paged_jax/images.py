@@ -167,8 +167,10 @@ def restore(
 
 
 def _check_image(name: str, image: Pages, pages: Pages, shape: tuple[int, ...]) -> None:
-  """Raises unless `image` is as wide, and of the same dtypes, as `pages`."""
-  wanted = jax.ShapeDtypeStruct(shape, pages.kv.dtype)
-  got = jax.ShapeDtypeStruct(image.kv.shape, image.kv.dtype)
-  if got != wanted or image.dtype != pages.dtype:
-    raise ValueError(f"{name} must be {wanted} of {pages.dtype}, got {got} of {image.dtype}")
+  """Raises unless `image` has the shape, the dtypes and the head dim that `pages` would give it."""
+  wanted, got = (
+    f"{jax.ShapeDtypeStruct(shape, x.kv.dtype)} of {x.dtype} and head_dim {x.head_dim}"
+    for shape, x in ((shape, pages), (image.kv.shape, image))
+  )
+  if got != wanted:
+    raise ValueError(f"{name} must be {wanted}, got {got}")

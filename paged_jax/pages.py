@@ -1,7 +1,12 @@
 """The page array: write, gather, copy, clear. Only this module and the kernels know its layout.
 
-Axis letters: N pages, L layers, H KV heads, T tokens per page, D head dim, B entries in a call.
+Axis letters: N pages, L layers, H KV heads, T tokens per page, D head dim as stored, B entries in a
+call; `head_dim` is that of the values, at most D.
+
+    # one token of one head   [k k k k k 0 0 0 | v v v v v 0 0 0]      head_dim 5, D 8
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +20,31 @@ from paged_jax.types import Copies, Pages
 def init(config: CacheConfig) -> Pages:
   """An array of zero pages."""
   shape = (config.num_pages, config.num_layers, config.num_kv_heads, config.page_size,
-           2 * config.head_dim)  # fmt: skip
-  return Pages(kv=jnp.zeros(shape, config.array_dtype), dtype=np.dtype(config.dtype))
+           2 * config.array_head_dim)  # fmt: skip
+  kv = jnp.zeros(shape, config.array_dtype)
+  return Pages(kv=kv, dtype=np.dtype(config.dtype), head_dim=config.head_dim)
 
 
 def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
-  """N, L, H, T and D."""
+  """N, L, H, T and D of the page array; callers' arrays have `pages.head_dim` in place of D."""
   n, num_layers, h, t, width = pages.kv.shape
   return n, num_layers, h, t, width // 2
 
 
-def stored(values: jax.Array, pages: Pages) -> jax.Array:
-  """`values` cast to the pages' dtype, then to the bits that the page array keeps."""
-  return _as(values.astype(pages.dtype), pages.kv.dtype)
+def padded(x: jax.Array, pages: Pages) -> jax.Array:
+  """`x` [..., head_dim] as wide as it is stored, [..., D]: zeros behind."""
+  more = pages.kv.shape[-1] // 2 - pages.head_dim
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+
+
+def cropped(x: jax.Array, pages: Pages) -> jax.Array:
+  """`x` [..., D] without what is padding, [..., head_dim]."""
+  return x if x.shape[-1] == pages.head_dim else x[..., : pages.head_dim]
+
+
+def stored(x: jax.Array, pages: Pages) -> jax.Array:
+  """What the page array keeps of `x` [...,head_dim]: its bits in the array's dtype, [...,D]."""
+  return _as(padded(x.astype(pages.dtype), pages), pages.kv.dtype)
 
 
 def values(bits: jax.Array, pages: Pages) -> jax.Array:
@@ -40,20 +57,19 @@ def _as(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
-  """Writes `k`, `v` [B,H,D] of one layer at `slots` i32[B], all distinct; drops out of range."""
-  t = pages.kv.shape[3]
-  bits = stored(jnp.concatenate([k.astype(pages.dtype), v.astype(pages.dtype)], axis=-1), pages)
+  """Writes `k`, `v` [B,H,head_dim] of one layer at distinct `slots` i32[B]; drops out of range."""
+  t, bits = pages.kv.shape[3], jnp.concatenate([stored(k, pages), stored(v, pages)], axis=-1)
   kv = pages.kv.at[slots // t, layer, :, slots % t].set(bits, mode="drop", unique_indices=True)
-  return Pages(kv=kv, dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=kv)
 
 
 def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """K and V [R,P*T,H,D] of one layer by block `tables` i32[R,P], zero where there is no page."""
+  """K and V [R,P*T,H,head_dim] of one layer by block `tables` i32[R,P], zero where no page is."""
   _, _, h, t, d = sizes(pages)
   bits = pages.kv.at[tables, layer].get(mode="fill", fill_value=0)  # [R,P,H,T,2D]
   r, p = tables.shape
   kv = values(bits.transpose(0, 1, 3, 2, 4).reshape(r, p * t, h, 2 * d), pages)
-  return kv[..., :d], kv[..., d:]
+  return cropped(kv[..., :d], pages), cropped(kv[..., d:], pages)
 
 
 @jax.custom_jvp
@@ -88,7 +104,7 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
 
   kv = loops.fold(num_copied, copy, pages.kv, chunk=1)
   kv = loops.fold(copies.num_pages - num_copied, clear, kv, chunk=1)
-  return Pages(kv=kv, dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=kv)
 
 
 @renew.defjvp
@@ -111,7 +127,7 @@ def _renew_jvp(primals, tangents):
   nowhere = n + jnp.arange(targets.size, dtype=jnp.int32).reshape(targets.shape)
   targets = jnp.where(targets < n, targets, nowhere)
   kv = kv.at[targets].set(new, mode="drop", unique_indices=True)
-  return renew(*primals), Pages(kv=kv, dtype=pages.dtype)
+  return renew(*primals), dataclasses.replace(pages, kv=kv)
 
 
 def check_differentiable(pages: Pages) -> None:
@@ -131,19 +147,19 @@ def read(pages: Pages, ids: jax.Array) -> Pages:
 def read_one(pages: Pages, page: jax.Array) -> Pages:
   """The bytes of one page i32[], kv [L,H,T,2D], zero if there is no such page."""
   kv = jnp.where(page < pages.kv.shape[0], _page(pages.kv, page), jnp.zeros((), pages.kv.dtype))
-  return Pages(kv=kv, dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=kv)
 
 
 def put_one(pages: Pages, page: jax.Array, image: Pages) -> Pages:
   """Writes the bytes of `image` [L,H,T,2D] into one page i32[], or nowhere."""
-  return Pages(kv=_set_page(pages.kv, page, image.kv), dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=_set_page(pages.kv, page, image.kv))
 
 
 def clear(pages: Pages, ids: jax.Array) -> Pages:
   """Zero in pages `ids` i32[B], dropping those out of range."""
   zero = jnp.zeros(pages.kv.shape[1:], pages.kv.dtype)
   kv = jax.lax.fori_loop(0, ids.shape[0], lambda i, kv: _set_page(kv, ids[i], zero), pages.kv)
-  return Pages(kv=kv, dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=kv)
 
 
 def only(image: Pages, start: jax.Array, end: jax.Array) -> Pages:
@@ -151,7 +167,8 @@ def only(image: Pages, start: jax.Array, end: jax.Array) -> Pages:
   b, t = image.kv.shape[0], image.kv.shape[3]
   positions = jnp.arange(b * t, dtype=jnp.int32).reshape(b, 1, 1, t, 1)
   live = (positions >= start) & (positions < end)
-  return Pages(kv=jnp.where(live, image.kv, jnp.zeros((), image.kv.dtype)), dtype=image.dtype)
+  kv = jnp.where(live, image.kv, jnp.zeros((), image.kv.dtype))
+  return dataclasses.replace(image, kv=kv)
 
 
 def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
@@ -164,7 +181,7 @@ def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
     target = ids.at[nth[0]].get(mode="fill", fill_value=n)
     return _set_page(kv, target, _page(image.kv, nth[0]))
 
-  return Pages(kv=loops.fold(count[None], step, pages.kv, chunk=1), dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=loops.fold(count[None], step, pages.kv, chunk=1))
 
 
 def _page(kv: jax.Array, page: jax.Array) -> jax.Array:

@@ -98,8 +98,9 @@ class Ledger:
 class Pages:
   """The bytes: page-major, so a page with all its layers is one contiguous row.
 
-  `dtype` is the dtype of the values. The array's own dtype says how they are stored: the bits of a
-  16-bit float may be kept as uint16 (see `CacheConfig.storage_dtype`).
+  `dtype` and `head_dim` are those of the values. The array's own dtype and shape say how they are
+  stored: the bits of a 16-bit float may be kept as uint16, and D may be more than `head_dim`, the
+  rest zero (see `CacheConfig.storage_dtype` and `storage_head_dim`).
 
   >>> import paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
@@ -109,6 +110,7 @@ class Pages:
 
   kv: jax.Array  # storage[N,L,H,T,2D] keys in [..., :D], values in [..., D:]
   dtype: np.dtype = _static()
+  head_dim: int = _static()
 
 
 @jax.tree_util.register_dataclass
@@ -220,7 +222,7 @@ class Blocks(NamedTuple):
   A query sees the positions up to its `last`, from the row's first live token or the window's edge.
   """
 
-  count: jax.Array  # i32[] live blocks
+  num_blocks: jax.Array  # i32[] live ones
   first: jax.Array  # i32[G] first token of each, B = no block
   lengths: jax.Array  # i32[G] tokens in each
   rows: jax.Array  # i32[G] S = no block
@@ -261,7 +263,7 @@ class Part:
   starts: jax.Array  # i32[B] first live token of its row
   last: jax.Array  # i32[B] position of each token, -1 = it attends to nothing
   blocks: Blocks
-  windows: Windows | None  # of its writes; None: the backend writes by slots
+  windows: tuple[Windows, ...]  # of each kernel that writes; none: the backend writes by slots
   block_size: int = _static()  # X, most tokens in a block
 
 

@@ -36,7 +36,7 @@ def write(cache, row, tokens, start=0):
   count, padding = len(tokens), MOST - len(tokens)  # one shape, one program
   rows = ids(*[row] * count, *[len(cache.lengths)] * padding)
   plan = jitted.plan(cache, rows, ids(*range(start, start + count), *[0] * padding))
-  shape = (cache.pages.kv.shape[2], cache.pages.kv.shape[4] // 2)
+  shape = (cache.pages.kv.shape[2], cache.pages.head_dim)
   tokens = [*tokens, *[0] * padding]
   for layer in range(cache.pages.kv.shape[1]):
     k, v = replay.values(tokens, layer, shape), replay.values(tokens, ~layer, shape)

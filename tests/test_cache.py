@@ -94,6 +94,16 @@ MISUSES = {
     lambda c, p: swap_in(c, jax.tree.map(lambda x: x[:, :1], c.pages)),
     r"image\.pages must",
   ),
+  "swap head dim": (
+    lambda c, p: swap_in(c, dataclasses.replace(c.pages, head_dim=1)),
+    "image.pages must.*head_dim 2, got.*head_dim 1",
+  ),
+  "restore head dim": (
+    lambda c, p: paged_jax.restore(
+      c, [dataclasses.replace(paged_jax.offload(c, ids(0))[0], head_dim=1)], jnp.int32(1)
+    ),
+    r"images\[0\].*head_dim 2, got.*head_dim 1",
+  ),
   "swap dtype": (lambda c, p: swap_in(c, of_dtype(c.pages)), r"image\.pages must.*float16"),
   "swap pages": (lambda c, p: paged_jax.swap_out(c, jnp.int32(0), num_pages=7), "num_pages.*7"),
 }
@@ -583,6 +593,31 @@ def test_poisoned_free_pages_never_show():
   cache = replay.poison(empty())
   cache, _ = extend(cache, 5, 0, 0)
   assert read(cache, 0) == [0] * 5
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_padded_storage_changes_no_bit_that_a_caller_sees(implementation):
+  q, k, v = np.random.default_rng(0).standard_normal((3, 6, 2, 5), np.float32)
+  rows, positions = ids(0, 0, 0, 0, 0, 2), ids(0, 1, 2, 3, 4, 0)
+
+  def seen(cache):
+    cache, _ = paged_jax.extend(replay.poison(cache), ids(5, 0, 1))
+    plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
+    cache = paged_jax.write(cache, 1, k, v, plan)
+    out, lse = paged_jax.attend(cache, 1, q, plan, return_lse=True)
+    cache, _ = paged_jax.fork(cache, ids(0), ids(1))
+    cache, _ = paged_jax.extend(cache, ids(1, 0, 0))  # copies the shared page
+    cache, image, _ = paged_jax.swap_out(cache, ids(0)[0])
+    cache, info = paged_jax.swap_in(cache, ids(0)[0], image)
+    return cache, (out, lse, *paged_jax.gather(cache, 1, ROWS), info)
+
+  run = jax.jit(seen)
+  _, plain = run(paged_jax.init(config(head_dim=5)))
+  cache, padded = run(paged_jax.init(config(head_dim=5, storage_head_dim=16)))
+  assert cache.pages.kv.shape[-1] == 32 and padded[0].shape == q.shape
+  chex.assert_trees_all_equal(padded, plain)
+  kv = np.asarray(cache.pages.kv[cache.block_tables[:, 0]]).reshape(3, 2, 2, 4, 2, 16)
+  assert (kv[..., 5:] == 0).all() and (kv[0, 1, :, :, :, :5] != 0).all()
 
 
 def random_bytes(dtype):

@@ -30,6 +30,8 @@ def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
     ("dtype", "nonsense", "dtype.*nonsense"),
     ("dtype", None, "dtype.*None"),
     ("storage_dtype", "float32", "storage_dtype.*float32"),
+    ("storage_head_dim", 127, "storage_head_dim.*128.*127"),
+    ("storage_head_dim", 256.0, "storage_head_dim.*256.0"),
     ("copy_on_write", 1, "copy_on_write.*1"),
     ("num_pages", 2**27, "num_pages.*2147483648"),
     ("max_length", 2**30, "max_length.*1073741824"),
@@ -55,6 +57,26 @@ def test_storage_never_depends_on_the_machine_unless_asked():
   assert config.stored_for("cpu").array_dtype in (jnp.bfloat16, jnp.uint16)
   assert CacheConfig(dtype="float32").stored_for("cpu").array_dtype == jnp.float32
   assert CacheConfig(dtype="float32", storage_dtype="float32") == CacheConfig(dtype="float32")
+
+
+@pytest.mark.parametrize(
+  ("platform", "sizes"),
+  [
+    ("cpu", {5: 5, 80: 80}),
+    ("tpu", {8: 64, 64: 64, 80: 128, 96: 128, 112: 128, 120: 128, 128: 128, 192: 192, 576: 576}),
+    ("gpu", {5: 16, 32: 32, 80: 128, 96: 128, 112: 128, 120: 128, 192: 256, 256: 256, 576: 576}),
+  ],
+)
+def test_head_dims_are_stored_as_a_kernel_of_the_platform_serves_them(platform, sizes):
+  stored = {d: CacheConfig(head_dim=d).stored_for(platform).array_head_dim for d in sizes}
+  assert stored == sizes
+
+
+def test_a_padded_page_has_the_bytes_of_what_is_stored():
+  config = CacheConfig(head_dim=80, storage_head_dim=np.int64(128))
+  assert config.page_bytes == CacheConfig(head_dim=128).page_bytes
+  assert hash(config) == hash(CacheConfig(head_dim=80).stored_for("tpu"))
+  assert CacheConfig(head_dim=80, storage_head_dim=80) == CacheConfig(head_dim=80)
 
 
 def test_a_one_page_cache_can_be_described():

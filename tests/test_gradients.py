@@ -23,7 +23,7 @@ def prefilled(implementation=None, config=CONFIG):
   """A cache with garbage in its pages, and a plan for a prompt in row 1, padded in front."""
   cache = jitted.init(config)
   poison = jnp.full_like(cache.pages.kv, jnp.nan) if config.dtype == jnp.float32 else cache.pages.kv
-  cache = paged_jax.Cache(cache.ledger, paged_jax.Pages(poison, cache.pages.dtype))
+  cache = paged_jax.Cache(cache.ledger, dataclasses.replace(cache.pages, kv=poison))
   cache, _ = jitted.extend(cache, np.array([0, PROMPT, 2], np.int32))
   rows = np.array([3] + [1] * PROMPT, np.int32)
   positions = np.array([0, *range(PROMPT)], np.int32)
@@ -44,10 +44,22 @@ def dense(q, k, v, scale=DIM**-0.5, window=99):
 wanted = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(dense(*x, window=3))), argnums=(0, 1, 2, 3)))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint])
-def test_gradients_of_write_and_attend_are_those_of_dense_attention(implementation, transform):
-  cache, plan = prefilled(implementation)
+PADDED = dataclasses.replace(CONFIG, storage_head_dim=DIM + 3)
+
+
+@pytest.mark.parametrize(
+  ("implementation", "config", "transform"),
+  [
+    (name, CONFIG, transform)
+    for name in ("reference", "xla")
+    for transform in (lambda f: f, jax.jit, jax.checkpoint)
+  ]
+  + [("xla", PADDED, jax.jit)],
+)
+def test_gradients_of_write_and_attend_are_those_of_dense_attention(
+  implementation, config, transform
+):
+  cache, plan = prefilled(implementation, config)
 
   @transform
   def paged(q, k, v, scale):

@@ -36,7 +36,8 @@ TABLES = {
   """,
   "paged_jax.attention": """
     __init__ gpu hopper reference tpu xla
-    backend blocks proof tpu_kernel wgmma
+    blocks proof tpu_kernel tpu_limits wgmma
+    backend
     cases options softmax splits tpu_write
   """,
   "paged_jax.models": """

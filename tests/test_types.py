@@ -35,7 +35,7 @@ def states():
   tokens = jnp.zeros(7, jnp.int32), jnp.arange(7, dtype=jnp.int32)
   plan = paged_jax.plan(cache, *tokens)
   part = plan.parts[0]
-  windows = tpu_write.windows(cache.pages, plan.slots, part.block_size)
+  (windows,) = tpu_write.windows(cache.pages, plan.slots, part.block_size)
   _, image, _ = paged_jax.swap_out(cache, jnp.int32(0), num_pages=3)
   ledger = cache.ledger
   values = [ledger.pool, ledger.tables, cache.pages, info, copies, plan, image]

@@ -25,28 +25,28 @@ _KERNELS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu")}  # of each platform, best
 implementations = ("reference", "xla", "tpu", "gpu", "hopper")
 
 
-def choose(implementation: str | None, pages: Pages) -> str:
-  """The backend to use: the one named, or for None the best that the platform has for `pages`.
+def choose(implementation: str | None, pages: Pages, pages_per_row: int) -> str:
+  """The backend to use: the one named, or for None the best that the platform has for the cache.
 
   Raises:
     ValueError: There is no backend of that name.
-    NotImplementedError: The one named cannot serve `pages`. No other is taken in its place.
+    NotImplementedError: The one named cannot serve the cache. No other is taken in its place.
   """
   if implementation is None:
-    return candidates(pages)[0]
+    return candidates(pages, pages_per_row)[0]
   if implementation not in implementations:
     raise ValueError(
       f"implementation must be one of {', '.join(implementations)}, got {implementation!r}"
     )
-  if why := refusal(implementation, pages):
+  if why := refusal(implementation, pages, pages_per_row):
     raise NotImplementedError(f"implementation {implementation!r} cannot serve this cache: {why}")
   return implementation
 
 
-def candidates(pages: Pages) -> list[str]:
+def candidates(pages: Pages, pages_per_row: int) -> list[str]:
   """All backends that the platform has for `pages`, best first; "xla" is the last."""
   kernels = _KERNELS.get(jax.default_backend(), ())
-  return [*(name for name in kernels if refusal(name, pages) is None), "xla"]
+  return [*(name for name in kernels if refusal(name, pages, pages_per_row) is None), "xla"]
 
 
 def platform(implementation: str) -> str | None:
@@ -54,13 +54,13 @@ def platform(implementation: str) -> str | None:
   return next((name for name, kernels in _KERNELS.items() if implementation in kernels), None)
 
 
-def refusal(implementation: str, pages: Pages) -> str | None:
-  """Why a backend cannot serve `pages`, None if it can."""
+def refusal(implementation: str, pages: Pages, pages_per_row: int) -> str | None:
+  """Why a backend cannot serve a cache of `pages`, as many per row; None if it can."""
   try:
     backend = _backend(implementation)
   except ImportError as error:  # this jax was built without it, or has it no more
     return str(error)
-  return backend.refusal(pages)
+  return backend.refusal(pages, pages_per_row)
 
 
 def _backend(implementation: str) -> Backend:
@@ -143,8 +143,8 @@ def attend(
   Raises:
     ValueError: An argument has a wrong shape or dtype, or a static value out of range.
   """
-  _, num_layers, h, _, d = pages_lib.sizes(pages)
-  q = arguments.floats("q", q, (plan.rows.shape[0], None, d))
+  _, num_layers, h, _, _ = pages_lib.sizes(pages)
+  q = arguments.floats("q", q, (plan.rows.shape[0], None, pages.head_dim))
   if q.shape[1] % h:
     raise ValueError(f"q must have a multiple of {h} heads, got {q.shape[1]}")
   options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse)
@@ -159,8 +159,10 @@ def attend(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(backend: Backend, q, pages, layer, tables, part, options):
-  out, found = backend.attend(q, pages, layer, tables, part, options)
-  return out, found if options.lse else None
+  if backend.as_stored:
+    q = pages_lib.padded(q, pages)
+  out, lse = backend.attend(q, pages, layer, tables, part, options)
+  return pages_lib.cropped(out, pages), lse if options.lse else None
 
 
 @_differentiable.defjvp
@@ -233,7 +235,7 @@ def verify(
   if num_heads < 1 or num_heads % config.num_kv_heads:
     raise ValueError(f"num_heads must be a multiple of {config.num_kv_heads}, got {num_heads}")
   pages = jax.eval_shape(functools.partial(pages_lib.init, config))
-  implementation = choose(implementation, pages)
+  implementation = choose(implementation, pages, config.pages_per_row)
   step = functools.partial(_layer, implementation)
   return proof.prove(implementation, step, config, num_heads, memory_bytes, progress)
 

@@ -47,11 +47,13 @@ class Backend(NamedTuple):
   attend: Callable[
     [jax.Array, Pages, jax.Array, Tables, Part, Options], tuple[jax.Array, jax.Array | None]
   ]
-  # Why it cannot serve these pages, None if it can.
-  refusal: Callable[[Pages], str | None] = lambda pages: None
+  # (pages, pages of a row) -> why it cannot serve them, None if it can
+  refusal: Callable[[Pages, int], str | None] = lambda pages, pages_per_row: None
   # (pages, layer i32[], k [B,H,D], v [B,H,D], plan) -> the next pages
   write: Callable[[Pages, jax.Array, jax.Array, jax.Array, Plan], Pages] = scatter
   # (tokens of a part, most rows of it, tokens of a row that are few) -> most tokens in a block
   block_size: Callable[[int, int, int], int] = block_size
-  # (pages, slots i32[B], most tokens in a block) -> where writes go, None if slots are enough
-  windows: Callable[[Pages, jax.Array, int], Windows | None] = lambda pages, slots, block_size: None
+  # (pages, slots i32[B], most tokens in a block) -> where writes go, none if slots are enough
+  windows: Callable[[Pages, jax.Array, int], tuple[Windows, ...]] = lambda pages, slots, size: ()
+  # Whether q and the output are as wide as the page array, or without its padding.
+  as_stored: bool = True

@@ -47,7 +47,7 @@ def schedule(
   ends = _take(last, queries, -1)
   live = (last >= 0) & (owner < num_blocks)
   return Blocks(
-    count=jnp.sum(leads & (owner < num_blocks), dtype=jnp.int32),
+    num_blocks=jnp.sum(leads & (owner < num_blocks), dtype=jnp.int32),
     first=first,
     lengths=lengths,
     rows=_take(rows, first, num_rows),

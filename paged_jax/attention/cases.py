@@ -30,6 +30,7 @@ class Case:
   num_heads: int = 4
   num_kv_heads: int = 2
   head_dim: int = 8
+  storage_head_dim: int = 0  # 0: head_dim
   page_size: int = 3
   dtype: str = "float32"
   bits: bool = False  # pages stored as unsigned integers
@@ -69,7 +70,7 @@ class Problem(NamedTuple):
   """A case's arrays, all of NumPy. `k` and `v` are its rows in token order, 0 where not live."""
 
   q: np.ndarray  # [B,Q,D]
-  kv: np.ndarray  # storage[N,L,H,T,2D] NaN in every place without a live token
+  kv: np.ndarray  # storage[N,L,H,T,2*stored D] NaN in every place without a live token
   block_tables: np.ndarray  # i32[S,P]
   starts: np.ndarray  # i32[S]
   lengths: np.ndarray  # i32[S]
@@ -119,6 +120,7 @@ def fitted(case: Case, config: CacheConfig, num_heads: int) -> Case:
     num_heads=num_heads,
     num_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
+    storage_head_dim=config.array_head_dim,
     page_size=size,
     dtype=np.dtype(config.dtype).name,
     bits=config.array_dtype != config.dtype,
@@ -142,13 +144,15 @@ def build(case: Case, seed: int = 0) -> Problem:
   tables = np.full((len(lengths) + case.spare_rows, per_row), n, np.int32)
   shape = (2, len(tables), per_row * t, h, d)
   rows_kv = rng.standard_normal(shape, np.float32).astype(case.dtype)
-  kv = np.full((n, NUM_LAYERS, h, t, 2 * d), np.nan, rows_kv.dtype)
+  stored = case.storage_head_dim or d
+  kv = np.full((n, NUM_LAYERS, h, t, 2 * stored), np.nan, rows_kv.dtype)
   for row, (start, length) in enumerate(zip(starts, lengths)):
     for page in range(firsts[row], firsts[row] + counts[row]):
       tables[row, page], ids = ids[0], ids[1:]
     for position in range(start, length):
       page, offset = tables[row, position // t], position % t
-      kv[page, LAYER, :, offset] = np.concatenate(rows_kv[:, row, position], axis=-1)
+      both = np.pad(rows_kv[:, row, position], ((0, 0), (0, 0), (0, stored - d)))
+      kv[page, LAYER, :, offset] = np.concatenate(both, axis=-1)
   positions = np.arange(per_row * t)
   pad = (0, case.spare_rows)
   starts, lengths = np.pad(starts, pad), np.pad(lengths, pad)

@@ -66,8 +66,9 @@ CONFIGS = {
 }
 
 
-def refusal(pages: Pages) -> str | None:
+def refusal(pages: Pages, pages_per_row: int) -> str | None:
   """Why the kernel cannot serve `pages`, None if it can; without a GPU no device is judged."""
+  del pages_per_row  # any number
   if jax.default_backend() == "gpu":
     capability = jax.devices()[0].compute_capability
     if not capability[:1].isdigit() or float(capability) < 8.0:
@@ -83,7 +84,8 @@ def pages_refusal(pages: Pages) -> str | None:
   if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     return f"dtype must be float32, bfloat16 or float16, not {pages.dtype}"
   if d not in (16, 32, 64, 128, 256):
-    return f"head_dim must be a power of two from 16 to 256, not {d}"
+    many = "a power of two from 16 to 256"
+    return f"head_dim must be {many}, not {d} (CacheConfig.stored_for pads smaller ones)"
   return None
 
 

@@ -44,8 +44,9 @@ _API = ("Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "WGM
         "wgmma")  # fmt: skip
 
 
-def refusal(pages: Pages) -> str | None:
+def refusal(pages: Pages, pages_per_row: int) -> str | None:
   """Why the kernel cannot serve `pages`, None if it can; without a GPU no device is judged."""
+  del pages_per_row  # any number
   if missing := [name for name in _API if not hasattr(plgpu, name)]:
     return f"Mosaic GPU of jax {jax.__version__} lacks {', '.join(missing)}"
   if jax.default_backend() == "gpu":
@@ -61,7 +62,10 @@ def pages_refusal(pages: Pages) -> str | None:
   if pages.kv.dtype not in (jnp.bfloat16, jnp.float16):
     return f"pages must be kept as bfloat16 or float16, not {pages.kv.dtype}: wgmma has no other"
   if d not in CHUNKS:
-    return f"head_dim must be one of {', '.join(map(str, CHUNKS))}, not {d}"
+    sizes = ", ".join(map(str, CHUNKS))
+    return (
+      f"head_dim must be one of {sizes}, not {d} (CacheConfig.storage_head_dim pads smaller ones)"
+    )
   x, _, _ = CHUNKS[d]
   if t % 16 or (x % t and t % x):
     return f"page_size must be a multiple of 16 that divides {x}, or one of {x}, not {t}"
@@ -142,8 +146,8 @@ def attend(
     ),
     interpret=interpret or None,
   )(
-    places, blocks.lengths, blocks.rows, blocks.starts, blocks.lows, blocks.highs, layer[None],
-    options.window[None], factors, queries.astype(dtype), last, sinks, tables.block_tables,
+    jnp.stack([places, blocks.lengths, blocks.rows, blocks.starts, blocks.lows, blocks.highs]),
+    jnp.stack([layer, options.window]), factors, queries.astype(dtype), last, sinks, tables.block_tables,
     pages.kv.reshape(n, num_layers, h, t // box, box, 2 * d),
   )  # fmt: skip
   out, lse = out[..., :m, :], lse.reshape(z, g, h, -1)[..., :m]
@@ -160,14 +164,8 @@ def _pad(x: jax.Array, width: int, value) -> jax.Array:
 
 def _kernel(
   # inputs
-  places_ref,  # i32[G] where its queries are
-  lengths_ref,  # i32[G] tokens in the block
-  rows_ref,  # i32[G]
-  starts_ref,  # i32[G] first live token of the row
-  lows_ref,  # i32[G] least position among its queries
-  highs_ref,  # i32[G] greatest position, -1 = it has none
-  layer_ref,  # i32[1]
-  window_ref,  # i32[1]
+  blocks_ref,  # i32[6,G] where its queries are, and of `Blocks` lengths, rows, starts, lows, highs
+  numbers_ref,  # i32[2] layer, window
   factors_ref,  # f32[2]
   q_gmem,  # [G,H,M,D], or M8 in place of an M beyond 8
   last_gmem,  # i32[G,Y*W*64] position of each query, None where blocks have one token
@@ -201,11 +199,12 @@ def _kernel(
   stages, x, _ = kv_ref.shape
   boxes = x // box  # of a chunk
 
-  row = jnp.minimum(rows_ref[block], num_rows - 1)
-  end = highs_ref[block] + 1
-  begin = jnp.maximum(starts_ref[block], lows_ref[block] - window_ref[0] + 1)
+  place, length, row, start, low, high = (blocks_ref[i, block] for i in range(6))
+  layer, window = numbers_ref[0], numbers_ref[1]
+  row, end = jnp.minimum(row, num_rows - 1), high + 1
+  begin = jnp.maximum(start, low - window + 1)
   first_chunk, num_chunks = _share(jnp.minimum(begin, end), end, x, split, out_gmem.shape[0])
-  busy = (end > 0) & (tile * num_warpgroups * wgmma.ROWS < lengths_ref[block] * group)
+  busy = (end > 0) & (tile * num_warpgroups * wgmma.ROWS < length * group)
 
   def ids(number):
     """The page of each box of a chunk, N where there is none."""
@@ -230,7 +229,7 @@ def _kernel(
       part = lax.rem((first_chunk + number) * boxes, jnp.int32(boxes_per_page))
       for i, page in enumerate(sources):
         plgpu.copy_gmem_to_smem(
-          kv_gmem.at[jnp.minimum(page, num_pages - 1), layer_ref[0], head, part],
+          kv_gmem.at[jnp.minimum(page, num_pages - 1), layer, head, part],
           kv_ref.at[slot, pl.ds(i * box, box)],
           kv_there.at[slot],
         )
@@ -242,7 +241,6 @@ def _kernel(
     q, there = q_ref.at[warpgroup], q_there.at[warpgroup]
     nth = tile * num_warpgroups + warpgroup
     rows = pl.ds(nth * wgmma.ROWS, wgmma.ROWS)
-    place = places_ref[block]
     plgpu.copy_gmem_to_smem(q_gmem.at[place, head, rows], q, there)
     if last_ref is not None:
       plgpu.copy_gmem_to_smem(last_gmem.at[block, rows], last_ref.at[warpgroup], there)
@@ -252,7 +250,7 @@ def _kernel(
     span = ()  # first and last position that each query sees, if they differ
     if last_ref is not None:
       last = wgmma.by_row(last_ref[warpgroup])
-      span = wgmma.by_row(jnp.maximum(starts_ref[block], last - window_ref[0] + 1)), last
+      span = wgmma.by_row(jnp.maximum(start, last - window + 1)), last
 
     def add_chunk(number, sums):
       slot = lax.rem(number, jnp.int32(stages))
@@ -294,21 +292,26 @@ def _kernel(
       total = total + jnp.where(split == 0, 1.0, 0.0)
     acc = wgmma.tiled(jnp.zeros((wgmma.ROWS, d), jnp.float32))
     sums = lax.fori_loop(0, num_chunks, add_chunk, softmax.Sums(top, total, acc))
-    total = jnp.where(sums.total > 0, sums.total, 1)
-    out, lse = out_ref.at[warpgroup], lse_ref.at[warpgroup]
-    made = wgmma.tiled((sums.acc / wgmma.column(total, d)).astype(out.dtype))
-    lse[...] = wgmma.by_row(sums.top / LOG2E + jnp.log(sums.total))
-    width = out.shape[1]
-    for i in range(0, d, width):
-      out[...] = made if width == d else lax.slice(made, (0, i), (wgmma.ROWS, i + width))
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out, out_gmem.at[split, place, head, rows, pl.ds(i, width)])
-      plgpu.wait_smem_to_gmem(0)
-    # A copy of one axis is clipped at the end of the array, not of the axis: it takes no more rows
-    # than there are.
-    few = lse.at[pl.ds(0, lse_gmem.shape[-1])]
-    plgpu.copy_smem_to_gmem(few, lse_gmem.at[split, place, head, nth])
+    _store(sums, out_ref.at[warpgroup], out_gmem.at[split, place, head, rows],
+           lse_ref.at[warpgroup], lse_gmem.at[split, place, head, nth])  # fmt: skip
+
+
+def _store(sums: softmax.Sums, out_ref, out_gmem, lse_ref, lse_gmem) -> None:
+  """Output and LSE of a warpgroup's queries; rows that there are not are clipped."""
+  d, width = sums.acc.shape[1], out_ref.shape[1]
+  total = jnp.where(sums.total > 0, sums.total, 1)
+  made = wgmma.tiled((sums.acc / wgmma.column(total, d)).astype(out_ref.dtype))
+  lse_ref[...] = wgmma.by_row(sums.top / LOG2E + jnp.log(sums.total))
+  for i in range(0, d, width):
+    out_ref[...] = made if width == d else lax.slice(made, (0, i), (wgmma.ROWS, i + width))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_ref, out_gmem.at[:, pl.ds(i, width)])
     plgpu.wait_smem_to_gmem(0)
+  # A copy of one axis is clipped at the end of the array, not of the axis: it takes no more rows
+  # than there are.
+  few = lse_ref.at[pl.ds(0, lse_gmem.shape[0])]
+  plgpu.copy_smem_to_gmem(few, lse_gmem)
+  plgpu.wait_smem_to_gmem(0)
 
 
 def _share(begin, end, x, split, num_splits) -> tuple[jax.Array, jax.Array]:

@@ -32,7 +32,7 @@ REPEATS = 16  # of it in one program: less than that, and a call's own time woul
 
 # (pages, layer i32[], q, k, v, tables, (rows, positions, slots, ok), parts, **options)
 # -> the next pages, output and LSE; `parts` is static
-Step = Callable[..., tuple[Pages, jax.Array, jax.Array]]
+Step = Callable[..., tuple[Pages, jax.Array, jax.Array | None]]
 
 
 class Check(NamedTuple):
@@ -197,10 +197,12 @@ def _check(step: Step, case: cases.Case) -> Check:
   at = problem.slots[live] // t, cases.LAYER, slice(None), problem.slots[live] % t
   dtype = np.dtype(case.dtype)
   before = problem.kv.view(dtype).copy()
-  new = np.full((len(live), case.num_kv_heads, 2 * case.head_dim), 7, dtype)  # 7 goes nowhere
-  new[live], before[at] = before[at], np.nan
+  d, stored = case.head_dim, before.shape[-1] // 2
+  new = np.full((2, len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
+  new[0, live], new[1, live] = before[at][..., :d], before[at][..., stored : stored + d]
+  before[at] = np.nan
   # A copy, made by the device: memory that NumPy has, too, would never be donated.
-  pages = Pages(jnp.copy(jax.device_put(before.view(problem.kv.dtype))), dtype)
+  pages = Pages(jnp.copy(jax.device_put(before.view(problem.kv.dtype))), dtype, d)
   options: dict[str, Any] = {
     name: None if value is None else np.float32(value)
     for name, value in (("scale", case.scale), ("softcap", case.softcap), ("sinks", problem.sinks))
@@ -211,7 +213,7 @@ def _check(step: Step, case: cases.Case) -> Check:
     pages,
     np.int32(cases.LAYER),
     problem.q,
-    *np.split(new, 2, axis=-1),
+    *new,
     _tables(problem.block_tables, problem.starts, problem.lengths),
     (problem.rows, problem.positions, problem.slots, problem.ok),
   )
@@ -243,7 +245,7 @@ def _time(step: Step, config: CacheConfig, num_heads: int, memory_bytes: int) ->
   """Times a decode step of one layer against a copy of as many bytes as its rows have."""
   t, h, d = config.page_size, config.num_kv_heads, config.head_dim
   per_row = -(-NUM_TOKENS // t)
-  row_bytes = per_row * h * t * 2 * d * config.array_dtype.itemsize
+  row_bytes = per_row * h * t * 2 * config.array_head_dim * config.array_dtype.itemsize
   stats = _memory()
   room = stats.get("bytes_limit", memory_bytes) - stats.get("bytes_in_use", 0)
   s = max(1, min(NUM_ROWS, min(memory_bytes, room) // (2 * row_bytes)))  # half for the copy

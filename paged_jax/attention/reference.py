@@ -22,7 +22,7 @@ def attend(
   options: Options,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
-  n, _, h, t, d = pages_lib.sizes(pages)
+  n, _, h, t, _ = pages_lib.sizes(pages)
   ids = tables.block_tables.at[part.rows].get(mode="fill", fill_value=n)  # [B,P]
   k, v = (x.astype(jnp.float32) for x in pages_lib.gather(pages, layer, ids))  # [B,X,H,D]
 
@@ -31,7 +31,7 @@ def attend(
   seen = (j >= jnp.maximum(starts, i - options.window + 1)) & (j <= i)
   seen &= jnp.repeat(ids < n, t, axis=1)  # [B,X]
 
-  queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, d)
+  queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, q.shape[2])
   k, v = (jnp.where(seen[:, None, :, None], x.swapaxes(1, 2), 0) for x in (k, v))  # 0 * NaN is NaN
   logits = softmax.logits(queries, k, seen[:, None, None], options.scale, options.softcap)
   logits = logits.reshape(*q.shape[:2], -1)
@@ -45,4 +45,4 @@ def attend(
   return out.reshape(q.shape).astype(q.dtype), lse
 
 
-BACKEND = Backend(attend)
+BACKEND = Backend(attend, as_stored=False)

@@ -14,27 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import tpu_kernel, tpu_write
+from paged_jax.attention import tpu_kernel, tpu_limits, tpu_write
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
 from paged_jax.attention.tpu_kernel import LANES, LN2
 from paged_jax.types import Pages, Part, Tables
 
 CHUNK_TOKENS = 512
-VMEM_BYTES = 64 * 2**20
-
-
-def refusal(pages: Pages) -> str | None:
-  """Why the kernel cannot serve `pages`, None if it can."""
-  _, _, _, t, d = pages_lib.sizes(pages)
-  if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
-    return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
-  rows = 32 // pages.kv.dtype.itemsize  # of a tile
-  if t % rows:
-    return f"page_size must be a multiple of {rows} for {pages.kv.dtype}, not {t}"
-  if d % 64:
-    return f"head_dim must be a multiple of 64, not {d}"
-  return None
 
 
 def attend(
@@ -46,7 +32,7 @@ def attend(
   options: Options,
   *,
   interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   _, _, h, t, d = pages_lib.sizes(pages)
   group, alone = q.shape[1] // h, part.block_size == 1
@@ -61,7 +47,7 @@ def attend(
     sinks = jnp.tile(sinks.reshape(h, group) / LN2, (1, part.block_size))[..., None]
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
   page_bytes = 2 * h * t * d * pages.kv.dtype.itemsize
-  fitting = VMEM_BYTES // (4 * page_bytes)  # two chunks, half the space
+  fitting = tpu_limits.vmem_bytes() // (4 * page_bytes)  # two chunks, half the space
   c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
   # Logits are in base 2, as the processor has it: exp would multiply each of them once more.
   if options.softcap is None:
@@ -81,7 +67,7 @@ def attend(
     functools.partial(tpu_kernel.kernel, size=d, softcapped=options.softcap is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
-      grid=(jnp.maximum(blocks.count, 1),),  # of no block: the first one sees nothing
+      grid=(jnp.maximum(blocks.num_blocks, 1),),  # of no block: the first one sees nothing
       in_specs=[
         scalar,
         block(h, m, width),
@@ -105,7 +91,7 @@ def attend(
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",),
-      vmem_limit_bytes=VMEM_BYTES,
+      vmem_limit_bytes=tpu_limits.vmem_bytes(),
       disable_bounds_checks=True,
     ),
     interpret=interpret,
@@ -120,4 +106,6 @@ def attend(
   return blocks_lib.by_token(out, part, 0), lse
 
 
-BACKEND = Backend(attend, refusal, tpu_write.write, windows=tpu_write.windows)
+BACKEND = Backend(
+  attend, tpu_limits.refusal, tpu_write.write, tpu_limits.block_size, tpu_write.windows
+)

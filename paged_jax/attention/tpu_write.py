@@ -18,6 +18,8 @@ select, if the W tokens of the batch are copied that have the run where the wind
 A window that the run fills is not read.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -30,10 +32,17 @@ RING_BYTES = 8 * 2**20
 MIN_SLOTS = 4
 MAX_SLOTS = 32
 MAX_WINDOW = 64
+MAX_TOKENS = 2**16  # of a kernel: three integers each fit in SMEM
 TILE = 8  # rows
 
 
-def windows(pages: Pages, slots: jax.Array, block_size: int) -> Windows:
+def windows(pages: Pages, slots: jax.Array, block_size: int) -> tuple[Windows, ...]:
+  """The windows of each kernel's tokens, of all at `slots` i32[B]; see `of_kernel`."""
+  pieces = range(0, slots.shape[0], MAX_TOKENS)
+  return tuple(of_kernel(pages, slots[i : i + MAX_TOKENS], block_size) for i in pieces)
+
+
+def of_kernel(pages: Pages, slots: jax.Array, block_size: int) -> Windows:
   """The windows of tokens at `slots` i32[B]; those out of range are not written.
 
   The slots are distinct, and those of one window stand side by side, as in every plan.
@@ -92,9 +101,10 @@ def write(
 ) -> Pages:
   """Writes `k`, `v` [B,H,D] of one layer where the plan says; nothing if there is no such layer."""
   begin = 0
-  for part in plan.parts:
-    new = (x[begin : (end := begin + part.rows.shape[0])] for x in (k, v))
-    pages = write_windows(pages, layer, *new, part.windows, interpret=interpret)
+  for windows in (each for part in plan.parts for each in part.windows):
+    end = begin + windows.first.shape[0]
+    new_k, new_v = k[begin:end], v[begin:end]
+    pages = write_windows(pages, layer, new_k, new_v, windows, interpret=interpret)
     begin = end
   return pages
 
@@ -138,7 +148,7 @@ def write_windows(
     windows.lengths, windows.slots, pages_lib.stored(k, pages), pages_lib.stored(v, pages),
     pages.kv,
   )  # fmt: skip
-  return Pages(kv=kv, dtype=pages.dtype)
+  return dataclasses.replace(pages, kv=kv)
 
 
 def _kernel(

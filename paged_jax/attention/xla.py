@@ -80,7 +80,7 @@ def attend(
 
   one = attend_any if len(sizes) > 1 else functools.partial(attend_block, largest)
   outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
-  return jax.lax.fori_loop(0, part.blocks.count, one, outs)
+  return jax.lax.fori_loop(0, part.blocks.num_blocks, one, outs)
 
 
 def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
@@ -140,7 +140,7 @@ def _chunk(pages: Pages, tables: Tables) -> int:
 def _load(
   pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """K and V [H,X,D] of pages `ids` i32[C]. V is zero where not `live` bool[X]: 0 * NaN is NaN."""
+  """K and V [H,X,head_dim] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   kv = pages.kv.reshape(n * num_layers, h, t, 2 * d)
   rows = jnp.minimum(ids, n - 1) * num_layers + layer
@@ -150,12 +150,12 @@ def _load(
 
   def part(channel):
     where = jnp.stack([rows, jnp.full_like(rows, channel)], axis=-1)
-    return jax.lax.gather(kv, where, by_head, (1, h, t, d), mode="clip")  # [H,C,T,D]
+    return jax.lax.gather(kv, where, by_head, (1, h, t, pages.head_dim), mode="clip")  # [H,C,T,..]
 
   k, v = part(0), part(d)
-  v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))
-  k, v = (pages_lib.values(x.reshape(h, -1, d), pages) for x in (k, v))
+  v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
+  k, v = (pages_lib.values(x.reshape(h, -1, pages.head_dim), pages) for x in (k, v))
   return k, v
 
 
-BACKEND = Backend(attend, block_size=block_size)
+BACKEND = Backend(attend, block_size=block_size, as_stored=False)

@@ -1,6 +1,5 @@
 """`paged-jax doctor`: versions, the platform, what the cache chooses on it, and whether it is right."""
 
-import functools
 from importlib import metadata
 from typing import Annotated
 
@@ -37,13 +36,15 @@ def run(
   names = ("jax", "jaxlib", "flax")
   print("versions:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
   print(f"platform: {platform}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-  pages = jax.eval_shape(functools.partial(paged_jax.init, config)).pages
-  chosen = attention.choose(attention_name, pages)
+  pages, per_row = jax.eval_shape(lambda: paged_jax.init(config)).pages, config.pages_per_row
+  chosen = attention.choose(attention_name, pages, per_row)
   print(f"attention: {chosen}, for {config.dtype} pages of {page_size} x {head_dim}")
   for name in attention.implementations:
     made_for = attention.platform(name)
     elsewhere = None if made_for in (None, platform) else f"compiles for {made_for} only"
-    print(f"  {name}: {elsewhere or attention.refusal(name, pages) or 'can be asked for'}")
+    print(f"  {name}: {elsewhere or attention.refusal(name, pages, per_row) or 'can be asked for'}")
+  if platform == "tpu" and jax.devices()[0].num_cores > 1:
+    print(f"cores: the kernels use 1 of {jax.devices()[0].num_cores} in each chip")
   print(f"{config.dtype} pages: stored as {config.array_dtype}")
   print(f"compiled programs: kept in {programs.folder() or 'memory only'}")
   if verify:

@@ -103,7 +103,9 @@ class Calls:
     self._manager, self._model, self._queue = manager, _compilable(model), queue
     self._config, self._counts = config, counts
     self._cache: CacheConfig = manager.config
-    self.implementation = attention.choose(config.implementation, manager.cache.pages)
+    self.implementation = attention.choose(
+      config.implementation, manager.cache.pages, self._cache.pages_per_row
+    )
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()

@@ -40,12 +40,13 @@ def backend(implementation: str | None, config: CacheConfig) -> str:
     page_size=config.page_size,
     dtype=config.dtype,
     storage_dtype=config.storage_dtype,
+    storage_head_dim=config.storage_head_dim,
   )
   there = jax.eval_shape(functools.partial(pages.init, shape))
   if implementation is None:
-    wanted = attention.candidates(there)
+    wanted = attention.candidates(there, config.pages_per_row)
   else:
-    wanted = [attention.choose(implementation, there)]
+    wanted = [attention.choose(implementation, there, config.pages_per_row)]
   wrong = {}
   for name in wanted:
     if attention.platform(name) is not None and (table := _disproof(name, shape)):

@@ -49,6 +49,7 @@ def configs(draw, **fixed) -> CacheConfig:
     num_rows=draw(st.integers(1, 5)),
     max_length=draw(st.integers(1, 14)),
     dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+    storage_head_dim=draw(st.sampled_from([None, 5])),
     copy_on_write=draw(st.sampled_from([True, True, False])),
   )
   return dataclasses.replace(config, **fixed)

@@ -32,6 +32,9 @@ CASES = (
   Case("head dim 5", (9, 14), (1, 6), head_dim=5),
   Case("head dim 64", (9, 140), (1, 6), head_dim=64, page_size=16),
   Case("head dim 128", (9, 140), (1, 6), head_dim=128, page_size=16),
+  Case("head dim 80 padded", (9, 140), (1, 6), head_dim=80, storage_head_dim=128, page_size=16),
+  Case("head dim 96 padded, bfloat16", (9, 64), (1, 30), head_dim=96, storage_head_dim=128,
+       dtype="bfloat16", page_size=16, softcap=3.0, sinks=True, spare_rows=0),
   Case("page size 1", (9, 4, 17), (1, 3, 5), page_size=1),
   Case("page size 8", (9, 8, 17), (1, 3, 5), page_size=8),
   Case("page size 16", (9, 16, 37), (1, 3, 5), page_size=16),
@@ -109,7 +112,7 @@ def forget(keep=None):
 def build(case: Case, seed: int = 0) -> Problem:
   made = essential.build(case, seed)
   stale = np.zeros(len(made.lengths), bool)
-  pages = Pages(kv=device(made.kv), dtype=np.dtype(case.dtype))
+  pages = Pages(kv=device(made.kv), dtype=np.dtype(case.dtype), head_dim=case.head_dim)
   kept = Tables(*map(device, (made.block_tables, made.starts, made.lengths, stale)))
   return Problem(
     q=device(made.q),

@@ -115,27 +115,11 @@ def test_misuse_names_the_argument(name, change):
 
 def test_no_implementation_is_chosen_in_place_of_the_one_named():
   pages = cases.build(cases.Case("", (1,), (1,), page_size=16, head_dim=64)).pages
-  assert attention.choose(None, pages) == "xla"
-  assert [attention.choose(name, pages) for name in PORTABLE] == [*PORTABLE]
-  assert attention.choose("tpu", pages) == "tpu"
+  assert attention.choose(None, pages, 16) == "xla"
+  assert [attention.choose(name, pages, 16) for name in PORTABLE] == [*PORTABLE]
+  assert attention.choose("tpu", pages, 16) == "tpu"
   with pytest.raises(ValueError, match="'cuda'"):
-    attention.choose("cuda", pages)
-
-
-@pytest.mark.parametrize(
-  "why, fields",
-  [
-    ("page_size must be a multiple of 16 for bfloat16, not 8", dict(page_size=8)),
-    ("head_dim must be a multiple of 64, not 32", dict(head_dim=32)),
-    ("kept as float32 or bfloat16, not float16", dict(dtype="float16")),
-    ("kept as float32 or bfloat16, not uint16", dict(bits=True)),
-  ],
-)
-def test_the_tpu_kernel_says_why_it_refuses(why, fields):
-  fields = dict(page_size=16, head_dim=64, dtype="bfloat16") | fields
-  pages = cases.build(cases.Case("", (1,), (1,), **fields)).pages
-  with pytest.raises(NotImplementedError, match=f"'tpu' cannot serve this cache: .*{why}"):
-    attention.choose("tpu", pages)
+    attention.choose("cuda", pages, 16)
 
 
 def test_the_platform_s_kernel_is_chosen_where_it_can_serve(monkeypatch):
@@ -144,5 +128,5 @@ def test_the_platform_s_kernel_is_chosen_where_it_can_serve(monkeypatch):
   served, refused = (
     cases.build(cases.Case("", (1,), (1,), head_dim=d, **fields)).pages for d in (64, 32)
   )
-  assert attention.choose(None, served) == "tpu"
-  assert attention.choose(None, refused) == "xla"
+  assert attention.choose(None, served, 16) == "tpu"
+  assert attention.choose(None, refused, 16) == "xla"

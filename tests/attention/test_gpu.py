@@ -25,8 +25,9 @@ needs_gpu = pytest.mark.skipif(
 
 
 def served(case: cases.Case) -> cases.Case:
-  """The case with a head dim that the kernel serves."""
-  return case if case.head_dim in (64, 128) else dataclasses.replace(case, head_dim=16)
+  """The case with a stored head dim that the kernel serves."""
+  kept = case.storage_head_dim or case.head_dim in (64, 128)
+  return case if kept else dataclasses.replace(case, head_dim=16)
 
 
 AT_16 = [
@@ -66,7 +67,7 @@ def close(got, want, tolerance):
 
 def check(case):
   problem = cases.build(case)
-  assert gpu.refusal(problem.pages) is None
+  assert gpu.refusal(problem.pages, 16) is None
   close(problem.attend("gpu"), cases.dense(case, problem), case.tolerance)
 
 
@@ -117,27 +118,27 @@ def test_vmap_over_caches_equals_one_at_a_time(interpreted):
 
 
 def pages(d, dtype="bfloat16", t=16):
-  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, 2 * d), dtype), np.dtype(dtype))
+  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, 2 * d), dtype), np.dtype(dtype), d)
 
 
 @pytest.mark.parametrize(
   "pages, why",
   [
     (pages(8), "head_dim must be a power of two from 16 to 256, not 8"),
-    (pages(96), "not 96"),
+    (pages(96), "not 96 (CacheConfig.stored_for pads smaller ones)"),
     (pages(512), "not 512"),
     (pages(128, "int8"), "dtype must be float32, bfloat16 or float16, not int8"),
   ],
 )
 def test_a_refusal_says_why(pages, why):
-  assert why in gpu.refusal(pages)
+  assert why in gpu.refusal(pages, 16)
   with pytest.raises(NotImplementedError, match="'gpu' cannot serve this cache"):
-    attention.choose("gpu", pages)
+    attention.choose("gpu", pages, 16)
 
 
 @pytest.mark.parametrize("t", [1, 3, 16, 128])
 def test_every_page_size_is_served(t):
-  assert gpu.refusal(pages(64, "float16", t)) is None
+  assert gpu.refusal(pages(64, "float16", t), 16) is None
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,10 @@ def test_on_an_older_gpu_xla_is_chosen(capability, chosen, monkeypatch):
   device = types.SimpleNamespace(compute_capability=capability)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
-  assert attention.choose(None, pages(128)) == chosen
+  assert attention.choose(None, pages(128), 16) == chosen
   if chosen == "xla":
     with pytest.raises(NotImplementedError, match=r"8\.0 or later, not 7\.5"):
-      attention.choose("gpu", pages(128))
+      attention.choose("gpu", pages(128), 16)
 
 
 # What the compiler is given, without a GPU.
@@ -180,7 +181,7 @@ class Shapes:
     lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
     tables = Tables(tables, lengths, lengths, shape((s,), jnp.bool))
     rows = shape((b,), jnp.int32)
-    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype))
+    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype), self.head_dim)
     plan = jax.eval_shape(
       functools.partial(cases.traced_plan, implementation="gpu", parts=self.parts),
       rows, rows, shape((b,), jnp.bool), pages, tables,

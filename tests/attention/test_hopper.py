@@ -40,7 +40,7 @@ def served(case):
     case,
     dtype="float16" if case.dtype == "float16" else "bfloat16",
     bits=False,
-    head_dim=case.head_dim if case.head_dim in hopper.CHUNKS else 64,
+    head_dim=case.head_dim if case.storage_head_dim or case.head_dim in hopper.CHUNKS else 64,
     page_size=case.page_size if case.page_size % 16 == 0 else 16,
   )
 
@@ -155,7 +155,7 @@ def lower(num_heads, h, d, num_tokens, *, page_size=16, softcap=None, window=Non
   def attend(q, kv, block_tables, starts, lengths, token_rows, positions):
     ok = jnp.ones(num_tokens, bool)
     tables = Tables(block_tables, starts, lengths, jnp.zeros(rows, bool))
-    pages = Pages(kv, np.dtype(jnp.bfloat16))
+    pages = Pages(kv, np.dtype(jnp.bfloat16), d)
     plan = cases.traced_plan(token_rows, positions, ok, pages, tables, "hopper", parts)
     return attention.attend(q, pages, 1, tables, plan, softcap=softcap, window=window)
 
@@ -235,14 +235,15 @@ def pages(**fields):
   [
     ("kept as bfloat16 or float16, not float32: wgmma has no other", dict(dtype="float32")),
     ("kept as bfloat16 or float16, not uint16", dict(bits=True)),
-    ("head_dim must be one of 64, 128, 256, not 32", dict(head_dim=32)),
+    ("head_dim must be one of 64, 128, 256, not 32 .CacheConfig.storage_head_dim pads",
+     dict(head_dim=32)),
     ("page_size must be a multiple of 16 that divides 128, or one of 128, not 8", dict(page_size=8)),
     ("page_size must be .* not 48", dict(page_size=48)),
   ],
 )  # fmt: skip
 def test_it_says_why_it_refuses(why, fields):
   with pytest.raises(NotImplementedError, match=f"'hopper' cannot serve this cache: .*{why}"):
-    attention.choose("hopper", pages(**fields))
+    attention.choose("hopper", pages(**fields), 16)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
@@ -258,13 +259,13 @@ def test_on_a_gpu_it_is_chosen_on_hopper_only(capability, monkeypatch):
   bf16 = pages()
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
-  assert (attention.choose(None, bf16) == "hopper") == (capability == "9.0")
+  assert (attention.choose(None, bf16, 16) == "hopper") == (capability == "9.0")
   if capability != "9.0":
     with pytest.raises(NotImplementedError, match=rf"capability 9\.0, not {capability}"):
-      attention.choose("hopper", bf16)
+      attention.choose("hopper", bf16, 16)
 
 
 def test_a_jax_that_lacks_a_part_of_mosaic_gpu_is_refused(monkeypatch):
   monkeypatch.delattr(plgpu, "wgmma")
   with pytest.raises(NotImplementedError, match=f"jax {jax.__version__} lacks wgmma"):
-    attention.choose("hopper", pages())
+    attention.choose("hopper", pages(), 16)

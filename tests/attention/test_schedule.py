@@ -21,7 +21,7 @@ def schedule(rows, num_rows, block_size, most=None, positions=None, starts=None)
     np.asarray, jitted(rows, starts, last, num_rows, most or num_rows, block_size)
   )
   first, lengths = made.first.tolist(), made.lengths.tolist()
-  assert made.count == sum(length > 0 for length in lengths)
+  assert made.num_blocks == sum(length > 0 for length in lengths)
   places = np.full(len(rows), made.tokens.size)
   for g, (token, length) in enumerate(zip(first, lengths)):
     attend = [b for b in range(token, token + length) if last[b] >= 0]

@@ -1,6 +1,8 @@
 """The TPU kernels interpreted: on the same cases, to the same tolerance, as every backend."""
 
+import dataclasses
 import functools
+import types
 from typing import NamedTuple
 
 import cases
@@ -122,7 +124,7 @@ def writes(
   kv = rng.standard_normal((n, 2, h, page_size, 2 * d)).astype(dtype)
   k, v = rng.standard_normal((2, len(slots), h, d)).astype(dtype)
   slots = jnp.array(slots, jnp.int32)
-  return Writes(Pages(jnp.array(kv), np.dtype(dtype)), slots, jnp.array(k), jnp.array(v))
+  return Writes(Pages(jnp.array(kv), np.dtype(dtype), d), slots, jnp.array(k), jnp.array(v))
 
 
 WRITES = {
@@ -164,8 +166,9 @@ BLOCKS = [(name, 4) for name in WRITES] + [(n, 1) for n in SHORT] + [(n, 64) for
 
 def writer(block_size, interpret):
   def write(pages, layer, k, v, slots):
-    windows = tpu_write.windows(pages, slots, block_size=block_size)
-    return tpu_write.write_windows(pages, layer, k, v, windows, interpret=interpret)
+    part = types.SimpleNamespace(windows=tpu_write.windows(pages, slots, block_size))
+    plan = types.SimpleNamespace(parts=[part])
+    return tpu_write.write(pages, layer, k, v, plan, interpret=interpret)
 
   return jax.jit(write, compiler_options=cases.INTERPRETER)
 
@@ -186,7 +189,8 @@ def test_the_write_equals_a_scatter_bit_by_bit(name, block_size):
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_the_write_equals_a_scatter_for_any_runs(block_size):
   w = writes((40,), (0,), page_size=16)
-  pages = Pages(jnp.concatenate([w.pages.kv] * 3), w.pages.dtype)  # two for each of six rows
+  kv = jnp.concatenate([w.pages.kv] * 3)  # two pages for each of six rows
+  pages = dataclasses.replace(w.pages, kv=kv)
   write = writer(block_size, True)
   for seed in range(20):
     rng = np.random.default_rng(seed)
@@ -209,15 +213,21 @@ def test_no_copy_of_a_write_races(name, mode):
   assert not races_found()
 
 
+@pytest.mark.parametrize("most", [1, 7, 16])
+def test_more_tokens_than_a_kernel_takes_are_written_by_several(most, monkeypatch):
+  monkeypatch.setattr(tpu_write, "MAX_TOKENS", most)
+  check_write(writes((17, 4), (1, 6), page_size=16, padding=1), 4, True)
+
+
 def test_a_layer_that_is_not_there_is_not_written():
   w = writes(**WRITES["decode"])
-  windows = tpu_write.windows(w.pages, w.slots, block_size=1)
+  windows = tpu_write.of_kernel(w.pages, w.slots, block_size=1)
   got = tpu_write.write_windows(w.pages, jnp.int32(2), w.k, w.v, windows, interpret=True)
   np.testing.assert_array_equal(got.kv, w.pages.kv)
 
 
 def page_array(page_size, dtype="bfloat16", h=8, d=128, n=9):
-  return Pages(jax.ShapeDtypeStruct((n, 2, h, page_size, 2 * d), dtype), np.dtype(dtype))
+  return Pages(jax.ShapeDtypeStruct((n, 2, h, page_size, 2 * d), dtype), np.dtype(dtype), d)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +265,7 @@ def test_window_size(pages, block_size, size):
   ],
 )
 def test_windows_are_the_runs_of_slots_that_stand_side_by_side(slots, runs, shared):
-  windows = tpu_write.windows(page_array(4, "float32"), jnp.array(slots, jnp.int32), block_size=4)
+  windows = tpu_write.of_kernel(page_array(4, "float32"), jnp.array(slots, jnp.int32), block_size=4)
   assert windows.size == 4 and windows.count == len(runs) and windows.shared == shared
   firsts = [slots.index(slot) for slot, _ in runs]
   spare = len(slots) - len(runs)

@@ -82,7 +82,7 @@ def test_shard_map_over_heads_needs_no_collective(implementation):
   kv, heads = P(None, None, "h"), P(None, "h")
   run = jax.jit(
     jax.shard_map(
-      lambda q, kv: attend(p, q=q, pages=Pages(kv, p.pages.dtype)),
+      lambda q, kv: attend(p, q=q, pages=dataclasses.replace(p.pages, kv=kv)),
       mesh=mesh,
       in_specs=(heads, kv),
       out_specs=(heads, heads),
@@ -97,7 +97,7 @@ def long_rows(num_rows, pages_per_row, lengths, num_pages=4):
   """Rows of any length on few pages, shared by everybody: attention only reads."""
   tables = jnp.arange(num_rows * pages_per_row, dtype=jnp.int32).reshape(num_rows, -1) % num_pages
   lengths = jnp.asarray(lengths, jnp.int32)
-  pages = Pages(jnp.ones((num_pages, 1, 4, 16, 128)), np.dtype("float32"))
+  pages = Pages(jnp.ones((num_pages, 1, 4, 16, 128)), np.dtype("float32"), 64)
   tables = Tables(tables, jnp.zeros_like(lengths), lengths, jnp.zeros(num_rows, bool))
   plan = cases.plan(jnp.arange(num_rows), lengths - 1, pages, tables, implementation="xla")
   return jnp.ones((num_rows, 4, 64)), pages, 0, tables, plan

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import pytest
 
@@ -53,3 +55,13 @@ def test_bad_input_is_one_line_and_exit_code_2(paged_jax, argv, message):
   code, _, err = paged_jax("doctor", *argv)
   assert code == 2
   assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "num_cores"), [("TPU v5p", 2), ("TPU v6 lite", 1)])
+def test_doctor_says_which_cores_the_kernels_leave_idle(kind, num_cores, paged_jax, monkeypatch):
+  device = types.SimpleNamespace(device_kind=kind, num_cores=num_cores)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(jax, "devices", lambda *_: [device])
+  code, out, _ = paged_jax("doctor")
+  assert code == 0 and "attention: tpu, for bfloat16 pages" in out
+  assert ("cores: the kernels use 1 of 2 in each chip" in out) == (num_cores == 2)

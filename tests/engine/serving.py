@@ -15,10 +15,10 @@ class Words:
     return "".join(chr(97 + token) for token in tokens)
 
 
-def engine(*, model=tiny.MODEL, options=None, num_pages=NUM_PAGES, **fields):
+def engine(*, model=tiny.MODEL, cache=None, options=None, num_pages=NUM_PAGES, **fields):
   """An engine on a pool of which others hold all but `num_pages` pages: one shape, one compilation."""
   config = EngineConfig(
-    tiny.cache(num_pages=NUM_PAGES, num_rows=NUM_ROWS),
+    tiny.cache(num_pages=NUM_PAGES, num_rows=NUM_ROWS, **(cache or {})),
     tiny.options(**(options or {})),
     **(dict(num_steps=4, prompt_sizes=(16,), preemption="swap") | fields),
   )

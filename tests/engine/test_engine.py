@@ -29,6 +29,14 @@ def test_greedy_text_is_that_of_one_request_at_a_time(num_steps, prefix_cache, n
   finish(e)
 
 
+def test_padded_storage_gives_the_same_text():
+  """The head dim of 8 kept as 11, swapped and shared like any other."""
+  e = engine(cache=dict(storage_head_dim=11), num_pages=8)
+  got = e.generate(PROMPTS, Sampling(max_new_tokens=12))
+  assert [c[0].tokens for c in got] == [tiny.greedy(p, 12) for p in PROMPTS]
+  finish(e)
+
+
 @st.composite
 def stories(draw):
   """Settings of an engine, and requests with the round in which each arrives."""

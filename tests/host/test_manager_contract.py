@@ -1,6 +1,7 @@
 """Every row of the contract of the seed that is the manager's, on pages of four tokens."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 
@@ -1681,7 +1682,7 @@ def test_scrub_leaves_what_another_still_holds():
 def overwrite(m, page, value):
   """Somebody else's bytes in a page, behind the manager's back."""
   kv = m.cache.pages.kv.at[page].set(value)
-  pages = paged_jax.types.Pages(kv=kv, dtype=m.cache.pages.dtype)
+  pages = dataclasses.replace(m.cache.pages, kv=kv)
   m._state.cache = paged_jax.types.Cache(ledger=m.cache.ledger, pages=pages)
 
 

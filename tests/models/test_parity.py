@@ -16,9 +16,11 @@ CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
 ROW, OTHER, NUM_ROWS = 2, 0, 3
 
 
-def make_cache(config):
+def make_cache(config, platform="cpu"):
   sizes = {"num_pages": 40, "num_rows": NUM_ROWS, "page_size": 4, "max_length": 64}
-  return paged_jax.init(models.cache_config(config, dtype=jnp.float32, **sizes))
+  return paged_jax.init(
+    models.cache_config(config, dtype=jnp.float32, **sizes).stored_for(platform)
+  )
 
 
 def prefill(decoder, cache, prompt):
@@ -67,6 +69,19 @@ def test_paged_decoder_equals_transformers(name):
   logits, cache = prefill(decoder, make_cache(decoder.config), prompt)
   tokens, more = decode(decoder, cache, logits[-1].argmax(), tiny_models.STEPS)
 
+  np.testing.assert_array_equal(tokens, golden["tokens"][tiny_models.PROMPT :])
+  logits = np.concatenate([logits, more])
+  np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_cache_stored_for_another_platform_gives_the_same_text(platform):
+  golden = np.load(GOLDENS / "llama2" / "golden.npz")
+  decoder = models.load(GOLDENS / "llama2")
+  cache = make_cache(decoder.config, platform)
+  assert cache.pages.head_dim == 8 and cache.pages.kv.shape[-1] > 16
+  logits, cache = prefill(decoder, cache, golden["tokens"][: tiny_models.PROMPT])
+  tokens, more = decode(decoder, cache, logits[-1].argmax(), tiny_models.STEPS)
   np.testing.assert_array_equal(tokens, golden["tokens"][tiny_models.PROMPT :])
   logits = np.concatenate([logits, more])
   np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)

@@ -81,12 +81,7 @@ def run(
   """
   if num_beams > 1 and adjustments is None:
     raise ValueError(f"{num_beams=} needs adjustments")
-  s = cache.ledger.num_rows
-  rows = jax.tree.map(
-    lambda new, old: jnp.where(edits.changed.reshape(-1, *[1] * (old.ndim - 1)), new, old),
-    edits.rows,
-    rows,
-  )
+  s, rows = cache.ledger.num_rows, _edited(rows, edits)
   w = 1 if drafter is None else 1 + drafter.num_drafts
   report = blank(
     num_steps, w, s, with_logprobs=adjustments is not None, searching=num_beams > 1
@@ -118,6 +113,15 @@ def run(
   ran += [("reorder", state.report.beams.sources)] if state.report.beams else []
   log = Log(operands=tuple((x,) for _, x in ran), verbs=tuple(verb for verb, _ in ran))
   return state.cache, log, (state.rows, state.past, pack(state.report))
+
+
+def _edited(rows: Rows, edits: Edits) -> Rows:
+  """The rows, those that the host has changed as it wants them."""
+
+  def choose(new, old):
+    return jnp.where(edits.changed.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+  return jax.tree.map(choose, edits.rows, rows)
 
 
 class _Pass(NamedTuple):
