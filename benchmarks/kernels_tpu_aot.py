@@ -160,10 +160,10 @@ def token_bytes(model: Model) -> int:
 
 
 @functools.cache
-def attention(mesh, model: Model, parts: tuple[tuple[int, int], ...], num_rows: int):
+def attention(mesh, model: Model, parts: tuple[tuple[int, ...], ...], num_rows: int):
   """Bundles around a chunk's, and of one chunk, of the kernel of each part."""
   config = cache_config(model, 64, num_rows)
-  num_tokens = sum(tokens for tokens, _ in parts)
+  num_tokens = sum(part[0] for part in parts)
 
   def step(cache, q, rows, positions, layer):
     plan = paged_jax.plan(cache, rows, positions, implementation="tpu", parts=parts)
@@ -182,7 +182,7 @@ def block_rows(mesh, tpu_name: str, model: Model) -> list[dict]:
   """Bundles of blocks of several sizes, and what the compiler says of a large product."""
   found = []
   for size in (1, 8, 16, 64):
-    part = (32 * size, 32) if size < 16 else (size, 1)
+    part = (32 * size, 32, size) if size < 16 else (size, 1)
     ((around, chunk),) = attention(mesh, model, (part,), 32)
     bundles = around + CONTEXT // tpu.CHUNK_TOKENS * chunk
     found.append({"tpu": tpu_name, "what": "block", "queries": size, "around": around,
@@ -210,7 +210,7 @@ def prefill(model: Model, kernel) -> Work:
 
 def batches(mesh, model: Model) -> dict[str, float]:
   """What parts are worth."""
-  prompt = (PIECE, records.most_prompts(PIECE))
+  prompt = (PIECE, records.most_prompts(PIECE), PIECE)
   found = collections.defaultdict(float)
   for num_rows in (32, 256):
     rows = (num_rows, num_rows)
@@ -258,7 +258,7 @@ def plan_ops_in_layer(model: Model) -> int:
 
     return jax.lax.scan(layer, cache, jnp.arange(config.num_layers))
 
-  num_tokens = sum(tokens for tokens, _ in parts)
+  num_tokens = sum(part[0] for part in parts)
   q, k = (
     jax.ShapeDtypeStruct((num_tokens, h, model.head_dim), config.dtype)
     for h in (model.num_heads, model.num_kv_heads)

@@ -58,17 +58,22 @@ def size(name: str, value, limit: int) -> int:
   return value
 
 
-def parts(value, num_tokens: int) -> tuple[tuple[int, int], ...]:
-  """Tokens and most rows of each part of `num_tokens` tokens, static numbers."""
+def parts(value, num_tokens: int) -> list[tuple[int, int, int]]:
+  """Tokens, most rows and longest row of each part of `num_tokens` tokens, static numbers."""
   try:
-    pairs = tuple((operator.index(tokens), operator.index(rows)) for tokens, rows in value)
-  except (TypeError, ValueError):
+    made = [_part(*map(operator.index, part)) for part in value]
+  except TypeError:
     raise ValueError(f"parts must be pairs of tokens and rows, got {value!r}") from None
-  if not all(tokens > 0 and rows > 0 for tokens, rows in pairs):
+  if any(min(part) < 1 for part in made):
     raise ValueError(f"parts must have at least one token and one row each, got {value!r}")
-  if (total := sum(tokens for tokens, _ in pairs)) != num_tokens:
+  if (total := sum(tokens for tokens, _, _ in made)) != num_tokens:
     raise ValueError(f"parts must have the batch's {num_tokens} tokens, got {total} in {value!r}")
-  return pairs
+  return made
+
+
+def _part(tokens: int, rows: int, longest: int | None = None) -> tuple[int, int, int]:
+  """`longest`, by default the average."""
+  return tokens, rows, -(-tokens // max(rows, 1)) if longest is None else longest
 
 
 def _check_range(name, value) -> None:

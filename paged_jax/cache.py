@@ -84,7 +84,7 @@ def plan(
   positions: jax.Array,
   *,
   implementation: str | None = None,
-  parts: Sequence[tuple[int, int]] | None = None,
+  parts: Sequence[tuple[int, ...]] | None = None,
 ) -> Plan:
   """Describes the ragged batch of tokens of one step, once for all layers.
 
@@ -95,11 +95,12 @@ def plan(
     implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper". None takes the
       best that the platform has for this cache. A backend asked for by name is never replaced.
     parts: Which tokens are alike, if not all are: numbers of tokens, in the batch's order, and the
-      most rows that each part has. Attention takes each part in blocks that fit it. Without
+      most rows that each part has; as a third number how many tokens the longest row may well
+      bring, by default the average. Attention takes each part in blocks that fit it. Without
       `parts` the batch is taken for one of rows that decode if it has no more tokens than the
       cache has rows, else for prompts.
 
-          # parts   ((4, 4), (8, 2))        rows that decode, then pieces of at most 2 prompts
+          # parts   ((4, 4), (8, 2, 8))     rows that decode, then pieces of at most 2 prompts
           # rows     0 1 2 S  3 3 3 3 3 5 5 S
 
   Returns:
@@ -240,9 +241,9 @@ def attend(
   [1.0, 1.5]
   """
   _check_call("attend(cache, layer, q, plan)", cache, plan)
-  _, num_layers, _, _, d = pages_lib.sizes(cache.pages)
+  num_layers = cache.pages.kv.shape[1]
   index = arguments.layer(layer, num_layers)
-  scale = d**-0.5 if scale is None else scale
+  scale = cache.pages.head_dim**-0.5 if scale is None else scale
   scale = _poisoned(scale, layer, index, num_layers)  # a number, not all heads that come out
   out, lse = attention.attend(
     q, cache.pages, jnp.minimum(index, num_layers - 1), cache.ledger.tables, plan,

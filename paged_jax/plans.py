@@ -13,8 +13,6 @@ from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
 from paged_jax.types import Ledger, Plan
 
-Parts = tuple[tuple[int, int], ...]  # tokens and most rows of each, all tokens in order
-
 FAULTS = (  # why a token has no slot of its own; numbered from 1, 0 is no fault
   "is in an empty row, which nobody has extended",
   "is beyond its row's length",
@@ -82,10 +80,10 @@ def _examine(ledger: Ledger, plan: Plan) -> tuple[jax.Array, ...]:
   return faults, first, *shown
 
 
-def crowded(rows: jax.Array, parts: Parts, num_rows: int) -> jax.Array:
-  """Which tokens i32[B] are of a row beyond the first so many of their part: bool[B]."""
+def crowded(rows: jax.Array, parts: list[tuple[int, int, int]], num_rows: int) -> jax.Array:
+  """Which tokens of `rows` i32[B] are in one row more than their part may have: bool[B]."""
   found, begin = [], 0
-  for num_tokens, most in parts:
+  for num_tokens, most, _ in parts:
     part = rows[begin : begin + num_tokens]
     fresh = jnp.pad(part[1:] != part[:-1], (1, 0), constant_values=True) & (part < num_rows)
     found.append((jnp.cumsum(fresh, dtype=jnp.int32) > most) & (part < num_rows))

@@ -12,7 +12,6 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
 from paged_jax.attention import proof
-from paged_jax.attention.backend import FEW as FEW
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.proof import Report as Report
@@ -76,7 +75,7 @@ def cut(
   live: jax.Array,
   pages: Pages,
   tables: Tables,
-  parts: Sequence[tuple[int, int]] | None,
+  parts: Sequence[tuple[int, ...]] | None,
 ) -> tuple[Part, ...]:
   """Cuts a ragged batch into parts, and each into the blocks that the backend takes.
 
@@ -88,17 +87,17 @@ def cut(
     live: bool[B] whether it attends to anything; the others of its row are still in its blocks.
     pages: What is written.
     tables: Where rows start.
-    parts: Tokens and most rows of each part, all tokens in order; static. None: one part.
+    parts: See `paged_jax.plan`.
   """
-  backend, num_rows, few = _backend(implementation), tables.lengths.shape[0], FEW
+  backend, num_rows, b = _backend(implementation), tables.lengths.shape[0], rows.shape[0]
   if parts is None:
-    parts, few = ((rows.shape[0], num_rows),), 1  # rows that decode, or else prompts
+    parts = ((b, num_rows, 1 if b <= num_rows else b),)  # rows that decode, or else prompts
   starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
   last = jnp.where(live, positions, -1)
   made, begin = [], 0
-  for num_tokens, most in parts:
+  for num_tokens, most, longest in arguments.parts(parts, b):
     part = slice(begin, begin + num_tokens)
-    size = backend.block_size(num_tokens, min(most, num_rows), few)
+    size = backend.block_size(num_tokens, min(most, num_rows), longest)
     each = rows[part], starts[part], last[part]
     blocks = blocks_lib.schedule(*each, num_rows, most, size)
     made.append(Part(*each, blocks, backend.windows(pages, slots[part], size), size))

@@ -19,15 +19,14 @@ def scatter(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Pl
   return pages_lib.write(pages, layer, k, v, plan.slots)
 
 
-def block_size(num_tokens: int, num_rows: int, few: int = FEW) -> int:
-  """Most tokens in a block, for a part of at most `num_rows` rows.
+def block_size(num_tokens: int, num_rows: int, longest: int) -> int:
+  """Most tokens in a block, for a part of at most `num_rows` rows, of about `longest` at most.
 
-  All tokens of a row where rows bring a `few` each. Else 64, as for a prompt, or fewer so that at
-  most `SPARE` places, or one per token, can be empty.
+  All tokens of a row where rows bring few. Else 64, as for a prompt, or fewer so that at most
+  `SPARE` places, or one per token, can be empty.
   """
-  each = -(-num_tokens // num_rows)
-  if each <= few:
-    return _power_of_two(each)
+  if longest <= FEW:
+    return _power_of_two(longest)
   size = min(MAX_BLOCK_SIZE, _power_of_two(num_tokens))
   while size > 1 and num_rows * (size - 1) > max(num_tokens, SPARE):
     size //= 2
@@ -51,7 +50,7 @@ class Backend(NamedTuple):
   refusal: Callable[[Pages, int], str | None] = lambda pages, pages_per_row: None
   # (pages, layer i32[], k [B,H,D], v [B,H,D], plan) -> the next pages
   write: Callable[[Pages, jax.Array, jax.Array, jax.Array, Plan], Pages] = scatter
-  # (tokens of a part, most rows of it, tokens of a row that are few) -> most tokens in a block
+  # (tokens of a part, most rows of it, longest of them) -> most tokens in a block
   block_size: Callable[[int, int, int], int] = block_size
   # (pages, slots i32[B], most tokens in a block) -> where writes go, none if slots are enough
   windows: Callable[[Pages, jax.Array, int], tuple[Windows, ...]] = lambda pages, slots, size: ()

@@ -72,10 +72,10 @@ def pages_refusal(pages: Pages) -> str | None:
   return None
 
 
-def block_size(num_tokens: int, num_rows: int, few: int) -> int:
+def block_size(num_tokens: int, num_rows: int, longest: int) -> int:
   """Most tokens in a block: of prompts no fewer than fill a wgmma, with 4 query heads per KV head."""
-  size = backend.block_size(num_tokens, num_rows, few)
-  return size if num_tokens <= few * num_rows else max(size, wgmma.ROWS // 4)
+  size = backend.block_size(num_tokens, num_rows, longest)
+  return size if longest <= backend.FEW else max(size, wgmma.ROWS // 4)
 
 
 def attend(

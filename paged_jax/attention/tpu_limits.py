@@ -26,9 +26,9 @@ def vmem_bytes() -> int:
   return min(VMEM_BYTES, pltpu.get_tpu_info().vmem_capacity_bytes * 7 // 8)
 
 
-def block_size(num_tokens: int, num_rows: int, few: int) -> int:
+def block_size(num_tokens: int, num_rows: int, longest: int) -> int:
   """Most tokens in a block: as for every kernel, but few where VMEM is small (v4)."""
-  size = backend.block_size(num_tokens, num_rows, few)
+  size = backend.block_size(num_tokens, num_rows, longest)
   return size if vmem_bytes() == VMEM_BYTES else min(size, SMALL_BLOCK)
 
 

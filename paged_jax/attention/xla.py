@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from paged_jax import pages as pages_lib
+from paged_jax.attention import backend, softmax
 from paged_jax.attention import blocks as blocks_lib
-from paged_jax.attention import softmax
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Tables
@@ -44,10 +44,10 @@ CHUNK_BYTES = 2**21
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
-def block_size(num_tokens: int, num_rows: int, few: int) -> int:
-  """Most tokens of a row that are attended at once: more than one unless every row may decode."""
-  del few  # a block costs no more than the tokens that it has
-  return min(QUERIES[-1], num_tokens) if num_tokens > num_rows else 1
+def block_size(num_tokens: int, num_rows: int, longest: int) -> int:
+  """Most tokens of a row that are attended at once; a block costs no more than those that it has."""
+  del num_rows
+  return longest if longest <= backend.FEW else min(QUERIES[-1], num_tokens)
 
 
 def attend(

@@ -212,17 +212,17 @@ def test_parts_have_a_launch_each():
 
 
 @pytest.mark.parametrize(
-  "num_tokens, num_rows, few, size",
+  "num_tokens, num_rows, longest, size",
   [
-    (32, 32, 8, 1),  # rows that decode
-    (160, 32, 8, 8),  # drafts
-    (512, 8, 8, 64),  # prompts
-    (512, 256, 1, 16),  # prompts of any rows: 16 tokens of 4 heads fill a wgmma
-    (4, 2, 1, 16),
+    (32, 32, 1, 1),  # rows that decode
+    (160, 32, 5, 8),  # drafts
+    (512, 8, 64, 64),  # prompts
+    (512, 256, 512, 16),  # prompts of any rows: 16 tokens of 4 heads fill a wgmma
+    (9, 2, 9, 16),
   ],
 )
-def test_blocks_of_prompts_fill_a_wgmma(num_tokens, num_rows, few, size):
-  assert hopper.block_size(num_tokens, num_rows, few) == size
+def test_blocks_of_prompts_fill_a_wgmma(num_tokens, num_rows, longest, size):
+  assert hopper.block_size(num_tokens, num_rows, longest) == size
 
 
 def pages(**fields):

@@ -1,9 +1,11 @@
+import cases
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paged_jax import attention
 from paged_jax.attention import backend, blocks, xla
 
 jitted = jax.jit(blocks.schedule, static_argnums=(3, 4, 5))
@@ -59,28 +61,43 @@ def test_nothing_but_padding():
 
 
 @pytest.mark.parametrize(
-  "num_tokens, num_rows, few, size",
+  "num_tokens, num_rows, longest, size",
   [
-    (32, 32, 8, 1),  # rows that decode
-    (160, 32, 8, 8),  # drafts: 5 tokens of each row, together
+    (32, 32, 1, 1),  # rows that decode
+    (160, 32, 5, 8),  # drafts: 5 tokens of each row, together
     (256, 32, 8, 8),
-    (32, 2, 8, 32),  # prompts
-    (512, 16, 8, 64),
-    (512, 256, 8, 2),  # two tokens of each row
-    (512, 256, 1, 8),  # any prompts: larger blocks might leave too much empty
-    (2048, 32, 1, 64),
-    (1100, 1024, 1, 2),
-    (4, 4, 1, 1),
-    (7, 4, 1, 8),
+    (32, 32, 32, 32),  # prompts
+    (512, 32, 512, 64),
+    (512, 256, 512, 8),  # any prompts: larger blocks might leave too much empty
+    (2048, 32, 2048, 64),
+    (1100, 1024, 1100, 2),
+    (7, 4, 9, 8),
   ],
 )
-def test_block_size_of_kernels(num_tokens, num_rows, few, size):
-  assert backend.block_size(num_tokens, num_rows, few) == size
+def test_block_size_of_kernels(num_tokens, num_rows, longest, size):
+  assert backend.block_size(num_tokens, num_rows, longest) == size
 
 
-@pytest.mark.parametrize("num_tokens, size", [(1, 1), (4, 1), (5, 5), (40, 40), (2048, 64)])
-def test_xla_takes_large_blocks_unless_every_row_may_decode(num_tokens, size):
-  assert xla.block_size(num_tokens, 4, 1) == size
+@pytest.mark.parametrize(
+  "parts, sizes",
+  [
+    (None, [64]),
+    (((70, 8),), [64]),
+    (((40, 8), (30, 30)), [8, 1]),
+    (((40, 8, 40), (30, 30, 30)), [64, 32]),
+    (((40, 40, 3), (30, 2, 30)), [4, 32]),
+  ],
+)
+def test_parts_are_cut_by_their_longest_row_or_their_average_one(parts, sizes):
+  p = cases.build(cases.Case("", (70,), (70,), spare_rows=0))
+  tokens = p.plan.rows, p.plan.positions, p.plan.slots, p.plan.ok, p.pages, p.tables
+  cut = attention.cut("reference", *tokens, parts)
+  assert [part.block_size for part in cut] == sizes
+
+
+def test_xla_takes_blocks_as_long_as_rows():
+  sizes = [xla.block_size(*case) for case in ((4, 4, 1), (40, 8, 5), (40, 8, 40), (2048, 8, 2048))]
+  assert sizes == [1, 5, 40, 64]
 
 
 @st.composite

@@ -43,9 +43,9 @@ def interrupt(process):
   ("name", "line", "delay"),
   [
     ("serve", b"loading embedded\n", 0.0),
-    ("serve", b"compiling 1/5\n", 0.0),
-    ("serve", b"compiling 1/5\n", 1.0),
-    ("serve", b"compiling 2/5\n", 0.3),
+    ("serve", b"compiling 1/10\n", 0.0),
+    ("serve", b"compiling 1/10\n", 1.0),
+    ("serve", b"compiling 2/10\n", 0.3),
     ("generate", b"loading and compiling\n", 0.0),
     ("generate", b"loading and compiling\n", 1.0),
     ("generate", b"loading and compiling\n", 2.0),

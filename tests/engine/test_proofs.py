@@ -130,7 +130,9 @@ def test_an_engine_refuses_a_wrong_kernel_and_says_what_it_cannot_serve(wrong, m
   named = dataclasses.replace(CONFIG, implementation="tpu")
   with pytest.raises(NotImplementedError, match="'tpu' is wrong on this device"):
     Engine(tiny.MODEL, named).warm_up()
-  monkeypatch.setattr(tpu, "BACKEND", Backend(xla.attend, lambda pages: "it is Monday"))
+  monkeypatch.setattr(
+    tpu, "BACKEND", Backend(xla.attend, lambda pages, pages_per_row: "it is Monday")
+  )
   with pytest.raises(NotImplementedError, match="'tpu' cannot serve this cache: it is Monday"):
     Engine(tiny.MODEL, named)
 

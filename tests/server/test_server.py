@@ -548,7 +548,8 @@ def serving(folder):
       assert line.startswith("bytes is at http://127.0.0.1:"), (line, process.stderr.read())
       yield process, line.split()[-1]
       assert process.wait(60) == 130
-      compiling = [f"compiling {n}/3" for n in (1, 2, 3)]  # steps, full hits, prompts
+      # steps, full hits, prompts: of requests that adjust logits, and of others
+      compiling = [f"compiling {n}/6" for n in range(1, 7)]
       assert process.stderr.read().splitlines() == ["loading bytes", *compiling]
     finally:
       process.kill()

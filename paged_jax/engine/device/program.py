@@ -294,9 +294,9 @@ def _logits(
     batch = tuple(jnp.concatenate(pair) for pair in zip(batch, prompts[:3]))
     wanted = wanted.at[:, 0].set(jnp.where(prompts.starts, s * w + prompts.last, wanted[:, 0]))
   tokens, ids, positions = batch
-  parts = ((s * w, s),)
+  parts = ((s * w, s, w),)
   if size := len(tokens) - s * w:
-    parts += ((size, most_prompts(size)),)
+    parts += ((size, most_prompts(size), size),)
   plan = paged_jax.plan(cache, ids, positions, implementation=implementation, parts=parts)
   hidden, cache = model(tokens, cache, plan)
   logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))

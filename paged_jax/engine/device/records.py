@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax.attention import FEW
 from paged_jax.engine.device.draws import Draws
 
-MAX_PROMPTS = 16
+MAX_PROMPTS = 32
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +60,9 @@ class Prompts(NamedTuple):
 
 
 def most_prompts(size: int) -> int:
-  """Prompts that have a piece of a call's `size` prompt tokens, at most.
-
-  So few that attention takes them in large blocks, each of one row: with more tokens on average
-  than a row that decodes may have.
-  """
-  return max(1, min(MAX_PROMPTS, size // (FEW + 1)))
+  """Prompts that have a piece of a call's `size` prompt tokens, at most: attention takes them in
+  blocks of one row each, and has room for as many that are not full."""
+  return min(size, MAX_PROMPTS)
 
 
 class BeamReport(NamedTuple):
