@@ -52,6 +52,7 @@ def estimate(
   *,
   turns: Mapping[str, float],
   taken: Collection[str] = (),
+  left: Collection[str] = (),
 ) -> Cycles:
   """The cycles of a program, given the `text` of its optimized HLO.
 
@@ -64,6 +65,7 @@ def estimate(
       share to one of them.) Other loops turn to their limit if that is a constant, else once.
     taken: Python functions whose conditionals, also those of what they call, take the last branch;
       others take the first.
+    left: Python functions whose own conditionals take the first branch all the same.
   """
   entry, computations = _parse(text)
   found = Cycles()
@@ -88,7 +90,8 @@ def estimate(
         visit(op.attribute("body"), count * times(op))
       elif op.kind == "conditional":
         branches = re.findall(r"%([\w.\-]+)", op.attribute("branch_computations"))
-        visit(branches[-1 if set(taken) & set(op.functions) else 0], count)
+        chosen = set(taken) & set(op.functions) and op.functions[0] not in left
+        visit(branches[-1 if chosen else 0], count)
       elif op.kind == "call":
         visit(op.attribute("to_apply"), count)
       else:

@@ -18,7 +18,8 @@ operations, and for our kernels the longer of their instruction bundles and of t
 `step_vs_bandwidth` is this over the time that the memory takes to read the weights (all of them, also
 the embedding, of which a step reads a row per token) and the keys and values once. It ranks programs
 and says what is lost; it is not a measurement. `sampled_vs_greedy`: the same program where rows draw
-with temperature, top-k and top-p, over one where none does.
+with temperature, top-k and top-p, over one where none does; `nucleus_vs_greedy` without top-k. (Where
+more tokens are equally likely at the limit than are kept, one more search is made.)
 
 Needs the libtpu wheel; `--generations` names the TPUs to compile for, `--variants` the variants,
 `--steps` the models and rows of the steps.
@@ -65,6 +66,11 @@ MODELS = {
   ),
 }  # fmt: skip
 CONTEXT = 2048  # tokens of each row whose step is weighed
+DRAWS = {  # functions whose conditionals are taken, and of these the ones left
+  "greedy": ((), ()),
+  "nucleus": (("draw",), ("_top", "_last_tie")),
+  "sampled": (("draw",), ("_last_tie",)),
+}
 STEP_TPU, STEP_POOL = "v6e", 2**33  # 8 GiB fit beside the weights
 
 
@@ -170,7 +176,7 @@ def kernel_cycles(config: decoder_lib.DecoderConfig, num_rows: int) -> dict[str,
 
 
 def step_rows(name: str, rows: str) -> list[dict]:
-  """What a step of the model takes, greedy and sampled."""
+  """What a step of the model takes, in the order of `DRAWS`."""
   config, num_rows = MODELS[name], int(rows)
   cache = pages(config, STEP_POOL, num_rows)
   run, operands = call(config, cache, Variant(), "tpu")
@@ -183,8 +189,10 @@ def step_rows(name: str, rows: str) -> list[dict]:
   read = weights + num_rows * CONTEXT * cache.page_bytes / cache.page_size
   turns = {"renew.<locals>.clear": num_rows / cache.page_size, "renew.<locals>.copy": 0}
   found = []
-  for variant, taken in {"greedy": (), "sampled": ("draw",)}.items():
-    step = cycles.estimate(made.text, STEP_TPU, kernels.result(), turns=turns, taken=taken)
+  for variant, (taken, left) in DRAWS.items():
+    step = cycles.estimate(
+      made.text, STEP_TPU, kernels.result(), turns=turns, taken=taken, left=left
+    )
     found.append({
       "tpu": STEP_TPU,
       "model": name,
@@ -231,13 +239,15 @@ def main():
   summary = {name: max(row[name] for row in rows) for name in ("growth", "copied_leaves")}
   summary["collectives"] = sum(row["collectives"] for row in rows)
   steps = [step_rows(*each.split(":")) for each in args.steps.split(",")]
-  for greedy, sampled in steps:
-    rows += greedy, sampled
+  for step in steps:
+    rows += step
   summary["compile_s"] = max(row["compile_s"] for row in rows)
   summary["step_vs_bandwidth"] = steps[0][0]["step_vs_bandwidth"]
-  summary["sampled_vs_greedy"] = max(
-    sampled["step_ms"] / greedy["step_ms"] for greedy, sampled in steps
-  )
+  for nth, name in enumerate(DRAWS):
+    if nth:
+      summary[f"{name}_vs_greedy"] = max(
+        step[nth]["step_ms"] / step[0]["step_ms"] for step in steps
+      )
   measure.report(rows, summary, as_json=args.json)
 
 

@@ -150,26 +150,10 @@ def likely(logits: jax.Array, draws: Draws) -> jax.Array:
   Nguyen et al. 2024, §3, relative to the most likely token. Of tokens that are equally likely, those
   with lower ids come first. Nothing is sorted: see `_reach`.
   """
-  s, vocab = logits.shape
   depths, deepest = _depths(logits), _depths(jnp.log(draws.min_p))
-  cut = _Cut(jnp.full(s, _BOTTOM, jnp.int32), jnp.full(s, vocab, jnp.int32))
-  cut = jax.lax.cond(jnp.any(draws.top_k < vocab), lambda: _top(logits, draws.top_k), lambda: cut)
-  cut = jax.lax.cond(
-    jnp.any(draws.top_p < jnp.inf), lambda: _nucleus(logits, draws.top_p, cut), lambda: cut
-  )
-
-  def ties():
-    ids = jax.lax.broadcasted_iota(jnp.int32, (s, vocab), 1)
-    return jnp.where(_depths(logits) == cut.depths[:, None], ids, _MAX)
-
-  def first():
-    ids = ties()
-    return _reach(cut.ties, ids, jnp.ones_like(ids), num_bits=vocab.bit_length())[0]
-
-  last = jnp.full(s, vocab, jnp.int32)
-  more = _sum(ties(), last, jnp.ones((s, vocab), jnp.int32)) > cut.ties
-  last = jax.lax.cond(jnp.any(more), first, lambda: last)
-  kept = (depths < cut.depths[:, None]) | (ties() <= last[:, None])
+  cut = _nucleus(logits, draws.top_p, _top(logits, draws.top_k))
+  last = _last_tie(logits, cut)
+  kept = (depths < cut.depths[:, None]) | (_ties(logits, cut) <= last[:, None])
   return kept & (depths <= deepest[:, None])
 
 
@@ -185,23 +169,52 @@ def _weights(depths: jax.Array) -> jax.Array:
 
 def _top(logits: jax.Array, top_k: jax.Array) -> _Cut:
   """The first `top_k` i32[S] tokens."""
-  depths = _depths(logits)
-  depth, above = _reach(top_k, depths, jnp.ones_like(depths))
-  return _Cut(depth, top_k - above)
+  s, vocab = logits.shape
+  everything = _Cut(jnp.full(s, _BOTTOM, jnp.int32), jnp.full(s, vocab, jnp.int32))
+
+  def search():
+    depths = _depths(logits)
+    depth, above = _reach(top_k, depths, jnp.ones_like(depths))
+    return _Cut(depth, top_k - above)
+
+  return jax.lax.cond(jnp.any(top_k < vocab), search, lambda: everything)
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array, cut: _Cut) -> _Cut:
   """The first tokens of `cut`, each one before which there is less than `top_p` f32[S] of its mass."""
-  depths = _depths(logits)
-  weights = _weights(depths)
-  above_cut = _sum(depths, cut.depths - 1, weights)
-  goals = top_p * (above_cut + _weights(cut.depths) * cut.ties.astype(jnp.float32))
-  depth, above = _reach(goals, depths, weights)
-  at_cut = depth >= cut.depths
-  depth, above = jnp.minimum(depth, cut.depths), jnp.where(at_cut, above_cut, above)
-  ties = jnp.ceil((goals - above) / _weights(depth))
-  ties = jnp.where(ties >= 1, jnp.minimum(ties, depths.shape[1]), 1).astype(jnp.int32)
-  return _Cut(depth, jnp.where(at_cut, jnp.minimum(ties, cut.ties), ties))
+
+  def search():
+    depths = _depths(logits)
+    weights = _weights(depths)
+    above_cut = _sum(depths, cut.depths - 1, weights)
+    goals = top_p * (above_cut + _weights(cut.depths) * cut.ties.astype(jnp.float32))
+    depth, above = _reach(goals, depths, weights)
+    at_cut = depth >= cut.depths
+    depth, above = jnp.minimum(depth, cut.depths), jnp.where(at_cut, above_cut, above)
+    ties = jnp.ceil((goals - above) / _weights(depth))
+    ties = jnp.where(ties >= 1, jnp.minimum(ties, depths.shape[1]), 1).astype(jnp.int32)
+    return _Cut(depth, jnp.where(at_cut, jnp.minimum(ties, cut.ties), ties))
+
+  return jax.lax.cond(jnp.any(top_p < jnp.inf), search, lambda: cut)
+
+
+def _ties(logits: jax.Array, cut: _Cut) -> jax.Array:
+  """The ids i32[S,V] of the tokens at the cut's depth, the largest i32 for others."""
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+  return jnp.where(_depths(logits) == cut.depths[:, None], ids, _MAX)
+
+
+def _last_tie(logits: jax.Array, cut: _Cut) -> jax.Array:
+  """The id i32[S] of the last token at the cut's depth that is kept."""
+  s, vocab = logits.shape
+  all_of_them = jnp.full(s, vocab, jnp.int32)
+
+  def search():
+    ids = _ties(logits, cut)
+    return _reach(cut.ties, ids, jnp.ones_like(ids), num_bits=vocab.bit_length())[0]
+
+  count = _sum(_ties(logits, cut), all_of_them, jnp.ones(logits.shape, jnp.int32))
+  return jax.lax.cond(jnp.any(count > cut.ties), search, lambda: all_of_them)
 
 
 def _reach(
