@@ -26,7 +26,6 @@ Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 import collections
 import dataclasses
 import functools
-import re
 
 import tpu_compiler  # first: it sets the compiler's environment
 
@@ -45,9 +44,10 @@ from paged_jax.models import decoder as decoder_lib
 
 CONTEXT = 2048
 BLOCKS = ((512, 4), (512, 8), (1024, 4))  # tokens and queries of jax's; others are worse
-MIXED_BLOCKS = ((512, 8), (512, 16), (512, 32), (512, 64))
+MIXED_BLOCKS = ((512, 16), (512, 32))  # the best for 256 rows, and for 32
 PIECE, PROMPT, BLOCK = 512, 8192, 64  # tokens of a prompt in a step, of all of it, of a block
-DRAFTS = 5  # tokens of a row that verifies 4 drafts
+# parts: rows that decode, rows that verify 4 drafts, a piece of prompts
+ROWS, VERIFIED, TOKENS = (32, 32, 1), (160, 32, 5), (PIECE, records.most_prompts(PIECE), PIECE)
 CLOCK, BANDWIDTH = 1.755e9, 1.64e12  # of v6e
 VMEM_BYTES = 64 * 2**20
 
@@ -160,9 +160,9 @@ def token_bytes(model: Model) -> int:
 
 
 @functools.cache
-def attention(mesh, model: Model, parts: tuple[tuple[int, ...], ...], num_rows: int):
+def attention(mesh, model: Model, *parts: tuple[int, int, int]):
   """Bundles around a chunk's, and of one chunk, of the kernel of each part."""
-  config = cache_config(model, 64, num_rows)
+  config = cache_config(model, 64)
   num_tokens = sum(part[0] for part in parts)
 
   def step(cache, q, rows, positions, layer):
@@ -179,18 +179,14 @@ def attention(mesh, model: Model, parts: tuple[tuple[int, ...], ...], num_rows: 
 
 
 def block_rows(mesh, tpu_name: str, model: Model) -> list[dict]:
-  """Bundles of blocks of several sizes, and what the compiler says of a large product."""
+  """Bundles of blocks of several sizes."""
   found = []
-  for size in (1, 8, 16, 64):
-    part = (32 * size, 32, size) if size < 16 else (size, 1)
-    ((around, chunk),) = attention(mesh, model, (part,), 32)
+  for size, part in {1: ROWS, 8: VERIFIED, 16: (16, 1, 16), 64: TOKENS}.items():
+    ((around, chunk),) = attention(mesh, model, part)
     bundles = around + CONTEXT // tpu.CHUNK_TOKENS * chunk
     found.append({"tpu": tpu_name, "what": "block", "queries": size, "around": around,
                   "chunk": chunk, "bundles_2048": bundles})  # fmt: skip
-  shape = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-  product = tpu_compiler.Compiled(mesh, jnp.matmul, *tpu_compiler.shapes(mesh, (shape, shape)))
-  cycles = max(int(x) for x in re.findall(r'"estimated_cycles":"(\d+)"', product.text))
-  return [*found, {"tpu": tpu_name, "what": "matmul of 4096^3", "cycles": cycles}]
+  return found
 
 
 def decode(model: Model, kernel, num_rows: int) -> Work:
@@ -209,16 +205,18 @@ def prefill(model: Model, kernel) -> Work:
 
 
 def batches(mesh, model: Model) -> dict[str, float]:
-  """What parts are worth."""
-  prompt = (PIECE, records.most_prompts(PIECE), PIECE)
+  """What parts are worth. How many rows there are changes no kernel, only how often it runs."""
+  (alone,), (piece,) = attention(mesh, model, ROWS), attention(mesh, model, TOKENS)
+  (drafts,), (first, second) = (
+    attention(mesh, model, VERIFIED),
+    attention(mesh, model, ROWS, TOKENS),
+  )
+  theirs = {block: rpa_kernel(mesh, model, 64, 32 + PIECE, 33, *block) for block in MIXED_BLOCKS}
   found = collections.defaultdict(float)
   for num_rows in (32, 256):
-    rows = (num_rows, num_rows)
-    (alone,), (piece,) = (attention(mesh, model, (part,), num_rows) for part in (rows, prompt))
-    first, second = attention(mesh, model, (rows, prompt), num_rows)
     ours = decode(model, first, num_rows), prefill(model, second)
     apart = decode(model, alone, num_rows).seconds + prefill(model, piece).seconds
-    jax_s = [rpa_mixed(mesh, model, num_rows, *block) for block in MIXED_BLOCKS]
+    jax_s = [rpa_mixed(model, kernel, num_rows, *block) for block, kernel in theirs.items()]
     for name, ratio in {
       "mixed_vs_apart": sum(work.seconds for work in ours) / apart,
       "mixed_vs_jax_rpa": (ours[0] + ours[1]).seconds / min((a + b).seconds for a, b in jax_s),
@@ -226,18 +224,16 @@ def batches(mesh, model: Model) -> dict[str, float]:
       / min(a.seconds + b.seconds for a, b in jax_s),
     }.items():
       found[name] = max(found[name], ratio)
-  (plain,) = attention(mesh, model, ((256, 256),), 256)
-  (drafts,) = attention(mesh, model, ((256 * DRAFTS, 256),), 256)
   return found | {
     "prefill_64x512": piece[1],
-    "drafts_vs_plain": decode(model, drafts, 256).seconds / decode(model, plain, 256).seconds,
+    "drafts_vs_plain": decode(model, drafts, 256).seconds / decode(model, alone, 256).seconds,
     "plan_ops_in_layer": plan_ops_in_layer(model),
   }
 
 
-def rpa_mixed(mesh, model: Model, num_rows: int, tokens: int, queries: int) -> tuple[Work, Work]:
+def rpa_mixed(model: Model, kernel, num_rows: int, tokens: int, queries: int) -> tuple[Work, Work]:
   """The rows that decode, and the prompt, in jax's own kernel with blocks of that size."""
-  around, chunk = rpa_kernel(mesh, model, 64, num_rows + PIECE, num_rows + 1, tokens, queries)
+  around, chunk = kernel
   blocks, size = PIECE // queries, token_bytes(model)
   rows = num_rows // queries * around + num_rows * (CONTEXT // tokens) * chunk
   piece = blocks * (around + -(-PROMPT // tokens) * chunk)
@@ -279,8 +275,8 @@ def equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
     if equation.primitive.name != "pallas_call":
-      for inner in jax.core.jaxprs_in_params(equation.params):
-        yield from equations(inner)
+      for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+        yield from equations(inner) if hasattr(inner, "eqns") else ()
 
 
 def rpa(mesh, model: Model, page_size: int) -> int:
@@ -355,7 +351,8 @@ def main():
   for tpu_name in args.generations.split(","):
     one, four = tpu_compiler.cores(tpu_name), tpu_compiler.cores(tpu_name, 4)
     for model in MODELS[: args.models]:
-      for num_tokens, page_size in ((32, 16), (32, 64), (32, 128), (2048, 64)):
+      sizes = [(32, 16), (32, 64), (32, 128)]
+      for num_tokens, page_size in sizes + ([(2048, 64)] if model == MODELS[0] else []):
         config = cache_config(model, page_size)
         compiled = layer_step(model, one, num_tokens)(config)
         row = add(compiled, config, 1, tpu=tpu_name, what=model.name, tokens=num_tokens)
