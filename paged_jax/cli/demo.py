@@ -73,20 +73,19 @@ def start(
     ),
     tokenizer=tokenizer,
   )
-  engine.warm_up()
-  return progress.follow(
-    engine,
-    [
-      (
-        prompt,
-        Sampling(
-          max_new_tokens=100, num_samples=count, temperature=0.8, top_p=0.95, seed=100 * i,
-          stop=("\n\n",),
-        ),
-      )
-      for i, (prompt, count) in enumerate(zip(prompts, NUM_SAMPLES))
-    ],
-  )  # fmt: skip
+  samplings = [
+    Sampling(
+      max_new_tokens=100,
+      num_samples=count,
+      temperature=0.8,
+      top_p=0.95,
+      seed=100 * i,
+      stop=("\n\n",),
+    )
+    for i, count in enumerate(NUM_SAMPLES)
+  ]
+  engine.warm_up(samplings=samplings)
+  return progress.follow(engine, list(zip(prompts, samplings)))
 
 
 def events(before: dict[int, int], after: dict[int, int], copied: bool) -> list[str]:

@@ -87,7 +87,7 @@ def run(
     engine = _engine(decoder, requests, page_size, num_pages, models.eos_tokens(folder), tokenizer)
     updates = progress.follow(engine, requests)
     last = next(updates)
-    engine.warm_up()
+    engine.warm_up(samplings=[sampling for _, sampling in requests])
   writer = Writer(_labels(len(ids), num_samples))
   for update in updates:
     print(writer.add(update), end="", flush=True)

@@ -12,7 +12,7 @@ computes. Three things need all reports to be read first (`FullRead`).
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from paged_jax import interrupts
@@ -22,6 +22,7 @@ from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig, FullRead
 from paged_jax.engine.delivery import Delivery
 from paged_jax.engine.desk import Desk
+from paged_jax.engine.device import draws
 from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.handle import RequestHandle
 from paged_jax.engine.queue import Queue
@@ -293,7 +294,12 @@ class Engine:
       coming = {sample for request in self._desk.arrivals for sample in request.samples}
       return audit.reconcile(self._scheduler, self._desk.live, coming | {*self._desk.changed})
 
-  def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+  def warm_up(
+    self,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    samplings: Iterable[Sampling] | None = None,
+  ) -> None:
     """Compiles everything that requests will run, and measures what preemption costs.
 
     Before the first request. An attention kernel for GPU or TPU first proves itself on this device
@@ -304,11 +310,16 @@ class Engine:
 
     Args:
       progress: Called with how many of how many programs are ready.
+      samplings: What all requests will ask for, if that is known: programs that none of them needs
+        are left out.
 
     Raises:
       NotImplementedError: The kernel that was asked for by name is wrong; the message has the table.
     """
-    warming.warm_up(self.manager, self._calls, self._scheduler, self.config, progress)
+    variants = (False, True) if samplings is None else {*map(draws.plain, samplings)}
+    warming.warm_up(
+      self.manager, self._calls, self._scheduler, self.config, sorted(variants), progress
+    )
 
   # One round
 

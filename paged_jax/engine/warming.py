@@ -2,7 +2,7 @@
 preemption costs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -19,12 +19,13 @@ def warm_up(
   calls: Calls,
   scheduler: Scheduler,
   config: EngineConfig,
+  variants: Sequence[bool],
   progress: Callable[[int, int], None],
 ) -> None:
-  """See `Engine.warm_up`."""
+  """See `Engine.warm_up`; `variants` are those of programs: True for requests that only draw."""
   calls.implementation = proofs.backend(config.implementation, config.cache)
   sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
-  programs = [(size, wanted) for wanted in ({}, None) for size in sizes]
+  programs = [(size, None if plain else {}) for plain in variants for size in sizes]
   for done, (size, wanted) in enumerate(programs):
     progress(done, len(programs))
     for _ in range(2):  # the second one is timed

@@ -1,10 +1,28 @@
-"""After `warm_up` nothing compiles. This test forgets all programs, so it is the last one of the engine:
+"""After `warm_up` nothing compiles. A test here forgets all programs, so it is the last one of the engine:
 the others share theirs."""
 
+import dataclasses
+
 import jax
+import pytest
 from serving import PROMPTS, engine, finish, force_preemption
 
 from paged_jax.engine import PromptLookup, Sampling
+
+
+@pytest.mark.parametrize(
+  "samplings, count",
+  [([Sampling()], 3), ([Sampling(logprobs="model")], 3), ([Sampling(), Sampling(num_beams=2)], 6)],
+)
+def test_programs_that_no_request_needs_are_left_out(samplings, count, compiled):
+  e, steps = engine(max_beams=4), []
+  samplings = [dataclasses.replace(sampling, max_new_tokens=5) for sampling in samplings]
+  e.warm_up(lambda done, total: steps.append((done, total)), samplings=samplings)
+  assert steps == [(n, count) for n in range(count + 1)]
+  compiled.clear()
+  e.generate(PROMPTS[: len(samplings)], samplings)
+  assert not compiled
+  finish(e)
 
 
 def test_nothing_compiles_after_warm_up(compiled):
