@@ -82,6 +82,7 @@ def test_levels_arrive_in_order_from_many_threads(round):
   m = manager(num_pages=9, num_rows=5)
   changes = []
   m.on_pressure(changes.append)
+  m.allocate(Request("held", 24))  # 6 of 9 pages: whoever comes next changes the level
 
   def work(name):
     for turn in range(25):
