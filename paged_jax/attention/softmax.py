@@ -13,7 +13,7 @@ class Sums(NamedTuple):
   """What has been seen so far.
 
   W is 1, or the lanes of a TPU, where a column costs as much as 128: then `top` is the same in all
-  of them, and lane j of `total` sums the logits of columns j, j + W, j + 2W, ...
+  of them, and lane j of `total` sums columns j, j + W, j + 2W, ...
   """
 
   top: jax.Array  # f32[...,W] largest logit
@@ -58,7 +58,7 @@ def step(sums: Sums, logits: jax.Array, v: jax.Array, exp=jnp.exp) -> Sums:
   decay = exp(sums.top - base)
   return Sums(
     top=top,
-    total=sums.total * decay + _gather(weights, top.shape[-1]),
+    total=sums.total * decay + _by_lane(weights, top.shape[-1]),
     acc=sums.acc * _spread(decay, sums.acc.shape[-1]) + _dot(weights.astype(v.dtype), v, -2),
   )
 
@@ -104,7 +104,7 @@ def _spread(x: jax.Array, width: int) -> jax.Array:
   return x if w in (1, width) else jnp.concatenate([x] * (width // w), axis=-1)
 
 
-def _gather(weights: jax.Array, w: int) -> jax.Array:
+def _by_lane(weights: jax.Array, w: int) -> jax.Array:
   """Sums [...,W] of every Wth column."""
   if w == 1:
     return jnp.sum(weights, axis=-1, keepdims=True)

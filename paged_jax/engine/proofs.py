@@ -8,6 +8,7 @@ What an engine does, by the backend that it was asked for:
     # xla, reference    nothing to prove: they are what XLA compiles anywhere
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -34,14 +35,7 @@ def backend(implementation: str | None, config: CacheConfig) -> str:
     NotImplementedError: The one asked for is wrong, or cannot serve the cache. The message has the
       table of `attention.verify`.
   """
-  shape = CacheConfig(
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
-    page_size=config.page_size,
-    dtype=config.dtype,
-    storage_dtype=config.storage_dtype,
-    storage_head_dim=config.storage_head_dim,
-  )
+  shape = dataclasses.replace(config, num_layers=1, num_pages=1, num_rows=1, max_length=1)
   there = jax.eval_shape(functools.partial(pages.init, shape))
   if implementation is None:
     wanted = attention.candidates(there, config.pages_per_row)
