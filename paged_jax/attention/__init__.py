@@ -136,8 +136,8 @@ def attend(
     lse: Whether the LSE is wanted.
 
   Returns:
-    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok. None in
-    place of an LSE that is not wanted.
+    [B,Q,D] in q's dtype, or as wide as values that are channels of keys, and the LSE f32[B,Q]; 0
+    and -inf for padding and tokens not ok. None in place of an LSE that is not wanted.
 
   Raises:
     ValueError: An argument has a wrong shape or dtype, or a static value out of range.
@@ -177,8 +177,8 @@ _attend = jax.jit(_differentiable, static_argnums=0)
 
 
 @jax.custom_jvp
-def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
-  """Writes the plan's keys and values [B,H,D].
+def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, plan: Plan) -> Pages:
+  """Writes the plan's keys and values [B,H,D]; `v` is None if pages hold keys only.
 
   By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
   """

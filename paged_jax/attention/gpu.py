@@ -79,6 +79,8 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
 def pages_refusal(pages: Pages) -> str | None:
   """Why no device can serve `pages`."""
   _, _, _, _, d = pages_lib.sizes(pages)
+  if pages.value_dim is not None:
+    return f"value_dim must be None, not {pages.value_dim}: the kernel reads values beside keys"
   # Offsets count elements in 32 signed bits, in 64 if the array has more than 4 GiB
   # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 from 2 GiB to 4.
   if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

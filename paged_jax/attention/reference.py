@@ -42,7 +42,7 @@ def attend(
   weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
   weights = weights.reshape(q.shape[0], h, -1, k.shape[2])
   out = jnp.einsum("bhrx,bhxd->bhrd", weights, v, precision="highest")
-  return out.reshape(q.shape).astype(q.dtype), lse
+  return out.reshape(*q.shape[:2], -1).astype(q.dtype), lse
 
 
 BACKEND = Backend(attend, as_stored=False)

@@ -37,6 +37,8 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
   if pltpu.is_tpu_device() and pltpu.get_tpu_info().generation < 4:
     return f"the TPU must be v4 or later, not {pltpu.get_tpu_info().chip_version}"
   _, _, h, t, d = pages_lib.sizes(pages)
+  if pages.value_dim is not None:
+    return f"value_dim must be None, not {pages.value_dim}: the kernel reads values beside keys"
   if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
     return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
   rows = 32 // pages.kv.dtype.itemsize  # of a tile

@@ -79,7 +79,8 @@ def attend(
     return outs
 
   one = attend_any if len(sizes) > 1 else functools.partial(attend_block, largest)
-  outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
+  out = jnp.zeros_like(pages_lib.cropped(q, pages))
+  outs = (out, jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
   return jax.lax.fori_loop(0, part.blocks.num_blocks, one, outs)
 
 
@@ -119,7 +120,8 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
     return softmax.step(sums, logits, v)
 
   count = jax.lax.div(jnp.maximum(end - page * t, 0) + chunk * t - 1, chunk * t)
-  sums = jax.lax.fori_loop(0, count, add_chunk, blocks_lib.start(queries, options.sinks))
+  start = blocks_lib.start(pages_lib.cropped(queries, pages), options.sinks)
+  sums = jax.lax.fori_loop(0, count, add_chunk, start)
 
   def updated(out, new):
     new = blocks_lib.by_query(new, size).reshape(size, *out.shape[1:])
@@ -140,9 +142,9 @@ def _chunk(pages: Pages, tables: Tables) -> int:
 def _load(
   pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """K and V [H,X,head_dim] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
+  """K and V [H,X,channels] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
   n, num_layers, h, t, d = pages_lib.sizes(pages)
-  kv = pages.kv.reshape(n * num_layers, h, t, 2 * d)
+  kv = pages.kv.reshape(n * num_layers, h, t, -1)
   rows = jnp.minimum(ids, n - 1) * num_layers + layer
   by_head = jax.lax.GatherDimensionNumbers(
     offset_dims=(0, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3)
@@ -152,9 +154,10 @@ def _load(
     where = jnp.stack([rows, jnp.full_like(rows, channel)], axis=-1)
     return jax.lax.gather(kv, where, by_head, (1, h, t, pages.head_dim), mode="clip")  # [H,C,T,..]
 
-  k, v = part(0), part(d)
+  k = part(0)
+  v = part(d) if pages.value_dim is None else pages_lib.cropped(k, pages)
   v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
-  k, v = (pages_lib.values(x.reshape(h, -1, pages.head_dim), pages) for x in (k, v))
+  k, v = (pages_lib.values(x.reshape(h, live.shape[0], -1), pages) for x in (k, v))
   return k, v
 
 
