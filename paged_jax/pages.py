@@ -8,6 +8,7 @@ call; `head_dim` is that of the values, at most D.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
   """N, L, H, T and D of the page array; callers' arrays have `pages.head_dim` in place of D."""
   n, num_layers, h, t, width = pages.kv.shape
   return n, num_layers, h, t, width // 2 if pages.value_dim is None else width
+
+
+def layer_bytes(pages: Pages) -> int:
+  """Bytes of one page in one layer."""
+  return math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
 
 
 def value_size(pages: Pages) -> int:

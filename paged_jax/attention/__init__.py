@@ -12,6 +12,7 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
 from paged_jax.attention import proof
+from paged_jax.attention.backend import MAX_SHARED_BLOCK_SIZE
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.proof import Report as Report
@@ -98,6 +99,8 @@ def cut(
   for num_tokens, most, longest in arguments.parts(parts, b):
     part = slice(begin, begin + num_tokens)
     size = backend.block_size(num_tokens, min(most, num_rows), longest)
+    if pages.value_dim is not None:
+      size = min(size, MAX_SHARED_BLOCK_SIZE)
     each = rows[part], starts[part], last[part]
     blocks = blocks_lib.schedule(*each, num_rows, most, size)
     made.append(Part(*each, blocks, backend.windows(pages, slots[part], size), size))

@@ -10,6 +10,7 @@ from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Plan, Tables, Windows
 
 MAX_BLOCK_SIZE = 64
+MAX_SHARED_BLOCK_SIZE = 16  # where keys contain values: 16 to 128 query heads share a KV head
 FEW = 8  # tokens of a row that decodes or verifies drafts, at most
 SPARE = 2048  # places of queries that may stay empty because rows do not fill their blocks
 

@@ -68,13 +68,13 @@ ESSENTIAL = (
 
 
 class Problem(NamedTuple):
-  """A case's arrays, all of NumPy. `k` and `v` are its rows in token order, 0 where not live."""
+  """A case's arrays, all of NumPy. `k` and `v` are its rows in token order, 0 where not live.
+
+  With a `value_dim` pages hold keys only, and `v` is the first channels of `k`.
+  """
 
   q: np.ndarray  # [B,Q,D]
-  kv: (
-    np.ndarray
-  )  # storage[N,L,H,T,2*stored D] NaN in every place without a live token; one stored D
-  # if there is a value_dim
+  kv: np.ndarray  # storage[N,L,H,T,2*stored D] NaN in every place without a live token
   block_tables: np.ndarray  # i32[S,P]
   starts: np.ndarray  # i32[S]
   lengths: np.ndarray  # i32[S]
@@ -84,7 +84,7 @@ class Problem(NamedTuple):
   ok: np.ndarray  # bool[B]
   sinks: np.ndarray | None  # f32[Q]
   k: np.ndarray  # f32[S,X,H,D]
-  v: np.ndarray  # f32[S,X,H,D], or as wide as values
+  v: np.ndarray  # f32[S,X,H,D]
 
 
 def essential(config: CacheConfig, num_heads: int) -> Iterator[Case]:

@@ -16,7 +16,6 @@ X = C*T positions of a chunk.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -134,9 +133,8 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
 
 def _chunk(pages: Pages, tables: Tables) -> int:
   """Pages of a chunk."""
-  page_bytes = math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
-  page_size, max_pages = pages.kv.shape[3], tables.block_tables.shape[1]
-  return max(1, min(CHUNK_TOKENS // page_size, CHUNK_BYTES // page_bytes, max_pages))
+  fitting, max_pages = CHUNK_BYTES // pages_lib.layer_bytes(pages), tables.block_tables.shape[1]
+  return max(1, min(CHUNK_TOKENS // pages.kv.shape[3], fitting, max_pages))
 
 
 def _load(
