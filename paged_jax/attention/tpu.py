@@ -21,6 +21,9 @@ from paged_jax.attention.tpu_kernel import LANES, LN2
 from paged_jax.types import Pages, Part, Tables
 
 CHUNK_TOKENS = 512
+# Of rows that decode where keys contain values: one KV head leaves nothing to overlap with, so long
+# chunks are worth 17% (128 query heads, v6e).
+SHARED_CHUNK_TOKENS = 1024
 
 
 def attend(
@@ -51,7 +54,8 @@ def attend(
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
   two_chunks = tpu_limits.vmem_bytes() // 2
   fitting = two_chunks // (2 * pages_lib.layer_bytes(pages))
-  c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
+  chunk_tokens = SHARED_CHUNK_TOKENS if alone and pages.value_dim is not None else CHUNK_TOKENS
+  c = max(1, min(chunk_tokens // t, fitting, tables.block_tables.shape[1]))
   # Logits are in base 2, as the processor has it: exp would multiply each of them once more.
   if options.softcap is None:
     factors = jnp.stack([options.scale / LN2, jnp.float32(0)])
