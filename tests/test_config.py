@@ -77,6 +77,16 @@ def test_head_dims_are_stored_as_a_kernel_of_the_platform_serves_them(platform, 
   assert stored == sizes
 
 
+@pytest.mark.parametrize(
+  ("platform", "sizes"),
+  [("cpu", {(24, 16): 24}), ("tpu", {(24, 16): 128, (576, 512): 640, (640, 512): 640}),
+   ("gpu", {(24, 16): 32, (576, 512): 576, (560, 512): 576, (512, 512): 512, (900, 512): 900})],
+)  # fmt: skip
+def test_keys_that_contain_values_are_stored_as_a_kernel_serves_them(platform, sizes):
+  configs = {(d, v): CacheConfig(head_dim=d, value_dim=v).stored_for(platform) for d, v in sizes}
+  assert {dims: config.array_head_dim for dims, config in configs.items()} == sizes
+
+
 def test_a_padded_page_has_the_bytes_of_what_is_stored():
   config = CacheConfig(head_dim=80, storage_head_dim=np.int64(128))
   assert config.page_bytes == CacheConfig(head_dim=128).page_bytes

@@ -115,7 +115,7 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
     there = (j >= jnp.maximum(begin, wanted * t)) & (j < end) & jnp.repeat(ids < n, t)
     seen = (j[None] >= first) & (j[None] <= last) & there[None]
     q, k, v = softmax.operands(queries, *_load(pages, layer, ids, there))
-    logits = softmax.logits(q, k, seen[None], options.scale, options.softcap)
+    logits = softmax.logits(softmax.product(q, k), seen[None], options.scale, options.softcap)
     return softmax.step(sums, logits, v)
 
   count = jax.lax.div(jnp.maximum(end - page * t, 0) + chunk * t - 1, chunk * t)
