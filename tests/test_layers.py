@@ -63,7 +63,8 @@ TABLES = {
     admission
     prefixes
     sequences
-    reclaim turn
+    pools turn
+    reclaim
     kept
     config prefix
     errors events eviction holds pressure state

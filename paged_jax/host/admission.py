@@ -1,15 +1,17 @@
 """Rows and pages for sequences: how sequences begin, grow, shrink and end."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from paged_jax.host import errors, pressure
+from paged_jax import groups
+from paged_jax.host import errors
 from paged_jax.host.config import Request, whole
-from paged_jax.host.holds import Held, pages_of
-from paged_jax.host.prefix import Match, encoded
-from paged_jax.host.prefixes import NOTHING, Prefixes
-from paged_jax.host.reclaim import Reclaim
+from paged_jax.host.holds import Held, latest_start, pages_of
+from paged_jax.host.pools import Pools, Start
+from paged_jax.host.prefix import encoded
+from paged_jax.host.prefixes import Prefixes
 from paged_jax.host.sequences import Clones, Handle, Sequences
 from paged_jax.host.state import bucket, row_sizes
 
@@ -19,21 +21,25 @@ class Admission:
 
   Args:
     sequences: The live sequences.
-    reclaim: Makes room by eviction.
+    pools: Make room by eviction.
     prefixes: Finds the stored prefixes that prompts start on.
   """
 
-  def __init__(self, sequences: Sequences, reclaim: Reclaim, prefixes: Prefixes):
-    self._sequences, self._reclaim, self._prefixes = sequences, reclaim, prefixes
-    self._turn = sequences.turn
-    self._kept, self._state, self._config = self._turn.kept, self._turn.state, self._turn.config
-    self._ledger = self._state.ledger
+  def __init__(self, sequences: Sequences, pools: Pools, prefixes: Prefixes):
+    self._sequences, self._pools, self._prefixes = sequences, pools, prefixes
+    self._turn, self._configs = sequences.turn, sequences.configs
+    self._state = self._turn.state
+    self._ledger, self._nothing = self._state.ledger, pools.nothing
     self.num_allocations = self.num_deallocations = 0
 
   # Beginning
 
   def allocate(
-    self, manager: Clones, requests: Sequence[Request], reserve: int, spare: int
+    self,
+    manager: Clones,
+    requests: Sequence[Request],
+    reserve: Sequence[int],
+    spare: Sequence[int],
   ) -> list[Handle]:
     """Gives rows and pages to new sequences, all or none.
 
@@ -45,34 +51,39 @@ class Admission:
     prompts = [encoded(() if x.tokens is None else x.tokens) for x in requests]
     if len(requests) > len(self._sequences.rows):
       raise errors.OutOfRows(needed=len(requests), free=len(self._sequences.rows))
-    self._reclaim.expire()
+    self._pools.expire()
     matches = [self._prefixes.match(*each, touch=True) for each in zip(requests, prompts)]
-    found = dict.fromkeys(each for match in matches for each in match.held)
-    with self._reclaim.guarding(found):  # eviction must not take what the requests start on
-      self._reclaim.tidy()  # lookups may have found expired prefixes
-      if self._turn.level() == pressure.Level.CRITICAL:
-        self._reclaim.reclaim(int(self._turn.options.high_watermark * self._config.num_pages))
-      stay = not found or self._fits(requests, matches, reserve)
+    found = [dict.fromkeys(itertools.chain(*own)) for own in zip(*(x.held for x in matches))]
+    with self._pools.guarding(found):  # eviction must not take what the requests start on
+      self._pools.tidy()  # lookups may have found expired prefixes
+      self._relieve()
+      stay = not any(found) or self._fits(requests, matches, reserve)
       if stay:
-        self._reclaim.make_room(self.needed(requests, matches) + reserve, spare)
-        self._kept.to_device([each for each in found if each.page is None])
+        self._pools.make_room(_sums(self.needed(requests, matches), reserve), spare)
+        self._pools.to_device(found)
     if not stay:  # there is no room beside the prefixes: the requests start from nothing
-      matches = [NOTHING] * len(requests)
-      self._reclaim.make_room(self.needed(requests, matches) + reserve, spare)
+      matches = [self._nothing] * len(requests)
+      self._pools.make_room(_sums(self.needed(requests, matches), reserve), spare)
     handles = [self.begin(manager, *each) for each in zip(requests, matches)]
     rows = [self._sequences.place(handle) for handle in handles]
-    self.adopt([(row, match.held, 0, match.length) for row, match in zip(rows, matches)])
-    growth = {row: x.num_tokens - match.length for row, x, match in zip(rows, requests, matches)}
+    self.adopt([(row, x.held, x.starts, x.length) for row, x in zip(rows, matches)])
+    growth = {row: _growth(x, match) for row, x, match in zip(rows, requests, matches)}
     if any(growth.values()):
-      self._kept.apply("extend", self._by_row(growth))
+      self._turn.apply("extend", self._by_row(growth))
     for prompt, match in zip(prompts, matches):
       if prompt and self._turn.options.prefix_cache:
         self._prefixes.count_lookup(prompt, match)
     return handles
 
+  def _relieve(self) -> None:
+    """Evicts from pools without a free page, up to the high watermark."""
+    for book, config, reclaim in zip(self._ledger.groups, self._configs, self._pools.reclaims):
+      if not book.num_free:
+        reclaim.reclaim(int(self._turn.options.high_watermark * config.num_pages))
+
   def check(self, requests: Sequence[Request]) -> None:
     """Raises if a request can never be granted, or its id is in use."""
-    config = self._config
+    config = self._configs[0]
     seen = set()
     for request in requests:
       if request.request_id in self._sequences.by_id or request.request_id in seen:
@@ -92,24 +103,21 @@ class Admission:
       if max(request.num_tokens, known) > limit:
         raise errors.TooLong(request.request_id, max(request.num_tokens, known), limit)
 
-  def needed(self, requests: Sequence[Request], matches: Sequence[Match]) -> int:
-    """Pages that these requests take: restored, copied and new pages."""
-    restored = {each for match in matches for each in match.held if each.page is None}
-    grown = sum(
-      self._ledger.pages_to_begin(match.length, request.num_tokens)
-      for request, match in zip(requests, matches)
-    )
-    return grown + len(restored)
+  def needed(self, requests: Sequence[Request], matches: Sequence[Start]) -> list[int]:
+    """Pages of each group that these requests take: restored, copied and new pages."""
+    ends = [(x.length, x.length + _growth(request, x)) for request, x in zip(requests, matches)]
+    needed = []
+    for group in range(len(self._configs)):
+      restored = {each for match in matches for each in match.held[group] if each.page is None}
+      grown = sum(self._ledger.pages_to_begin(*each, group) for each in ends)
+      needed.append(grown + len(restored))
+    return needed
 
-  def _fits(self, requests: Sequence[Request], matches: Sequence[Match], reserve: int = 0) -> bool:
+  def _fits(
+    self, requests: Sequence[Request], matches: Sequence[Start], reserve: Sequence[int]
+  ) -> bool:
     """Whether there is room for these requests and a reserve, with the matched pages guarded."""
-    needed = self.needed(requests, matches) + reserve
-    return needed <= self._state.num_free or needed <= self.available
-
-  @property
-  def available(self) -> int:
-    """Pages that are free, or could be freed by eviction."""
-    return self._state.num_free + self._reclaim.reclaimable
+    return self._pools.fits(_sums(self.needed(requests, matches), reserve))
 
   def fits(self, request: Request) -> bool:
     """Whether `allocate` would succeed now."""
@@ -118,13 +126,14 @@ class Admission:
     except errors.CacheError:
       return False
     prompt = encoded(() if request.tokens is None else request.tokens)
-    self._reclaim.expire()
-    match = self._prefixes.match(request, prompt, touch=False)
-    with self._reclaim.guarding(match.held):
-      fits = self._fits([request], [match])
-    return bool(self._sequences.rows) and (fits or self._fits([request], [NOTHING]))
+    self._pools.expire()
+    match, nothing = self._prefixes.match(request, prompt, touch=False), self._nothing
+    reserve = [0] * len(self._configs)
+    with self._pools.guarding(match.held):
+      fits = self._fits([request], [match], reserve)
+    return bool(self._sequences.rows) and (fits or self._fits([request], [nothing], reserve))
 
-  def begin(self, manager: Clones, request: Request, match: Match) -> Handle:
+  def begin(self, manager: Clones, request: Request, match: Start) -> Handle:
     """Begins a sequence in a free row, and records its tokens."""
     handle = self._sequences.begin(
       manager, request.request_id, request.max_length, request.namespace
@@ -136,32 +145,38 @@ class Admission:
     self.num_allocations += 1
     return handle
 
-  def adopt(self, starts: Sequence[tuple[int, list[Held], int, int]]) -> None:
-    """Starts empty rows on held pages; each of `starts` is (row, held pages, start, length).
+  def adopt(
+    self, starts: Sequence[tuple[int, Sequence[Sequence[Held]], Sequence[int], int]]
+  ) -> None:
+    """Starts empty rows on held pages; each of `starts` is a row, held pages and first live token of
+    each group, and a length.
 
     # held   [a][b][c ]     refcount 1, holds 1
     # row    [a][b][c ]     refcount 2, holds 1
     """
-    config = self._config
+    state = self._state
     starts = [each for each in starts if each[3]]
     if not starts:
       return
-    b = bucket(len(starts), row_sizes(config.num_rows))
+    b = bucket(len(starts), row_sizes(state.num_rows))
     for i in range(0, len(starts), b):
-      rows = np.full(b, config.num_rows, np.int32)
-      pages = np.full((b, config.pages_per_row), config.num_pages, np.int32)
-      begins, lengths = np.zeros((2, b), np.int32)
-      for n, (row, held, begin, length) in enumerate(starts[i : i + b]):
-        rows[n], begins[n], lengths[n] = row, begin, length
-        pages[n, : len(held)] = pages_of(held)
-      whole_pages = -(-lengths // config.page_size) * config.page_size
-      self._kept.apply(
-        "adopt", rows, pages, lengths if config.copy_on_write else whole_pages, begins
-      )
+      rows, lengths = np.full(b, state.num_rows, np.int32), np.zeros(b, np.int32)
+      pages = [np.full((b, x.pages_per_row), x.num_pages, np.int32) for x in self._configs]
+      begins = [np.zeros(b, np.int32) for _ in self._configs]
+      for n, (row, held, first, length) in enumerate(starts[i : i + b]):
+        rows[n], lengths[n] = row, length
+        for group, own in enumerate(held):
+          begins[group][n] = first[group]
+          pages[group][n, : len(own)] = pages_of(own)
+      if not state.copy_on_write:
+        lengths = -(-lengths // state.whole) * state.whole
+      self._turn.apply("adopt", rows, state.like(pages), lengths, state.like(begins))
 
   # Growing and shrinking
 
-  def extend(self, num_tokens: Mapping[Handle, int]) -> None:
+  def extend(
+    self, num_tokens: Mapping[Handle, int], reserve: Sequence[int], spare: Sequence[int]
+  ) -> None:
     """Makes room in rows, all or none.
 
     # row before   [a][b ]           others hold b too
@@ -177,14 +192,15 @@ class Admission:
     if not any(growth.values()):
       return
     counts = self._by_row(growth)
-    if not self._config.copy_on_write and self._ledger.shares_tail(counts):
+    if not self._state.copy_on_write and self._ledger.shares_tail(counts):
       raise errors.Disabled("copy-on-write")
-    self._reclaim.make_room(int(self._ledger.pages_needed(counts).sum()))
-    self._kept.apply("extend", counts)
+    needed = [int(own.sum()) for own in groups.each(self._ledger.pages_needed(counts))]
+    self._pools.make_room(_sums(needed, reserve), spare)
+    self._turn.apply("extend", counts)
 
   def _by_row(self, growth: Mapping[int, int]) -> np.ndarray:
     """Tokens i32[S] for each row, from those of some rows."""
-    num_tokens = np.zeros(self._config.num_rows, np.int32)
+    num_tokens = np.zeros(self._state.num_rows, np.int32)
     num_tokens[list(growth)] = list(growth.values())
     return num_tokens
 
@@ -195,18 +211,25 @@ class Admission:
     # trim  at    [a][b]           c and d lose this holder
     # slide at          [c][d]     a and b lose this holder
     """
-    row = self._sequences.running(handle)
-    begin, end = self._sequences.bounds(row)
-    if not (begin if verb == "trim" and at else 0) <= at <= end:
-      raise self._sequences.unmapped(handle, at)
-    values = (self._ledger.lengths if verb == "trim" else self._ledger.groups[0].starts).copy()
+    row, sequences = self._sequences.running(handle), self._sequences
+    if not (sequences.begins(row, at) if verb == "trim" else self._slides(row, at)):
+      raise sequences.unmapped(handle, at)
+    values = self._ledger.lengths.copy() if verb == "trim" else np.zeros_like(self._ledger.lengths)
     values[row] = at
-    before = self._sequences.mapped(row)
-    self._kept.apply(verb, values)
+    before = [sequences.mapped(row, group) for group in sequences.groups]
+    self._turn.apply(verb, values)
     if verb == "trim":
-      self._sequences.forget(row, at)
-      del handle.writers[at:]
-    self._kept.scrub(sorted(set(before) - set(self._sequences.mapped(row))))
+      sequences.forget(row, at)
+      for writers in handle.writers:
+        del writers[at:]
+    for group, (kept, pages) in enumerate(zip(self._pools.kept, before)):
+      kept.scrub(sorted(set(pages) - set(sequences.mapped(row, group))))
+
+  def _slides(self, row: int, start: int) -> bool:
+    """Whether a row may forget its tokens before `start`."""
+    length = int(self._ledger.lengths[row])
+    latest = (latest_start(length, x.window, otherwise=length) for x in self._configs)
+    return 0 <= start <= min(latest)
 
   # Leaving
 
@@ -223,22 +246,31 @@ class Admission:
     self.free([each.place for each in handles if each.place is not None])
     for handle, had in zip(handles, held):
       del self._sequences.by_id[handle.request_id]
-      for each in handle.held:
-        self._kept.swap(each, -1)
-      self._kept.let_go(handle.held)
+      self._pools.end_swap(handle.held)
       num_pages = had.num_pages + had.num_host_pages
       self._turn.event("removed", handle.request_id, num_pages, had.num_tokens)
     self.num_deallocations += len(handles)
 
   def free(self, rows: list[int]) -> None:
     """Empties rows, and makes them free."""
-    marked = np.zeros(self._config.num_rows, bool)
+    marked = np.zeros(self._state.num_rows, bool)
     marked[rows] = True
     if not self._state.waits:  # otherwise a program may have filled a row that looks empty
       marked &= self._ledger.lengths > 0
     if marked.any():
-      pages = self._ledger.groups[0].block_tables[marked]
-      self._kept.apply("free", marked)
-      self._kept.scrub(pages[pages < self._config.num_pages].tolist())
+      pages = [book.block_tables[marked] for book in self._ledger.groups]
+      self._turn.apply("free", marked)
+      for kept, own in zip(self._pools.kept, pages):
+        kept.scrub(own[own < kept.config.num_pages].tolist())
     for row in rows:
       self._sequences.vacate(row)
+
+
+def _sums(needed: Sequence[int], reserve: Sequence[int]) -> list[int]:
+  """Pages of each group, the reserve included."""
+  return [own + more for own, more in zip(needed, reserve)]
+
+
+def _growth(request: Request, match: Start) -> int:
+  """Tokens that a request asks room for behind the cached ones."""
+  return 0 if request.only_cached else request.num_tokens - match.length

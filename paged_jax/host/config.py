@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from paged_jax import groups
 from paged_jax.host.eviction import LRU, Policy
 
 
@@ -38,7 +39,9 @@ class ManagerConfig:
   ValueError: high_watermark must be in [0, 1], got 2
   """
 
-  num_host_pages: int = 512  # pages of the host pool
+  num_host_pages: int | tuple[int, ...] = (
+    512  # of the host pool, of each group's if there are several
+  )
   swapping: bool = True  # whether sequences and prefixes may move to host memory
   low_watermark: float = 0.3  # fraction of pages; pressure is MEDIUM if fewer are free
   high_watermark: float = 0.1  # pressure is HIGH if fewer are free
@@ -52,10 +55,10 @@ class ManagerConfig:
   event_buffer: int = 4096  # events that are kept for readers
 
   def __post_init__(self):
-    for name, least in dict(
-      num_host_pages=0, max_prefixes=0, min_prefix_length=1, event_buffer=1
-    ).items():
+    for name, least in dict(max_prefixes=0, min_prefix_length=1, event_buffer=1).items():
       object.__setattr__(self, name, whole(name, getattr(self, name), least))
+    counts = [whole("num_host_pages", each, 0) for each in groups.each(self.num_host_pages)]
+    object.__setattr__(self, "num_host_pages", groups.like(self.num_host_pages, counts))
     for name in ("low_watermark", "high_watermark"):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -70,10 +73,15 @@ class ManagerConfig:
         f"high_watermark must be below low_watermark ({self.low_watermark}), "
         f"got {self.high_watermark}"
       )
-    if self.num_host_pages and not self.swapping:
+    if any(counts) and not self.swapping:
       raise ValueError(f"num_host_pages must be 0 with swapping off, got {self.num_host_pages}")
     if self.spill and not self.swapping:
       raise ValueError("spill must be off with swapping off, got True")
+
+  def host_pages_of(self, group: int) -> int:
+    """Pages of a group's host pool."""
+    pages = self.num_host_pages
+    return pages if isinstance(pages, int) else pages[group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,7 @@ class Request:
   tokens: Sequence[int] | np.ndarray | None = None  # ids of its first tokens, if known
   namespace: Hashable = None  # prefixes are found in the same one only; 1 and True are the same
   max_length: int | None = None  # most tokens, at most a row's capacity; None = that
+  only_cached: bool = False  # it starts with cached tokens alone; `Manager.extend` makes room later
   # Checked against the pool, if given:
   num_layers: int | None = None
   num_kv_heads: int | None = None
@@ -107,6 +116,8 @@ class Request:
       value = getattr(self, name)
       if value is not None:
         object.__setattr__(self, name, whole(name, value, 0))
+    if not isinstance(self.only_cached, bool):
+      raise ValueError(f"only_cached must be a bool, got {self.only_cached!r}")
     try:
       hash((self.request_id, self.namespace))
     except TypeError:

@@ -4,6 +4,17 @@ import dataclasses
 from collections.abc import Hashable
 
 
+class _Fields(dict):
+  """The attributes of an error, by name."""
+
+  def __init__(self, error: Exception):
+    super().__init__()
+    self._error = error
+
+  def __missing__(self, name: str) -> object:
+    return getattr(self._error, name)
+
+
 class CacheError(Exception):
   """Base of all errors that a manager raises about a request.
 
@@ -19,7 +30,7 @@ class CacheError(Exception):
   template = ""
 
   def __str__(self) -> str:
-    return self.template.format(**vars(self))
+    return self.template.format_map(_Fields(self))
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +39,13 @@ class OutOfPages(CacheError):
 
   needed: int
   free: int  # available ones
-  template = "{needed} pages are needed, but {free} are free"
+  group: int | None = None  # which cache of a tuple lacks them
+  template = "{needed} pages are needed, but {free} are free{place}"
+
+  @property
+  def place(self) -> str:
+    """Where they are missing, for the message."""
+    return "" if self.group is None else f" in group {self.group}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +54,13 @@ class OutOfHostPages(CacheError):
 
   needed: int
   free: int  # available ones
-  template = "{needed} host pages are needed, but {free} are free"
+  group: int | None = None  # which cache of a tuple lacks them
+  template = "{needed} host pages are needed, but {free} are free{place}"
+
+  @property
+  def place(self) -> str:
+    """Where they are missing, for the message."""
+    return "" if self.group is None else f" in group {self.group}"
 
 
 @dataclasses.dataclass(eq=False)

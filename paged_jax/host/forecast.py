@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paged_jax import groups
 from paged_jax.host.admission import Admission
 from paged_jax.host.config import Request
 from paged_jax.host.prefix import encoded
 from paged_jax.host.prefixes import Prefixes
 from paged_jax.host.sequences import Handle, Sequences
+from paged_jax.ledger.book import Book
 
 
 class Forecast:
@@ -29,25 +31,38 @@ class Forecast:
 
   @property
   def num_mapped(self) -> int:
-    """Pages that rows map; a shared page counts once for each row."""
-    return int(
-      np.count_nonzero(self._ledger.groups[0].block_tables < self._ledger.groups[0].num_pages)
-    )
+    """Pages of all groups that rows map; a shared page counts once for each row."""
+    books = self._ledger.groups
+    return sum(int(np.count_nonzero(book.block_tables < book.num_pages)) for book in books)
 
-  def to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
-    """Pages that `allocate` would take for these tokens, beyond those in the prefix cache."""
+  def to_begin(self, tokens: Sequence[int] | np.ndarray, step: int | None) -> list[int]:
+    """Most pages that a sequence of these tokens would take at once, beyond cached ones.
+
+    It grows by `step` tokens at a time; None = by all at once.
+    """
     request = Request(None, tokens=tokens)
     match = self._prefixes.match(request, encoded(tokens), touch=False)
-    return self._admission.needed([request], [match])
+    needed = self._admission.needed([request], [match])
+    if step is None:
+      return needed
+    return [min(own, _most(book, step)) for own, book in zip(needed, self._ledger.groups)]
 
-  def to_reach(self, lengths: np.ndarray) -> int:
-    """Pages that rows would take, copies included, to grow to `lengths` i32[S] tokens."""
+  def to_reach(self, lengths: np.ndarray, step: int | None) -> list[int]:
+    """Most pages that rows would take at once, copies included, to grow to `lengths` i32[S] tokens.
+
+    # window 8, pages of 4, step 4      from token 20 to 40, a row takes 5 pages, one after the other,
+    # [e 16][f 20][g 24][h 28]          and gives up one for each: no more than 4 are there at once
+    """
     if (lengths > self._ledger.capacity).any():
       raise ValueError(f"lengths must be at most {self._ledger.capacity}, got {lengths.max()}")
     more = np.maximum(lengths - self._ledger.lengths, 0)
-    return int(self._ledger.pages_needed(more).sum())
+    needed = groups.each(self._ledger.pages_needed(more))
+    if step is not None:
+      books = self._ledger.groups
+      needed = [np.minimum(own, _most(book, step)) for own, book in zip(needed, books)]
+    return [int(own.sum()) for own in needed]
 
-  def to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
+  def to_search(self, handles: Sequence[Handle], length: int, shared: int) -> list[int]:
     """Most pages that a beam search would take; see `Manager.pages_to_search`.
 
     # shared     [a][b]            each row maps these; they stay as they are
@@ -55,12 +70,20 @@ class Forecast:
     # row 1            [c][e]      c is held by these rows only: it counts so too
     # at worst         [.][.]      for each row, up to `length` tokens
     """
-    ledger = self._ledger
-    size = ledger.groups[0].page_size
     rows = [self._sequences.place(handle) for handle in handles]
-    pages = ledger.groups[0].block_tables[rows, shared // size :]
-    pages, entries = np.unique(pages[pages < ledger.groups[0].num_pages], return_counts=True)
-    alone = int(
-      (ledger.groups[0].refcount[pages] == entries).sum()
-    )  # pages that no other holder has
-    return max(0, len(rows) * (-(-length // size) - shared // size) - alone)
+    needed = []
+    for book in self._ledger.groups:
+      size = book.page_size
+      pages = book.block_tables[rows, shared // size :]
+      pages, entries = np.unique(pages[pages < book.num_pages], return_counts=True)
+      alone = int((book.refcount[pages] == entries).sum())  # pages that no other holder has
+      each = min(-(-length // size) - shared // size, _most(book, 1))
+      needed.append(max(0, len(rows) * each - (alone if book.window is None else 0)))
+    return needed
+
+
+def _most(book: Book, step: int) -> int:
+  """Most pages that a row takes and has at once, if it grows by at most `step` tokens at a time."""
+  if book.window is None:
+    return book.pages_per_row + 1  # the copy of a tail
+  return -(-(book.window - 1 + step) // book.page_size) + 1

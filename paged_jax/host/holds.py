@@ -42,6 +42,14 @@ class Held:
     return bool(self.nodes) or self.swapped > 0
 
 
+def latest_start(length: int, window: int | None, otherwise: int = 0) -> int:
+  """The last start of a row of `length` tokens that has all that its next token sees.
+
+  `otherwise` is the answer without a window.
+  """
+  return otherwise if window is None else max(0, length + 1 - window)
+
+
 def pages_of(held: Iterable[Held]) -> list[int]:
   """The device pages of those held pages that are on the device."""
   return [each.page for each in held if each.page is not None]

@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterable
 from paged_jax.host.config import ManagerConfig
 from paged_jax.host.errors import OutOfHostPages
 from paged_jax.host.holds import Held, pages_of
-from paged_jax.host.state import ID_SIZES, State, batches
+from paged_jax.host.state import State
 
 
 class Kept:
-  """Every held page, the host pool, and the counts of pages that moved. Not thread-safe.
+  """Every held page of a group, its host pool, and counts of pages that moved. Not thread-safe.
 
   Args:
-    state: The cache and its ledger.
+    state: The caches and their ledger.
+    group: Number of the group.
     options: The manager's.
   """
 
-  def __init__(self, state: State, options: ManagerConfig):
-    self.state = state
+  def __init__(self, state: State, group: int, options: ManagerConfig):
+    self.state, self.group = state, group
+    self.config, self.book = state.configs[group], state.ledger.groups[group]
     self.by_page: dict[int, Held] = {}  # the held pages on the device
     self.changed: Callable[[Held], None] = lambda held: None  # called when one moved, came or went
-    self.num_host_pages = options.num_host_pages
+    self.num_host_pages = options.host_pages_of(group)
     self.num_used = 0  # host pages in use
     self.peak_used = 0  # most host pages in use at once
     self.count = dict.fromkeys(
@@ -35,23 +37,25 @@ class Kept:
     self._options = options
 
   @property
+  def name(self) -> int | None:
+    """The group's number for messages, None if it is the only one."""
+    return self.group if len(self.state.configs) > 1 else None
+
+  @property
   def num_free_host(self) -> int:
     """Host pages that are free."""
     return self.num_host_pages - self.num_used
 
-  # Verbs, counted
-
-  def apply(self, verb: str, *operands) -> None:
-    """Applies one verb, which must be granted, and counts."""
-    self.state.apply(verb, *operands)
-    self.count_pages()
-
   def count_pages(self) -> None:
     """Counts pages taken and released since the last call, and the peak."""
-    used = self.state.config.num_pages - self.state.num_free
+    used = self.config.num_pages - self.book.num_free
     change = used - (self.count["pages_taken"] - self.count["pages_released"])
     self.count["pages_taken" if change > 0 else "pages_released"] += abs(change)
     self.peak = max(self.peak, used)
+
+  def hold(self, pages: list[int]) -> None:
+    """Makes the host a holder of these device pages."""
+    self.state.apply_ids("hold", self.group, pages)
 
   def drop(self, pages: list[int]) -> None:
     """Gives up the host's holds on these device pages.
@@ -60,24 +64,14 @@ class Kept:
     #        after     row           refcount 1, holds 0; free if there is no row
     """
     if pages:
-      self.state.apply_ids("drop", pages)
+      self.state.apply_ids("drop", self.group, pages)
       self.count_pages()
       self.scrub(pages)
 
   def scrub(self, pages: list[int]) -> None:
     """In scrub mode, clears those of `pages` that are free."""
     if self._options.scrub:
-      for _, ids in batches(pages, self.state.config.num_pages, ID_SIZES):
-        self.state.cache = self.state.verbs.scrub(self.state.cache, ids)
-
-  def warm_up(self) -> None:
-    """Compiles the verbs that these options need, for each size of a batch."""
-    options = self._options
-    self.state.warm_up(
-      holding=options.swapping or options.prefix_cache,
-      swapping=options.swapping and options.num_host_pages > 0,
-      scrubbing=options.scrub,
-    )
+      self.state.scrub(self.group, pages)
 
   # Users of held pages
 
@@ -96,7 +90,7 @@ class Kept:
       held = self.by_page.get(page)
       if held is None:
         held = self.by_page[page] = Held(page)
-        self.state.ledger.groups[0].touched.add(page)
+        self.book.touched.add(page)
         fresh.append(page)
       found.append(held)
     return found, fresh
@@ -144,9 +138,9 @@ class Kept:
       OutOfHostPages: The host pool has no room; nothing moved.
     """
     if len(held) > self.num_free_host:
-      raise OutOfHostPages(needed=len(held), free=self.num_free_host)
+      raise OutOfHostPages(len(held), self.num_free_host, self.name)
     pages = pages_of(held)
-    images = self.state.offload(pages)
+    images = self.state.offload(self.group, pages)
     self.num_used += len(held)
     self.peak_used = max(self.peak_used, self.num_used)
     for page, each, image in zip(pages, held, images):
@@ -163,7 +157,9 @@ class Kept:
     #      after     page 3, image -      the host is the only holder of page 3
     """
     if held:
-      pages = self.state.restore([each.image for each in held if each.image is not None])
+      pages = self.state.restore(
+        self.group, [each.image for each in held if each.image is not None]
+      )
       for each, page in zip(held, pages):
         each.page, each.image = page, None
         self.by_page[page] = each

@@ -23,23 +23,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from paged_jax import jitted
+from paged_jax import groups, jitted
 from paged_jax.config import CacheConfig
 from paged_jax.host import events, pressure, report
 from paged_jax.host.admission import Admission
 from paged_jax.host.config import ManagerConfig, Request, whole
 from paged_jax.host.forecast import Forecast
 from paged_jax.host.kept import Kept
-from paged_jax.host.prefix import Match, PrefixIndex, encoded
+from paged_jax.host.pools import Pools
+from paged_jax.host.prefix import Match, encoded
 from paged_jax.host.prefixes import Prefix, Prefixes, PrefixStats
-from paged_jax.host.reclaim import Collected, Reclaim
+from paged_jax.host.reclaim import Collected
 from paged_jax.host.sequences import Handle, Sequences
 from paged_jax.host.sharing import Sharing
 from paged_jax.host.state import State, Ticket
 from paged_jax.host.swap import Swap
 from paged_jax.host.tensors import Tensors
 from paged_jax.host.turn import Turn
-from paged_jax.types import Cache
 
 
 class Manager:
@@ -61,7 +61,8 @@ class Manager:
   (6, 8)
 
   Args:
-    config: Sizes and dtypes of the cache.
+    config: Sizes and dtypes of the cache; a tuple for a model with several groups of layers. What
+      belongs to one pool is then a tuple, too: pages, numbers of pages, `stats`.
     options: How the manager behaves.
     clock: Returns seconds, for lifetimes of prefixes and access times.
     shardings: Where the cache lives, from `paged_jax.sharding.shardings`; None = one device.
@@ -70,33 +71,28 @@ class Manager:
 
   def __init__(
     self,
-    config: CacheConfig,
+    config: CacheConfig | tuple[CacheConfig, ...],
     options: ManagerConfig | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
-    shardings: Cache | None = None,
+    shardings: Any = None,
     verbs=jitted,
   ):
-    self.config = config
+    self.config, configs = config, groups.each(config)
     self.options = options = ManagerConfig() if options is None else options
-    stored = dataclasses.replace(config, num_layers=config.num_layers + options.canary)
-    self._state = State(stored, verbs, shardings)
-    self._kept = Kept(self._state, options)
+    _check(configs, options)
+    stored = [dataclasses.replace(x, num_layers=x.num_layers + options.canary) for x in configs]
+    self._state = State(groups.like(config, stored), verbs, shardings)
+    kept = [Kept(self._state, group, options) for group in range(len(configs))]
     stream = events.Stream(options.event_buffer, lambda: self._sequences.lengths())
-    self._turn = Turn(self._kept, config, options, stream)
-    self._index = PrefixIndex(
-      config.page_size,
-      max_entries=options.max_prefixes if options.prefix_cache else 0,
-      min_length=options.min_prefix_length,
-      clock=clock,
-    )
+    self._turn = Turn(kept, configs, options, stream)
     self._sequences = Sequences(self._turn, clock)
-    self._reclaim = Reclaim(self._kept, self._index, options, self._turn.left)
-    self._turn.tidy = self._reclaim.tidy
-    self._prefixes = Prefixes(self._sequences, self._reclaim, self._index)
-    self._admission = Admission(self._sequences, self._reclaim, self._prefixes)
-    self._sharing = Sharing(self._sequences, self._reclaim, self._admission)
-    self._swap = Swap(self._sequences, self._reclaim, self._admission)
+    self._pools = Pools(kept, options, self._turn.left, clock)
+    self._turn.tidy = self._pools.tidy
+    self._prefixes = Prefixes(self._sequences, self._pools)
+    self._admission = Admission(self._sequences, self._pools, self._prefixes)
+    self._sharing = Sharing(self._sequences, self._pools, self._admission)
+    self._swap = Swap(self._sequences, self._pools, self._admission)
     self._tensors = Tensors(self._sequences, self._sharing)
     self._forecast = Forecast(self._sequences, self._admission, self._prefixes)
 
@@ -132,7 +128,7 @@ class Manager:
     return self.allocate_many([request])[0]
 
   def allocate_many(
-    self, requests: Sequence[Request], *, reserve: int = 0, spare: int = 0, wait: bool = True
+    self, requests: Sequence[Request], *, reserve: Any = 0, spare: Any = 0, wait: bool = True
   ) -> list[Handle]:
     """Begins sequences, all or none, in one call of each verb.
 
@@ -161,9 +157,16 @@ class Manager:
     >>> [handle.pages for handle in handles]
     [[0, 1], [2]]
     """
-    reserve, spare = whole("reserve", reserve, 0), whole("spare", spare, 0)
+    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
     with self._turn.change(wait=wait):
-      return self._admission.allocate(self, requests, reserve, spare)
+      return self._admission.allocate(self, requests, *room)
+
+  def _by_group(self, name: str, pages: Any) -> list[int]:
+    """A number of pages for each group; one number counts for all."""
+    given = pages if groups.several(pages) else (pages,) * len(self._turn.configs)
+    if len(given) != len(self._turn.configs):
+      raise ValueError(f"{name} must have {len(self._turn.configs)} numbers, got {pages!r}")
+    return [whole(name, each, 0) for each in given]
 
   def extend(self, handle: Handle, num_tokens: int) -> None:
     """Makes room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
@@ -183,8 +186,15 @@ class Manager:
     """
     self.extend_many({handle: num_tokens})
 
-  def extend_many(self, num_tokens: Mapping[Handle, int]) -> None:
-    """Makes room in several sequences, all or none, in one call; see `extend`.
+  def extend_many(
+    self,
+    num_tokens: Mapping[Handle, int],
+    *,
+    reserve: Any = 0,
+    spare: Any = 0,
+    wait: bool = True,
+  ) -> None:
+    """Makes room in several sequences, all or none, in one call; see `extend` and `allocate_many`.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -193,8 +203,9 @@ class Manager:
     >>> a.num_tokens, b.num_tokens
     (33, 6)
     """
-    with self._turn.change():
-      self._admission.extend(num_tokens)
+    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
+    with self._turn.change(wait=wait):
+      self._admission.extend(num_tokens, *room)
 
   def trim(self, handle: Handle, num_tokens: int) -> None:
     """Cuts a sequence to its first `num_tokens` tokens, and releases the whole pages after them.
@@ -431,7 +442,7 @@ class Manager:
     """
     key = encoded(tokens)
     with self._turn.change(wait=False):
-      return self._index.pin(namespace, key, pinned)
+      return self._pools.pin(namespace, key, pinned)
 
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored prefixes that no sequence uses; returns how many.
@@ -449,7 +460,7 @@ class Manager:
     """
     count = whole("count", count)
     with self._turn.change():
-      return self._reclaim.evict_entries(count)
+      return self._pools.evict_prefixes(count)
 
   def clear_prefixes(self, *, pinned: bool = True, reset_counters: bool = False) -> int:
     """Forgets every prefix, those in use too; sequences keep the pages that they use.
@@ -558,7 +569,9 @@ class Manager:
 
   # Bytes
 
-  def write_kv(self, handle: Handle, layer: int, position: int, k, v) -> None:
+  def write_kv(
+    self, handle: Handle, layer: int, position: int, k: Any, v: Any = None, *, group: int = 0
+  ) -> None:
     """Writes keys and values [B,H,D] of the tokens from `position` on; [H,D] for one token.
 
     Pages from there on that others use too are copied first, so only this sequence sees the write.
@@ -576,13 +589,14 @@ class Manager:
     >>> k[:, 0, 0].tolist()
     [0.0, 1.0, 1.0, 0.0]
     """
-    k, v = self._tensors.checked(k, v)
-    layer, position = self._tensors.layer(layer), whole("position", position)
+    layer, group = self._tensors.layer(layer, group)
+    k, v = self._tensors.checked(group, k, v)
+    position = whole("position", position)
     with self._turn.change():
-      self._tensors.write(handle, layer, position, k, v)
+      self._tensors.write(handle, group, layer, position, k, v)
 
   def read_kv(
-    self, handle: Handle, layer: int, start: int, num_tokens: int
+    self, handle: Handle, layer: int, start: int, num_tokens: int, *, group: int = 0
   ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [num_tokens,H,D] on the host, in token order. Waits for the device.
 
@@ -597,10 +611,10 @@ class Manager:
     >>> k.shape, v.shape
     ((4, 1, 4), (4, 1, 4))
     """
-    layer, start = self._tensors.layer(layer), whole("start", start)
-    num_tokens = whole("num_tokens", num_tokens)
+    layer, group = self._tensors.layer(layer, group)
+    start, num_tokens = whole("start", start), whole("num_tokens", num_tokens)
     with self._turn.change():
-      read = self._tensors.read(handle, layer, start, num_tokens)
+      read = self._tensors.read(handle, group, layer, start, num_tokens)
     return read()  # waits for the device, outside the lock
 
   # Programs of the user's own
@@ -661,7 +675,7 @@ class Manager:
         self._sequences.record(tokens, num_tokens)
         if ticket is not None:
           ticket.recorded = True
-      return self._state.num_free
+      return self._like(self._state.num_free)
 
   def record(self, tokens: np.ndarray, num_tokens: np.ndarray) -> None:
     """Notes the new tokens of sequences, so that `store_prefix` knows them. Does not wait.
@@ -691,15 +705,19 @@ class Manager:
     >>> manager.warm_up()
     """
     with self._turn.change():
-      self._kept.warm_up()
+      self._pools.warm_up(self.options)
 
   # What a program may take. None of these waits for reports; see `forecast`.
 
+  def _like(self, values: Sequence[Any]) -> Any:
+    """Values of all groups: a tuple if the manager has several, or one."""
+    return self._state.like(values)
+
   @property
-  def num_free(self) -> int:
+  def num_free(self) -> Any:
     """Free pages."""
     with self._turn.lock:
-      return self._state.num_free
+      return self._like(self._state.num_free)
 
   @property
   def num_free_rows(self) -> int:
@@ -719,19 +737,38 @@ class Manager:
       return self._forecast.num_mapped
 
   @property
-  def num_idle(self) -> int:
+  def num_idle(self) -> Any:
     """Pages that only the host uses; eviction frees at most this many."""
     with self._turn.lock:
-      return self._reclaim.num_idle
+      return self._like([reclaim.num_idle for reclaim in self._pools.reclaims])
 
   @property
-  def num_reclaimable(self) -> int:
+  def num_reclaimable(self) -> Any:
     """Pages that eviction could free."""
     with self._turn.lock:
-      return self._reclaim.reclaimable
+      return self._like([reclaim.reclaimable for reclaim in self._pools.reclaims])
 
-  def pages_to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
+  def begins(self, handle: Handle, num_tokens: int) -> bool:
+    """Whether a sequence could be cut to its first tokens, or shared up to there.
+
+    It cannot if a window has passed tokens that the next one would see.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> config = CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64, window=16)
+    >>> manager = host.Manager(config)
+    >>> handle = manager.allocate(host.Request("a", 40))
+    >>> manager.extend(handle, 1)
+    >>> manager.begins(handle, 40), manager.begins(handle, 39)
+    (True, False)
+    """
+    with self._turn.change(wait=False):
+      return self._sequences.begins(self._sequences.place(handle), whole("num_tokens", num_tokens))
+
+  def pages_to_begin(self, tokens: Sequence[int] | np.ndarray, *, step: int | None = None) -> Any:
     """Pages that `allocate` would take for these tokens, beyond those in the prefix cache.
+
+    With `step`, most pages that it has at once if it grows by so many tokens at a time: a group
+    with a window gives up pages meanwhile.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -742,12 +779,12 @@ class Manager:
     (1, 2)
     """
     with self._turn.change(wait=False):
-      return self._forecast.to_begin(tokens)
+      return self._like(self._forecast.to_begin(tokens, step))
 
-  def pages_to_reach(self, lengths: np.ndarray) -> int:
+  def pages_to_reach(self, lengths: np.ndarray, *, step: int | None = None) -> Any:
     """Pages that rows would take, copies included, to grow to `lengths` i32[S] tokens.
 
-    A row that has more tokens already takes none.
+    A row that has more tokens already takes none. `step` is as in `pages_to_begin`.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -757,9 +794,9 @@ class Manager:
     1
     """
     with self._turn.lock:
-      return self._forecast.to_reach(lengths)
+      return self._like(self._forecast.to_reach(lengths, step))
 
-  def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> int:
+  def pages_to_search(self, handles: Sequence[Handle], length: int, shared: int) -> Any:
     """Most pages that a beam search over these sequences would take.
 
     They grow to `length` tokens each, `reorder` among themselves, and keep sharing their first
@@ -773,15 +810,15 @@ class Manager:
     3
     """
     with self._turn.lock:
-      return self._forecast.to_search(handles, length, shared)
+      return self._like(self._forecast.to_search(handles, length, shared))
 
   # Room
 
-  def gc(self, target: int | None = None) -> Collected:
+  def gc(self, target: Any = None) -> Collected:
     """Evicts pages that no row uses, in the policy's order, until `target` pages are free.
 
     Args:
-      target: Pages; None = as many as the low watermark asks for.
+      target: Pages, or those of each group; None = as many as the low watermark asks for.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -792,9 +829,11 @@ class Manager:
     >>> manager.gc(target=8).num_pages
     2
     """
-    target = None if target is None else whole("target", target, 0)
+    targets: Sequence[int | None] = [None] * len(self._turn.configs)
+    if target is not None:
+      targets = self._by_group("target", target)
     with self._turn.change():
-      return self._reclaim.collect(target)
+      return self._pools.collect(targets)
 
   def check_pressure(self) -> pressure.Level:
     """The pressure level now.
@@ -832,21 +871,21 @@ class Manager:
       return self._turn.notifier.subscribe(callback)
 
   @property
-  def free_pages(self) -> int:
+  def free_pages(self) -> Any:
     """Pages that nothing uses."""
     with self._turn.change():
-      return self._state.num_free
+      return self._like(self._state.num_free)
 
   @property
-  def available_pages(self) -> int:
+  def available_pages(self) -> Any:
     """Pages that are free, or could be freed by eviction."""
     with self._turn.change():
-      return self._admission.available
+      return self._like(self._pools.available)
 
   # Looking
 
   @property
-  def cache(self) -> Cache:
+  def cache(self) -> Any:
     """The cache now, valid until the next method that changes it. Does not wait for reports."""
     with self._turn.lock:
       return self._state.cache
@@ -878,7 +917,7 @@ class Manager:
     with self._turn.lock:
       return list(self._sequences.by_id.values())
 
-  def stats(self) -> report.Stats:
+  def stats(self) -> Any:
     """The manager's numbers, exact at the time of the call.
 
     >>> from paged_jax import CacheConfig, host
@@ -889,7 +928,7 @@ class Manager:
     (1, 2, 6)
     """
     with self._turn.change():
-      return report.stats(self._sequences, self._admission, self._reclaim)
+      return self._like(report.stats(self._sequences, self._admission, self._pools))
 
   def events(self, since: int = 0) -> events.Batch:
     """What happened after event number `since`; see `events.Batch`. Does not wait for reports.
@@ -915,4 +954,18 @@ class Manager:
     True
     """
     with self._turn.change():
-      return report.audit(self._sequences, self._index, self._reclaim)
+      return report.audit(self._sequences, self._pools)
+
+
+def _check(configs: tuple[CacheConfig, ...], options: ManagerConfig) -> None:
+  """Raises ValueError unless the caches of a tuple, and the options, go together."""
+  for name in ("num_rows", "copy_on_write"):
+    values = {getattr(config, name) for config in configs}
+    if len(values) != 1:
+      raise ValueError(f"caches must have the same {name}, got {sorted(values)}")
+  sizes = {config.page_size for config in configs}
+  if len(sizes) > 1 and not configs[0].copy_on_write:
+    raise ValueError(f"without copy_on_write caches must have one page_size, got {sorted(sizes)}")
+  pages = options.num_host_pages
+  if groups.several(pages) and len(groups.each(pages)) != len(configs):
+    raise ValueError(f"num_host_pages must be one number or {len(configs)}, got {pages}")

@@ -64,6 +64,7 @@ def _short(value) -> str:
 class Entry:
   """A stored prefix; it ends at the end of a node."""
 
+  namespace: Hashable
   last_logits: Any  # what the caller stored with it
   pinned: bool
   expires: float  # time of the clock, seconds
@@ -112,6 +113,7 @@ class PrefixIndex:
     clock: Returns seconds, for lifetimes.
     edited: Called as `edited(node, first)` before the node's pages from number `first` on, its
       children or its entry change.
+    ended: Called as `ended(namespace, tokens)` when a stored prefix is forgotten, except by `clear`.
   """
 
   def __init__(
@@ -122,9 +124,10 @@ class PrefixIndex:
     min_length: int = 16,
     clock: Callable[[], float],
     edited: Callable[[Node, int], None] = lambda node, first: None,
+    ended: Callable[[Hashable, bytes], None] = lambda namespace, tokens: None,
   ):
     self.page_size, self.max_entries, self.min_length = page_size, max_entries, min_length
-    self.edited = edited
+    self.edited, self.ended = edited, ended
     self._clock = clock
     self._ticks = itertools.count(1)
     self._empty()
@@ -172,6 +175,31 @@ class PrefixIndex:
     """The longest stored prefix of `tokens`; it does not count as used."""
     return self._match(*self._walk(namespace, tokens, split=False), tokens)
 
+  def ends(self, namespace: Hashable, tokens: bytes) -> Iterator[bytes]:
+    """Stored prefixes that share the most first tokens with `tokens`, the most first.
+
+    # stored   a b c ┬ d e       query a b c d x: first a b c d e, which shares four, then a b c
+    #                └ f g
+
+    Of several that go on after all shared tokens it is one.
+    """
+    node, length = self._walk(namespace, tokens, split=False)
+    below = node
+    while below.parent is not None and below.entry is None and below.children:
+      below = next(iter(below.children.values()))
+    if below.entry is not None and below.end > length:
+      yield _path(below)
+    while node.parent is not None:
+      if node.entry is not None and node.end <= length:
+        yield tokens[: node.end * TOKEN_BYTES]
+      node = node.parent
+
+  def bury(self, namespace: Hashable) -> None:
+    """Forgets a namespace; `expire` returns its pages that nothing uses."""
+    root = self._roots.get(namespace)
+    for node in reversed(list(_below(root))) if root is not None else ():
+      self._expired += self._detach(node)
+
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
     """The match of the first `length` tokens, which end at `node` or on its edge."""
     entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None
@@ -194,7 +222,7 @@ class PrefixIndex:
       if tokens.startswith(child.tokens, at):
         node, at = child, at + len(child.tokens)
         continue
-      same = _common(child.tokens, tokens, at)
+      same = common(child.tokens, tokens, at)
       return (self._split(child, same) if split else child), at // TOKEN_BYTES + same
     return node, at // TOKEN_BYTES
 
@@ -287,7 +315,7 @@ class PrefixIndex:
       self.num_pinned -= node.entry.pinned
       last_logits = node.entry.last_logits if last_logits is None else last_logits
     self.num_pinned += pinned
-    node.entry = Entry(last_logits, pinned, expires)
+    node.entry = Entry(namespace, last_logits, pinned, expires)
     node.use.last = tick
     self.edited(node, len(node.held))
     self._mark_mortal(node)
@@ -415,7 +443,8 @@ class PrefixIndex:
       self.edited(node, len(node.held))
       self.num_entries -= 1
       self.num_pinned -= node.entry.pinned
-      node.entry = None
+      namespace, node.entry = node.entry.namespace, None
+      self.ended(namespace, _path(node))
 
   def retire(self, node: Node) -> list[Held]:
     """Removes the prefix that ends at a node, and the nodes that no other prefix passes through.
@@ -479,6 +508,15 @@ class PrefixIndex:
     return node, node.held[last - node.start // self.page_size]
 
 
+def _path(node: Node) -> bytes:
+  """The tokens from the root to the end of a node, `encoded`."""
+  parts, at = [], node
+  while at.parent is not None:
+    parts.append(at.tokens)
+    at = at.parent
+  return b"".join(reversed(parts))
+
+
 def _below(node: Node) -> Iterator[Node]:
   """Every node below this one, parents first."""
   stack = list(node.children.values())
@@ -488,7 +526,7 @@ def _below(node: Node) -> Iterator[Node]:
     stack += at.children.values()
 
 
-def _common(edge: bytes, tokens: bytes, at: int) -> int:
+def common(edge: bytes, tokens: bytes, at: int) -> int:
   """How many first tokens `edge` shares with `tokens` from byte `at` on."""
   size = min(len(edge), len(tokens) - at) // TOKEN_BYTES
   left = np.frombuffer(edge, "<i4", size)

@@ -1,17 +1,14 @@
 """The prefix cache: lookups, and prefixes whose pages are kept for later requests."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from paged_jax.host.config import Request
-from paged_jax.host.holds import Held
-from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, encoded
-from paged_jax.host.reclaim import Reclaim
+from paged_jax.host.pools import Pools, Start
+from paged_jax.host.prefix import TOKEN_BYTES, Match, encoded
 from paged_jax.host.sequences import Handle, Sequences
-
-NOTHING = Match(0, None, [])
 
 
 class Prefix(NamedTuple):
@@ -62,14 +59,12 @@ class Prefixes:
 
   Args:
     sequences: The live sequences.
-    reclaim: Removes a stored prefix when the index is full.
-    index: The tree.
+    pools: Have the prefixes.
   """
 
-  def __init__(self, sequences: Sequences, reclaim: Reclaim, index: PrefixIndex):
-    self.index = index
-    self._sequences, self._reclaim, self._turn = sequences, reclaim, sequences.turn
-    self._kept, self._config = self._turn.kept, self._turn.config
+  def __init__(self, sequences: Sequences, pools: Pools):
+    self._sequences, self._pools, self._turn = sequences, pools, sequences.turn
+    self._state = self._turn.state
     self._lookups = dict.fromkeys(("queries", "hits", "misses", "tokens_queried", "tokens_hit"), 0)
     self._forgotten = 0  # evictions before the counters were reset
 
@@ -77,43 +72,50 @@ class Prefixes:
 
   def find(self, namespace: Hashable, tokens: bytes) -> Match:
     """The longest stored prefix; it counts as a lookup and as used."""
-    match = self.index.find(namespace, tokens)
-    self.count_lookup(tokens, match)
-    return match
+    start = self._pools.find(namespace, tokens, lambda length, logits: length, touch=True)
+    self.count_lookup(tokens, start)
+    return Match(start.length, start.last_logits, self._state.like(start.held))
 
-  def match(self, request: Request, prompt: bytes, *, touch: bool) -> Match:
+  def match(self, request: Request, prompt: bytes, *, touch: bool) -> Start:
     """The longest stored prefix of a request's prompt, cut to the tokens that the request can use.
 
     `touch` says whether the prefix counts as used.
     """
     if not (prompt and self._turn.options.prefix_cache):
-      return NOTHING
-    look_up: Callable[[Hashable, bytes], Match] = self.index.find if touch else self.index.peek
-    match, size = look_up(request.namespace, prompt), len(prompt) // TOKEN_BYTES
-    length = min(match.length, request.num_tokens)
-    if match.last_logits is None:
-      length = min(length, size - 1)  # the last token must be computed, for its logits
-    if not self._config.copy_on_write:
-      length -= length % self._config.page_size
-    held = match.held[: -(-length // self._config.page_size)]
-    return Match(length, match.last_logits if length == size else None, held)
+      return self._pools.nothing
+    size = len(prompt) // TOKEN_BYTES
+    most = size if request.only_cached else request.num_tokens
 
-  def count_lookup(self, prompt: bytes, match: Match) -> None:
-    """Counts a lookup of `prompt` that found `match`."""
+    def limit(length: int, logits: Any) -> int:
+      length = min(length, most)
+      if logits is None:
+        length = min(length, size - 1)  # the last token must be computed, for its logits
+      if not self._state.copy_on_write:
+        length -= length % self._state.whole
+      return length
+
+    return self._pools.find(request.namespace, prompt, limit, touch=touch)
+
+  def count_lookup(self, prompt: bytes, start: Start) -> None:
+    """Counts a lookup of `prompt` that found `start`."""
     count = self._lookups
     count["queries"] += 1
-    count["hits" if match.length else "misses"] += 1
+    count["hits" if start.length else "misses"] += 1
     count["tokens_queried"] += len(prompt) // TOKEN_BYTES
-    count["tokens_hit"] += match.length
+    count["tokens_hit"] += start.length
 
   def stats(self) -> PrefixStats:
     """The prefix cache's numbers."""
     return PrefixStats(
       **self._lookups,
-      evictions=self._kept.count["evicted_pages"] - self._forgotten,
-      entries=self.index.num_entries,
-      cached_tokens=self.index.num_tokens,
+      evictions=self._evictions - self._forgotten,
+      entries=self._pools.ends.num_entries,
+      cached_tokens=self._pools.ends.num_tokens,
     )
+
+  @property
+  def _evictions(self) -> int:
+    return sum(kept.count["evicted_pages"] for kept in self._pools.kept)
 
   # Stores
 
@@ -126,11 +128,11 @@ class Prefixes:
     # index       [7][8][9]
     """
     keys = [self._key(prefix) for prefix in prefixes]
-    held: list[int] = []
-    dropped: list[int] = []
-    stored = [self._store(*each, held, dropped) for each in zip(prefixes, keys)]
-    self._turn.state.apply_ids("hold", held)
-    self._kept.drop(dropped)
+    fresh, gone = ([[] for _ in self._pools.kept] for _ in range(2))
+    stored = [self._store(*each, fresh, gone) for each in zip(prefixes, keys)]
+    for kept, pages, dropped in zip(self._pools.kept, fresh, gone):
+      kept.hold(pages)
+      kept.drop(dropped)
     return stored
 
   def _key(self, prefix: Prefix) -> bytes:
@@ -146,46 +148,30 @@ class Prefixes:
       raise ValueError(f"ttl must be None or a number of seconds, got {ttl!r}")
     return encoded(tokens)
 
-  def _store(self, prefix: Prefix, key: bytes, held: list[int], dropped: list[int]) -> bool:
-    """Puts a prefix into the index; returns whether it was stored.
+  def _store(
+    self, prefix: Prefix, key: bytes, fresh: list[list[int]], gone: list[list[int]]
+  ) -> bool:
+    """Puts a prefix into the indexes; returns whether it was stored.
 
-    Adds to `held` the pages that the ledger must `hold` for it, and to `dropped` those to `drop`.
+    Adds to `fresh` the pages that the ledger must `hold` for it, and to `gone` those to `drop`.
     """
     handle, row = prefix.handle, self._sequences.running(prefix.handle)
-    if self.index.full(handle.namespace, key):
-      evicted = self._reclaim.evict_entry()
-      if evicted is None:
-        return False
-      dropped += self._reclaim.given_up(evicted)
-    count, known = len(key) // TOKEN_BYTES, len(held)
-    pages = self._turn.state.ledger.groups[0].block_tables[
-      row, : -(-count // self._config.page_size)
-    ]
-
-    def keep(first: int) -> list[Held]:
-      kept_pages, fresh = self._kept.at(pages[first:].tolist())
-      held.extend(fresh)
-      return kept_pages
-
-    released = self.index.store(
-      handle.namespace, key, keep, last_logits=prefix.last_logits, ttl=prefix.ttl,
+    known = sum(map(len, fresh))
+    stored = self._pools.store(
+      handle.namespace, key, row, fresh, gone, last_logits=prefix.last_logits, ttl=prefix.ttl,
       pinned=prefix.pinned,
     )  # fmt: skip
-    if released is None:
-      return False
-    dropped += self._kept.forget(released)
-    self._turn.event("stored", handle.request_id, len(held) - known, count)
-    return True
+    if stored:
+      num_tokens = len(key) // TOKEN_BYTES
+      self._turn.event("stored", handle.request_id, sum(map(len, fresh)) - known, num_tokens)
+    return stored
 
   def clear(self, *, pinned: bool, reset_counters: bool) -> int:
     """Forgets every prefix, or all except pinned ones; returns how many."""
-    before = self.index.num_entries
-    if pinned:
-      self._kept.let_go(self.index.clear())
-    else:
-      self._kept.let_go(self._reclaim.unpinned())
+    before = self._pools.ends.num_entries
+    self._pools.clear(pinned=pinned)
     if reset_counters:
       self._lookups = dict.fromkeys(self._lookups, 0)
-      self._forgotten = self._kept.count["evicted_pages"]
+      self._forgotten = self._evictions
     self._turn.event("removed", None, 0, 0)
-    return before - self.index.num_entries
+    return before - self._pools.ends.num_entries

@@ -328,7 +328,7 @@ def _kind(held: Held) -> int:
 
 
 class Reclaim:
-  """Frees pages that only the host uses. Not thread-safe.
+  """Frees pages of a group that only the host uses. Not thread-safe.
 
   Args:
     kept: The held pages.
@@ -345,7 +345,7 @@ class Reclaim:
     event: Callable[[str, int], None],
   ):
     self._kept, self._prefixes, self._event = kept, prefixes, event
-    self._state, self._options = kept.state, options
+    self._book, self._options = kept.book, options
     self._evictable = Evictable(prefixes, options.eviction)
     kept.changed = self._changed
 
@@ -359,15 +359,15 @@ class Reclaim:
 
   def _settle(self) -> None:
     """Takes over from the ledger which held pages rows use, and counts."""
-    ledger, evictable = self._state.ledger, self._evictable
-    if ledger.groups[0].touched:
-      pages = np.fromiter(ledger.groups[0].touched, np.int64, len(ledger.groups[0].touched))
-      busy = ledger.groups[0].refcount[pages] > ledger.groups[0].holds[pages]
+    book, evictable = self._book, self._evictable
+    if book.touched:
+      pages = np.fromiter(book.touched, np.int64, len(book.touched))
+      busy = book.refcount[pages] > book.holds[pages]
       for page, used in zip(pages.tolist(), busy.tolist()):
         held = self._kept.by_page.get(page)
         if held is not None:
           evictable.set_busy(held, used)
-      ledger.groups[0].touched.clear()
+      book.touched.clear()
     evictable.settle()
 
   @property
@@ -399,12 +399,8 @@ class Reclaim:
   def audit(self, kept: Iterable[Held]) -> int:
     """How many held pages are counted wrongly."""
     self._settle()
-    ledger = self._state.ledger
-    pages = [
-      page
-      for page in self._kept.by_page
-      if ledger.groups[0].refcount[page] > ledger.groups[0].holds[page]
-    ]
+    book = self._book
+    pages = [page for page in self._kept.by_page if book.refcount[page] > book.holds[page]]
     return self._evictable.audit(kept, {self._kept.by_page[page] for page in pages})
 
   @contextlib.contextmanager
@@ -419,20 +415,23 @@ class Reclaim:
 
   # Room on the device
 
+  @property
+  def available(self) -> int:
+    """Device pages that are free, or could be freed by eviction."""
+    return self._book.num_free + self.reclaimable
+
   def make_room(self, needed: int, spare: int = 0) -> None:
     """Evicts until `needed` pages are free; if it must evict, until `spare` pages more are free.
 
     Raises:
-      OutOfPages: Too few pages are available; nothing was evicted.
+      OutOfPages: Too few pages are available.
     """
-    free = self._state.num_free
-    if needed <= free:
+    if needed <= self._book.num_free:
       return
-    available = free + self.reclaimable
-    if needed <= available:
-      self.reclaim(needed + spare)
-    if needed > self._state.num_free:
-      raise errors.OutOfPages(needed=needed, free=available)
+    available = self.available
+    self.reclaim(needed + spare)
+    if needed > self._book.num_free:
+      raise errors.OutOfPages(needed, available, self._kept.name)
 
   def reclaim(self, target: int) -> None:
     """Frees pages that only the host uses, until `target` pages are free or none can be freed.
@@ -440,7 +439,7 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
-    while (short := target - self._state.num_free) > 0:
+    while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,
       # and host pages for them to move to.
@@ -552,16 +551,16 @@ class Reclaim:
     Args:
       target: Pages; None = as many as the low watermark asks for.
     """
-    state, index = self._state, self._prefixes
+    book, index, config = self._book, self._prefixes, self._kept.config
     if target is None:
-      target = math.ceil(self._options.low_watermark * state.config.num_pages)
-    began, free, entries = time.perf_counter(), state.num_free, index.num_entries
+      target = math.ceil(self._options.low_watermark * config.num_pages)
+    began, free, entries = time.perf_counter(), book.num_free, index.num_entries
     self.expire()
     self.reclaim(target)
-    freed = state.num_free - free
+    freed = book.num_free - free
     return Collected(
       num_pages=freed,
-      num_bytes=freed * state.config.page_bytes,
+      num_bytes=freed * config.page_bytes,
       num_entries=entries - index.num_entries,
       seconds=time.perf_counter() - began,
     )

@@ -6,7 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from paged_jax import groups
 from paged_jax.host.admission import Admission
+from paged_jax.host.kept import Kept
+from paged_jax.host.pools import Pools
 from paged_jax.host.prefix import PrefixIndex
 from paged_jax.host.reclaim import Reclaim
 from paged_jax.host.sequences import Sequences
@@ -55,7 +58,7 @@ class AuditReport(NamedTuple):
   (0, True)
   """
 
-  device: Audit  # laws 1 to 3 on the device
+  device: Audit  # laws 1 to 3 on the device, summed over the groups
   twin: int  # leaves in which the host's ledger differs from the device's
   holds: int  # pages for which the ledger has other holds than the host's list of held pages
   host_pages: int  # difference between the used host pages and the images in host memory
@@ -68,48 +71,65 @@ class AuditReport(NamedTuple):
     return not any(map(int, self.device)) and not any(self[1:])
 
 
-def stats(sequences: Sequences, admission: Admission, reclaim: Reclaim) -> Stats:
-  """The manager's numbers now."""
-  kept, state = sequences.turn.kept, sequences.turn.state
-  total, free = state.config.num_pages, state.num_free
+def stats(sequences: Sequences, admission: Admission, pools: Pools) -> list[Stats]:
+  """The manager's numbers now, of each group; those of sequences are the same in all."""
   running = sum(each.place is not None for each in sequences.by_id.values())
-  return Stats(
-    num_pages=total,
-    free_pages=free,
-    used_pages=total - free,
-    peak_pages=kept.peak,
-    reclaimable_pages=reclaim.reclaimable,
-    utilization=(total - free) / total,
-    page_bytes=state.config.page_bytes,
-    num_host_pages=kept.num_host_pages,
-    free_host_pages=kept.num_free_host,
-    peak_host_pages=kept.peak_used,
-    running=running,
-    swapped=len(sequences.by_id) - running,
-    allocations=admission.num_allocations,
-    deallocations=admission.num_deallocations,
-    refusals=sequences.turn.num_refusals,
-    copies=state.ledger.num_copies,
-    **kept.count,
+  return [
+    Stats(
+      num_pages=(total := kept.config.num_pages),
+      free_pages=(free := kept.book.num_free),
+      used_pages=total - free,
+      peak_pages=kept.peak,
+      reclaimable_pages=reclaim.reclaimable,
+      utilization=(total - free) / total,
+      page_bytes=kept.config.page_bytes,
+      num_host_pages=kept.num_host_pages,
+      free_host_pages=kept.num_free_host,
+      peak_host_pages=kept.peak_used,
+      running=running,
+      swapped=len(sequences.by_id) - running,
+      allocations=admission.num_allocations,
+      deallocations=admission.num_deallocations,
+      refusals=sequences.turn.num_refusals,
+      copies=kept.book.num_copies,
+      **kept.count,
+    )
+    for kept, reclaim in zip(pools.kept, pools.reclaims)
+  ]
+
+
+def audit(sequences: Sequences, pools: Pools) -> AuditReport:
+  """Compares both ledgers, the held pages and the host pools of all groups. Reads the device."""
+  state, ledger = sequences.turn.state, sequences.ledger
+  caches = groups.each(state.cache)
+  device = jax.tree.leaves([cache.ledger for cache in caches])
+  leaves = zip(device, jax.tree.leaves(ledger.snapshot()), strict=True)
+  found = [_audit(sequences, *each) for each in zip(pools.kept, pools.indexes, pools.reclaims)]
+  audits = groups.each(state.verbs.audit(state.cache))
+  holds, host_pages, users = (sum(column) for column in zip(*found))
+  return AuditReport(
+    device=Audit(*(sum(map(int, column)) for column in zip(*audits))),  # type: ignore
+    twin=sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves),
+    holds=holds,
+    host_pages=host_pages,
+    sequences=sequences.audit(np.flatnonzero(ledger.lengths).tolist()),
+    users=users,
   )
 
 
-def audit(sequences: Sequences, index: PrefixIndex, reclaim: Reclaim) -> AuditReport:
-  """Compares both ledgers, the held pages and the host pool. Reads the device."""
-  kept, state = sequences.turn.kept, sequences.turn.state
-  ledger = state.ledger
-  leaves = zip(jax.tree.leaves(state.cache.ledger), jax.tree.leaves(ledger.snapshot()))
-  held = np.zeros(ledger.groups[0].num_pages, np.int32)
+def _audit(
+  sequences: Sequences, kept: Kept, index: PrefixIndex, reclaim: Reclaim
+) -> tuple[int, int, int]:
+  """What is wrong with a group's holds, with its host pool, and with the users of its held pages."""
+  held = np.zeros(kept.config.num_pages, np.int32)
   held[list(kept.by_page)] = 1
+  handles = sequences.by_id.values()
   indexed = Counter(each for node in index.nodes() for each in node.held)
-  swapped = Counter(each for handle in sequences.by_id.values() for each in handle.held)
+  swapped = Counter(each for x in handles if x.held for each in x.held[kept.group])
   everything = {*indexed, *swapped, *kept.by_page.values()}
-  return AuditReport(
-    device=Audit(*jax.tree.map(int, state.verbs.audit(state.cache))),
-    twin=sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves),
-    holds=int((held != ledger.groups[0].holds).sum()),
-    host_pages=abs(sum(x.image is not None for x in everything) - kept.num_used),
-    sequences=sequences.audit(np.flatnonzero(ledger.lengths).tolist()),
-    users=sum(x.indexed != indexed[x] or x.swapped != swapped[x] for x in everything)
-    + reclaim.audit(everything),
+  wrong = (x.indexed != indexed[x] or x.swapped != swapped[x] for x in everything)
+  return (
+    int((held != kept.book.holds).sum()),
+    abs(sum(x.image is not None for x in everything) - kept.num_used),
+    sum(wrong) + reclaim.audit(everything),
   )

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from paged_jax import groups
 from paged_jax.host import errors
-from paged_jax.host.holds import Held
+from paged_jax.host.holds import Held, latest_start
 from paged_jax.host.turn import Turn
 
 
@@ -61,7 +62,7 @@ class Handle:
 
   __slots__ = (
     "_desk", "cache_id", "held", "last_access", "last_logits", "length", "manager", "marked_at",
-    "max_length", "namespace", "num_cached", "place", "request_id", "start", "tokens", "writers",
+    "max_length", "namespace", "num_cached", "place", "request_id", "starts", "tokens", "writers",
   )  # fmt: skip
 
   def __init__(
@@ -82,12 +83,13 @@ class Handle:
     # Written by the manager:
     self.last_access = desk.clock()
     self.place: int | None = place  # its row, None while it is swapped out
-    self.writers: list[int | None] = []  # cache id that wrote each token, in canary mode
+    self.writers: list[list[int | None]] = []  # who wrote each token, by group, in canary mode
     self.marked_at = 0  # `state.num_reports` when `writers` was last right
     # While it is swapped out:
     self.tokens: Sequence[int] | np.ndarray = ()  # its recorded tokens
-    self.start = self.length = 0  # its first live token and its length
-    self.held: list[Held] = []  # its pages
+    self.length = 0
+    self.starts: tuple[int, ...] = ()  # its first live token in each group
+    self.held: tuple[list[Held], ...] = ()  # its pages in each group
 
   def __repr__(self) -> str:
     return f"Handle({self.request_id!r}, cache_id={self.cache_id})"
@@ -109,19 +111,21 @@ class Handle:
       return self._desk.running(self)
 
   @property
-  def pages(self) -> list[int]:
-    """Physical pages in logical order."""
+  def pages(self) -> Any:
+    """Physical pages in logical order, a list; with several groups a tuple of lists."""
     with self._desk.turn.change():
-      return self._desk.mapped(self._desk.running(self))
+      row = self._desk.running(self)
+      return self._desk.like([self._desk.mapped(row, group) for group in self._desk.groups])
 
   @property
-  def block_table(self) -> np.ndarray:
+  def block_table(self) -> Any:
     """i32[P] the sequence's row of the block tables; N where it has no page."""
     with self._desk.turn.change():
-      return self._desk.ledger.groups[0].block_tables[self._desk.running(self)].copy()
+      row = self._desk.running(self)
+      return self._desk.like([book.block_tables[row].copy() for book in self._desk.ledger.groups])
 
-  def page_at(self, logical_page: int) -> int:
-    """Physical page of a logical page.
+  def page_at(self, logical_page: int, group: int = 0) -> int:
+    """Physical page of a logical page in a group.
 
     Raises:
       UnmappedToken: The sequence has no such page.
@@ -132,8 +136,8 @@ class Handle:
     >>> handle.page_at(1)
     1
     """
-    table = self.block_table
-    if not 0 <= logical_page < len(table) or table[logical_page] == self._desk.config.num_pages:
+    table, none = groups.each(self.block_table)[group], self._desk.configs[group].num_pages
+    if not 0 <= logical_page < len(table) or table[logical_page] == none:
       raise errors.UnmappedToken(self.request_id, logical_page, logical_page * self.page_size)
     return int(table[logical_page])
 
@@ -141,8 +145,11 @@ class Handle:
   def is_shared(self) -> bool:
     """Whether any of the sequence's pages has another holder."""
     with self._desk.turn.change():
-      pages = self._desk.mapped(self._desk.running(self))
-      return bool((self._desk.ledger.groups[0].refcount[pages] > 1).any())
+      row = self._desk.running(self)
+      pages = (self._desk.mapped(row, group) for group in self._desk.groups)
+      return any(
+        (book.refcount[own] > 1).any() for book, own in zip(self._desk.ledger.groups, pages)
+      )
 
   @property
   def is_swapped(self) -> bool:
@@ -155,7 +162,7 @@ class Handle:
     """The device of the pages; the first of several."""
     with self._desk.turn.lock:
       self._desk.live(self)
-      devices = self._desk.turn.state.cache.pages.kv.devices()
+      devices = self._desk.turn.state.cache_of(0).pages.kv.devices()
       return min(devices, key=lambda device: device.id)
 
   @property
@@ -224,11 +231,13 @@ class Sequences:
 
   def __init__(self, turn: Turn, clock: Callable[[], float]):
     self.turn, self.clock = turn, clock
-    self.config, self.ledger = turn.config, turn.state.ledger
+    self.configs, self.ledger = turn.configs, turn.state.ledger
+    self.config = turn.configs[0]  # what all groups share is in each
+    self.groups, self.like = range(len(turn.configs)), turn.state.like
     self.by_id: dict[Hashable, Handle] = {}
     self.cache_ids = itertools.count(1)
     self.rows = list(range(self.config.num_rows))  # a heap of the free rows
-    width = self.config.pages_per_row * self.config.page_size + 1  # the last column takes surplus
+    width = self.ledger.capacity + 1  # the last column takes surplus
     self._tokens = np.zeros((self.config.num_rows, width), np.int32)
     self._known = np.zeros(self.config.num_rows, np.int32)  # recorded tokens of each row
 
@@ -270,10 +279,9 @@ class Sequences:
     self, manager: Clones, request_id: Hashable, max_length: int | None, namespace: Hashable
   ) -> Handle:
     """Begins a sequence in a free row; there must be one."""
-    capacity = self.config.pages_per_row * self.config.page_size
     handle = Handle(
       self, manager, request_id, place=heapq.heappop(self.rows), namespace=namespace,
-      max_length=capacity if max_length is None else max_length,
+      max_length=self.ledger.capacity if max_length is None else max_length,
     )  # fmt: skip
     self.by_id[request_id] = handle
     return handle
@@ -289,14 +297,28 @@ class Sequences:
     """Makes a row free."""
     heapq.heappush(self.rows, row)
 
-  def mapped(self, row: int) -> list[int]:
-    """The pages of a row, in order."""
-    pages = self.ledger.groups[0].block_tables[row]
-    return pages[pages < self.config.num_pages].tolist()
+  def mapped(self, row: int, group: int) -> list[int]:
+    """The pages of a row in a group, in order."""
+    book = self.ledger.groups[group]
+    pages = book.block_tables[row]
+    return pages[pages < book.num_pages].tolist()
+
+  def starts(self, row: int) -> tuple[int, ...]:
+    """First live token of a row in each group."""
+    return tuple(int(book.starts[row]) for book in self.ledger.groups)
 
   def bounds(self, row: int) -> tuple[int, int]:
-    """First live token of a row, and its length."""
-    return int(self.ledger.groups[0].starts[row]), int(self.ledger.lengths[row])
+    """First token of a row that some group has, and the row's length."""
+    return min(self.starts(row)), int(self.ledger.lengths[row])
+
+  def begins(self, row: int, num_tokens: int) -> bool:
+    """Whether the first `num_tokens` tokens of a row can go on alone, as after a trim."""
+    if not 0 < num_tokens <= self.ledger.lengths[row]:
+      return num_tokens == 0
+    return all(
+      start <= latest_start(num_tokens, config.window, otherwise=num_tokens)
+      for start, config in zip(self.starts(row), self.configs)
+    )
 
   def unmapped(self, handle: Handle, token: int) -> errors.UnmappedToken:
     """The error for a token that a sequence does not hold."""
@@ -314,17 +336,19 @@ class Sequences:
     """One sequence's numbers."""
     self.live(handle)
     if handle.place is None:
-      start, length, pages = handle.start, handle.length, len(handle.held)
-      on_host = sum(each.page is None for each in handle.held)
+      starts, length, pages = handle.starts, handle.length, [len(x) for x in handle.held]
+      on_host = sum(each.page is None for own in handle.held for each in own)
     else:
-      (start, length), on_host = self.bounds(handle.place), 0
-      pages = len(self.mapped(handle.place))
+      starts, length, on_host = self.starts(handle.place), self.length(handle), 0
+      pages = [len(self.mapped(handle.place, group)) for group in self.groups]
+    stored = self.turn.state.configs
+    slots = sum(count * config.page_size for count, config in zip(pages, stored))
     return SequenceStats(
       num_tokens=length,
-      num_pages=pages - on_host,
+      num_pages=sum(pages) - on_host,
       num_host_pages=on_host,
-      num_bytes=pages * self.turn.state.config.page_bytes,
-      utilization=(length - start) / (pages * self.config.page_size) if pages else 0.0,
+      num_bytes=sum(count * config.page_bytes for count, config in zip(pages, stored)),
+      utilization=sum(length - start for start in starts) / slots if slots else 0.0,
       last_access=handle.last_access,
     )
 

@@ -1,4 +1,4 @@
-"""The cache on the device, and its ledger on the host, which move together.
+"""The cache on the device, or one per group of layers, and their ledger on the host, which move together.
 
 Both ledgers run the same verbs and get the same page ids, so the host knows every page without
 asking the device. A user's program that runs on the cache reports its ledger verbs in a `Log`.
@@ -12,18 +12,20 @@ after the report, which decides which pages the verb takes.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from paged_jax import jitted
+from paged_jax import groups, jitted
 from paged_jax.config import CacheConfig
 from paged_jax.ledger.on_host import HostLedger
 from paged_jax.types import Cache, Log, Pages
 
-Verb = tuple[str, tuple[np.ndarray, ...]]  # its name and operands
+Configs = CacheConfig | tuple[CacheConfig, ...]
+Verb = tuple[str, tuple[Any, ...]]  # its name and operands
 
 ID_SIZES = (16, 512)  # batches of ids that are compiled
 BYTE_SIZES = (1, 2, 4, 8, 16)  # compiled batches of pages whose bytes move; each is its own array
@@ -56,21 +58,25 @@ class _Program:
 
 
 class State:
-  """One cache, and its ledger on the host. Not thread-safe.
+  """The caches of all groups, and their ledger on the host. Not thread-safe.
 
   Args:
-    config: Sizes and dtypes of the stored cache.
+    config: Sizes and dtypes of the stored cache, or of each of a tuple.
     verbs: The compiled verbs.
     shardings: Where each leaf of the cache lives; None = the default device.
   """
 
-  def __init__(self, config: CacheConfig, verbs=jitted, shardings=None):
+  def __init__(self, config: Configs, verbs=jitted, shardings=None):
     self.config = config
+    self.configs: tuple[CacheConfig, ...] = groups.each(config)
+    self.num_rows = self.configs[0].num_rows
+    self.copy_on_write = self.configs[0].copy_on_write
+    self.whole = math.lcm(*(x.page_size for x in self.configs))  # tokens in whole pages everywhere
     self.verbs = verbs
     cache = verbs.init(config)
     # The cache is placed now: one that is placed later makes every verb compile again.
     where = jax.tree.map(lambda leaf: leaf.sharding, cache) if shardings is None else shardings
-    self.cache: Cache = jax.device_put(cache, where)
+    self.cache: Any = jax.device_put(cache, where)
     self.ledger = HostLedger(config)
     # Unreported programs, oldest first. The ledger's mark is at the first one.
     self._programs: list[_Program] = []
@@ -84,37 +90,58 @@ class State:
     return bool(self._programs)
 
   @property
-  def num_free(self) -> int:
-    """Free pages."""
-    return self.ledger.groups[0].num_free
+  def num_free(self) -> list[int]:
+    """Free pages of each group."""
+    return [book.num_free for book in self.ledger.groups]
 
-  def apply(self, verb: str, *operands: np.ndarray) -> None:
+  def like(self, values: Sequence[Any]) -> Any:
+    """Values of all groups as users get and give them: a tuple, or one of a single cache."""
+    return groups.like(self.config, values)
+
+  def cache_of(self, group: int) -> Cache:
+    """The cache of a group."""
+    return groups.each(self.cache)[group]
+
+  def replace(self, group: int, cache: Cache) -> None:
+    """Puts the next cache of a group in its place."""
+    caches = list(groups.each(self.cache))
+    caches[group] = cache
+    self.cache = self.like(caches)
+
+  def apply(self, verb: str, *operands: Any) -> None:
     """Applies one verb to the cache and to the host's ledger, which must grant it."""
     self.cache = getattr(self.verbs, verb)(self.cache, *operands)[0]
+    self._note(verb, operands)
+
+  def _note(self, verb: str, operands: tuple[Any, ...]) -> None:
+    """Applies one verb to the host's ledger, and again after the report of an unreported program."""
     if self._programs:
       self._programs[-1].verbs.append((verb, operands))
     self._follow(verb, operands)
 
-  def _follow(self, verb: str, operands: tuple[np.ndarray, ...]) -> None:
+  def _follow(self, verb: str, operands: tuple[Any, ...]) -> None:
     """Applies one verb to the host's ledger."""
     info = getattr(self.ledger, verb)(*operands)
     # A row that a program empties, or fills, may be freed before its report is here.
-    if not (info.ok.all() or verb == "free"):
+    granted = all(each.all() for each in groups.each(info.ok))
+    if not (granted or verb == "free"):
       raise AssertionError(f"the ledger refused {verb} of {operands}: {info.ok}")
 
-  def apply_ids(self, verb: str, pages: list[int]) -> None:
-    """Applies a verb to a list of pages of any length."""
-    for _, ids in batches(pages, self.config.num_pages, ID_SIZES):
-      self.apply(verb, ids)
+  def apply_ids(self, verb: str, group: int, pages: list[int]) -> None:
+    """Applies `hold` or `drop` to a list of pages of one group, of any length."""
+    for _, ids in batches(pages, self.configs[group].num_pages, ID_SIZES):
+      self.replace(group, getattr(self.verbs, verb)(self.cache_of(group), ids)[0])
+      nothing = [np.array([config.num_pages], np.int32) for config in self.configs]
+      self._note(verb, (self.like([*nothing[:group], ids, *nothing[group + 1 :]]),))
 
-  def offload(self, pages: list[int]) -> list[Pages]:
+  def offload(self, group: int, pages: list[int]) -> list[Pages]:
     """Images of device pages, in host memory. The copies go on in the background."""
     images: list[Pages] = []
-    for count, ids in batches(pages, self.config.num_pages, BYTE_SIZES):
-      images += self.verbs.offload(self.cache, ids)[:count]
+    for count, ids in batches(pages, self.configs[group].num_pages, BYTE_SIZES):
+      images += self.verbs.offload(self.cache_of(group), ids)[:count]
     return images
 
-  def restore(self, images: list[Pages]) -> list[int]:
+  def restore(self, group: int, images: list[Pages]) -> list[int]:
     """Copies images into new pages that the host holds; returns the pages.
 
     Takes over all reports first.
@@ -122,44 +149,55 @@ class State:
     self.settle()
     taken: list[int] = []
     for count, numbers in batches(list(range(len(images))), -1, BYTE_SIZES):
-      taken += self._put([images[i] for i in numbers], count)
+      taken += self._put(group, [images[i] for i in numbers], count)
     return taken
 
-  def _put(self, images: list[Pages], count: int) -> list[int]:
+  def _put(self, group: int, images: list[Pages], count: int) -> list[int]:
     """Copies the first `count` of a batch of images into new pages that the host holds."""
-    self.cache, *_ = self.verbs.restore(self.cache, tuple(images), np.int32(count))
-    pages, info = self.ledger.take_held(np.array(count), len(images))
+    cache, *_ = self.verbs.restore(self.cache_of(group), tuple(images), np.int32(count))
+    self.replace(group, cache)
+    every = range(len(self.configs))
+    counts = self.like([np.array(count if n == group else 0) for n in every])
+    sizes = self.like([len(images) if n == group else 1 for n in every])
+    pages, info = self.ledger.take_held(counts, sizes)
     if not info.ok:
       raise AssertionError(f"the ledger refused {count} pages, {self.num_free} are free")
-    return pages[:count].tolist()
+    return groups.each(pages)[group][:count].tolist()
 
-  def warm_up(self, *, holding: bool, swapping: bool, scrubbing: bool) -> None:
+  def warm_up(self, *, holding: bool, swapping: Sequence[bool], scrubbing: bool) -> None:
     """Compiles verbs for each size of a batch: applies each to padding only.
 
     Args:
       holding: Whether the host holds pages: `hold`, `drop` and `adopt`.
-      swapping: Whether bytes move: `offload` and `restore`.
+      swapping: Whether bytes of each group move: `offload` and `restore`.
       scrubbing: Whether pages are cleared: `scrub`.
     """
-    s, n, p = self.config.num_rows, self.config.num_pages, self.config.pages_per_row
+    s = self.num_rows
     nobody = np.full(2, s, np.int32)
     self.apply("extend", np.zeros(s, np.int32))
     self.apply("trim", self.ledger.lengths.copy())
     self.apply("free", np.zeros(s, bool))
     self.apply("fork", nobody, nobody, np.zeros(2, np.int32))
     for size in row_sizes(s) if holding else ():
-      begins, lengths = np.zeros((2, size), np.int32)
-      rows, pages = np.full(size, s, np.int32), np.full((size, p), n, np.int32)
-      self.apply("adopt", rows, pages, lengths, begins)
-    for size in ID_SIZES:
-      none = np.full(size, n, np.int32)
-      if holding:
-        self.apply("hold", none)
-        self.apply("drop", none)
-      if scrubbing:
-        self.cache = self.verbs.scrub(self.cache, none)
-    for size in BYTE_SIZES if swapping else ():
-      self._put(self.offload([n] * size), 0)
+      rows, lengths = np.full(size, s, np.int32), np.zeros(size, np.int32)
+      pages = [np.full((size, x.pages_per_row), x.num_pages, np.int32) for x in self.configs]
+      begins = [lengths for _ in self.configs]
+      self.apply("adopt", rows, self.like(pages), lengths, self.like(begins))
+    for group, config in enumerate(self.configs):
+      for size in ID_SIZES:
+        none = [config.num_pages] * size
+        if holding:
+          self.apply_ids("hold", group, none)
+          self.apply_ids("drop", group, none)
+        if scrubbing:
+          self.scrub(group, none)
+      for size in BYTE_SIZES if swapping[group] else ():
+        self._put(group, self.offload(group, [config.num_pages] * size), 0)
+
+  def scrub(self, group: int, pages: list[int]) -> None:
+    """Clears those of these pages that are free."""
+    for _, ids in batches(pages, self.configs[group].num_pages, ID_SIZES):
+      self.replace(group, self.verbs.scrub(self.cache_of(group), ids))
 
   def run(self, program: Callable, *args, **kwargs) -> Ticket:
     """Runs `program(cache, *args, **kwargs)`, which returns (cache, log, result)."""

@@ -2,7 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 from paged_jax.config import CacheConfig
 from paged_jax.host import errors, events, pressure
@@ -15,16 +16,20 @@ class Turn:
   """The frame of every change of a manager.
 
   Args:
-    kept: The held pages, and the cache.
-    config: The user's; in canary mode the stored cache has one more layer.
+    kept: The held pages of each group, and the cache.
+    config: The user's, of each group; in canary mode a stored cache has one more layer.
     options: The manager's.
     stream: Gets the events.
   """
 
   def __init__(
-    self, kept: Kept, config: CacheConfig, options: ManagerConfig, stream: events.Stream
+    self,
+    kept: Sequence[Kept],
+    configs: Sequence[CacheConfig],
+    options: ManagerConfig,
+    stream: events.Stream,
   ):
-    self.state, self.kept, self.config, self.options = kept.state, kept, config, options
+    self.state, self.kept, self.configs, self.options = kept[0].state, kept, configs, options
     self.lock = threading.Lock()
     self.num_refusals = 0
     self.notifier = pressure.Notifier(self.level())
@@ -44,7 +49,7 @@ class Turn:
     try:
       with self.lock:
         if wait and self.state.settle(last):
-          self.kept.count_pages()
+          self.count_pages()
         try:
           yield
           self.tidy()
@@ -52,19 +57,37 @@ class Turn:
           self.num_refusals += 1
           raise
         finally:
-          self.notifier.observe(self.level(), self.state.num_free)
+          level, num_free = max(self._levels(), key=lambda each: each[0])
+          self.notifier.observe(level, num_free)
     finally:
       self.notifier.deliver()
 
+  def apply(self, verb: str, *operands: Any) -> None:
+    """Applies one verb to all groups, which must grant it, and counts."""
+    self.state.apply(verb, *operands)
+    self.count_pages()
+
+  def count_pages(self) -> None:
+    """Counts pages taken and released since the last call, and the peak, of each group."""
+    for each in self.kept:
+      each.count_pages()
+
   def level(self) -> pressure.Level:
-    """The pressure level now."""
+    """The pressure level now: that of the fullest pool."""
+    return max(level for level, _ in self._levels())
+
+  def _levels(self) -> list[tuple[pressure.Level, int]]:
+    """The level and the free pages of each group."""
     low, high = self.options.low_watermark, self.options.high_watermark
-    return pressure.level(self.state.num_free, self.config.num_pages, low, high)
+    return [
+      (pressure.level(each.book.num_free, each.config.num_pages, low, high), each.book.num_free)
+      for each in self.kept
+    ]
 
   def event(self, kind: str, request_id: Hashable, num_pages: int, num_tokens: int) -> None:
     """Notes an event of one sequence."""
     self.events.add(kind, request_id, num_pages, num_tokens)
 
-  def left(self, kind: str, num_pages: int) -> None:
+  def left(self, kind: str, group: int, num_pages: int) -> None:
     """Notes that pages of the prefix cache left the device, or the cache."""
-    self.events.add(kind, None, num_pages, num_pages * self.config.page_size)
+    self.events.add(kind, None, num_pages, num_pages * self.configs[group].page_size)

@@ -527,7 +527,7 @@ def test_a_prefix_may_expire_while_it_is_being_allocated():
   assert m.num_free == 0
 
   ticks = iter([4.5] + [6.0] * 100)
-  m._index._clock = lambda: next(ticks)
+  m._pools.ends._clock = lambda: next(ticks)
   handle = m.allocate(Request("c", tokens=SIX))
   assert handle.num_tokens == 6 and m.audit().clean
 
@@ -549,7 +549,7 @@ def test_nothing_piles_up_while_there_is_room():
   for n in range(200):
     clock.now = n
     store(m, [n, *SIX], ttl=3)
-  evictable = m._reclaim._evictable
+  evictable = m._pools.reclaims[0]._evictable
   assert not evictable._moved and not evictable._marked
 
 
