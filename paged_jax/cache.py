@@ -103,7 +103,7 @@ def plan(
   rows: jax.Array,
   positions: jax.Array,
   *,
-  implementation: str | None = None,
+  implementation: Any = None,
   parts: Sequence[tuple[int, ...]] | None = None,
 ) -> Any:
   """Describes the ragged batch of tokens of one step, once for all layers.
@@ -113,7 +113,8 @@ def plan(
     rows: i32[B] row of each token. The tokens of a row are contiguous and ascend; S is padding.
     positions: i32[B] position of each token in its row, below the row's length.
     implementation: Attention backend: "reference", "xla", "tpu", "gpu" or "hopper". None takes the
-      best that the platform has for this cache. A backend asked for by name is never replaced.
+      best that the platform has for this cache. A backend asked for by name is never replaced. For
+      a tuple of caches: one for all, or a tuple.
     parts: Which tokens are alike, if not all are: numbers of tokens, in the batch's order, and the
       most rows that each part has; as a third number how many tokens the longest row may well
       bring, by default the average. Attention takes each part in blocks that fit it. Without
@@ -154,9 +155,10 @@ def plan(
     crowded = plans.crowded(known, parts, s)
     own, ordered = own & ~crowded, ordered & ~crowded
   batch = _Batch(known, positions, jnp.where(ordered, known, s), own, own | (rows == s), parts)
+  names = groups.each(implementation) * (1 if groups.several(implementation) else len(placed))
   made = [
-    _planned(one, batch, slots, implementation)
-    for one, (_, slots) in zip(groups.each(cache), placed)
+    _planned(one, batch, slots, name)
+    for one, (_, slots), name in zip(groups.each(cache), placed, names, strict=True)
   ]
   return groups.like(cache, made)
 

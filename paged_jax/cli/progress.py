@@ -13,6 +13,7 @@ import rich.console
 import rich.progress
 import rich.text
 
+from paged_jax import groups
 from paged_jax.engine import Engine, RequestHandle, Sampling
 from paged_jax.types import Cache
 
@@ -145,6 +146,7 @@ def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -
       raise ValueError(f"request {number + 1}: {error}") from None
 
   summary, manager = Summary(), engine.manager
+  num_pages = sum(cache.num_pages for cache in engine.config.caches)
   yield Update(tokens, texts, done, handles, manager.cache, summary)
   began, drawn, copies = time.perf_counter(), engine.counts.drawn_tokens, engine.num_copies
   going = True
@@ -157,7 +159,7 @@ def follow(engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -
     summary = Summary(
       num_tokens=engine.counts.drawn_tokens - drawn,
       seconds=time.perf_counter() - began,
-      pages=max(summary.pages, manager.config.num_pages - manager.num_free),
+      pages=max(summary.pages, num_pages - sum(groups.each(manager.num_free))),
       unshared_pages=max(summary.unshared_pages, manager.num_mapped),
       copies=engine.num_copies - copies,
     )

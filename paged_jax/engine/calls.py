@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged_jax
-from paged_jax import attention
-from paged_jax.config import CacheConfig
+from paged_jax import attention, groups
 from paged_jax.engine import sampling
 from paged_jax.engine.config import Counts, EngineConfig
 from paged_jax.engine.device import draws as draws_lib
@@ -29,7 +28,6 @@ from paged_jax.engine.device import program, records
 from paged_jax.engine.queue import Queue
 from paged_jax.engine.requests import Sample
 from paged_jax.host import Manager, Ticket
-from paged_jax.types import Cache, Plan
 
 
 class Piece(NamedTuple):
@@ -70,7 +68,7 @@ class _Parts:
     leaves = [next(arrays) if each is None else each for each in self.rest]
     return jax.tree.unflatten(self.structure, leaves)
 
-  def __call__(self, tokens: jax.Array, cache: Cache, plan: Plan) -> tuple[Any, Cache]:
+  def __call__(self, tokens: jax.Array, cache: Any, plan: Any) -> tuple[Any, Any]:
     """What the model computes."""
     return self._whole()(tokens, cache, plan)
 
@@ -102,17 +100,19 @@ class Calls:
   ):
     self._manager, self._model, self._queue = manager, _compilable(model), queue
     self._config, self._counts = config, counts
-    self._cache: CacheConfig = manager.config
-    self.implementation = attention.choose(
-      config.implementation, manager.cache.pages, self._cache.pages_per_row
-    )
+    self._num_rows = config.num_rows
+    chosen = [
+      attention.choose(config.implementation, cache.pages, cache.ledger.pages_per_row)
+      for cache in groups.each(manager.cache)
+    ]
+    self.implementation: Any = groups.like(config.cache, chosen)
     self.vocab_size = jax.eval_shape(_probe, self._model, manager.cache).shape[1]
     self.changed: dict[int, Sample | None] = {}  # rows to edit before the next call
     self._calls: collections.deque[_Call] = collections.deque()
     # Placed for good from the start: what is placed later compiles everything again.
-    self._where = manager.cache.num_free.sharding
-    s = self._cache.num_rows
-    self._longest = self._cache.pages_per_row * self._cache.page_size + 1  # text of a row
+    self._where = groups.each(manager.cache)[0].num_free.sharding
+    s = self._num_rows
+    self._longest = config.capacity + 1  # text of a row
     self._rows = jax.device_put(self._row_arrays({}), self._where)
     self._past = jax.device_put(
       records.Past(
@@ -144,7 +144,7 @@ class Calls:
     for sample in samples.values():
       sample.expect(num_steps)
     searching = full and self._config.max_beams > 1
-    like = _like(num_steps, self._config.width, self._cache.num_rows, full, searching)
+    like = _like(num_steps, self._config.width, self._num_rows, full, searching)
     self._calls.append(_Call(ticket, like, samples, num_steps))
 
   def run(
@@ -161,7 +161,7 @@ class Calls:
       wanted: What is asked for, by row, if that is more than to draw: then the program adjusts
         logits, searches, and reports log-probabilities.
     """
-    edits, s = self._edits(), self._cache.num_rows
+    edits, s = self._edits(), self._num_rows
     past = self._past
     if wanted is None:
       adjustments, num_beams = None, 1
@@ -191,7 +191,7 @@ class Calls:
 
   def prompts(self, pieces: list[Piece], size: int) -> records.Prompts:
     """Pieces of prompts, padded to `size` tokens."""
-    s = self._cache.num_rows
+    s = self._num_rows
     tokens, rows, positions = np.zeros((3, size), np.int32)
     rows[:] = s
     starts, last, at = np.zeros(s, bool), np.full(s, size, np.int32), 0
@@ -208,7 +208,7 @@ class Calls:
 
   def _edits(self) -> records.Edits:
     """The rows whose sample has changed since the last call."""
-    changed: Any = np.zeros(self._cache.num_rows, bool)
+    changed: Any = np.zeros(self._num_rows, bool)
     changed[list(self.changed)] = True
     samples = {row: x for row, x in self.changed.items() if x is not None and x.draws}
     for row, sample in samples.items():
@@ -223,7 +223,7 @@ class Calls:
     return records.Edits(changed, self._row_arrays(samples))
 
   def _row_arrays(self, samples: dict[int, Sample]) -> records.Rows:
-    s, vocab = self._cache.num_rows, self.vocab_size
+    s, vocab = self._num_rows, self.vocab_size
     arrays: dict[str, Any] = dict(
       tokens=np.zeros(s, np.int32),
       remaining=np.zeros(s, np.int32),
@@ -345,7 +345,7 @@ _give = jax.jit(program.give, donate_argnums=0)
 _take = jax.jit(program.take)
 
 
-def _probe(model: Any, cache: Cache) -> jax.Array:
+def _probe(model: Any, cache: Any) -> jax.Array:
   one = jnp.zeros(1, jnp.int32)
   hidden, _ = model(one, cache, paged_jax.plan(cache, one, one))
   return model.logits(hidden)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import enum
+import math
 from collections import Counter
 
-from paged_jax import attention
+from paged_jax import attention, groups
 from paged_jax.config import CacheConfig
 from paged_jax.engine.device.drafts import Drafter
 from paged_jax.engine.sampling import MAX_STOP_TOKENS
@@ -30,7 +31,7 @@ class EngineConfig:
     ValueError: A field is out of range; the message names the field and its value.
   """
 
-  cache: CacheConfig
+  cache: CacheConfig | tuple[CacheConfig, ...]  # a tuple for a model with several groups of layers
   options: ManagerConfig = dataclasses.field(default_factory=ManagerConfig)
   num_steps: int = 8  # decode steps of a call without prompts
   prompt_sizes: tuple[int, ...] = (32, 128, 512)  # compiled; the largest is a call's budget
@@ -53,15 +54,40 @@ class EngineConfig:
       raise ValueError(f"eos must be at most {MAX_STOP_TOKENS} tokens, got {self.eos}")
     if self.preemption not in PREEMPTIONS:
       raise ValueError(f"preemption must be one of {PREEMPTIONS}, got {self.preemption!r}")
-    if not 1 <= self.max_beams <= self.cache.num_rows:
+    if not 1 <= self.max_beams <= self.num_rows:
       raise ValueError(
-        f"max_beams must be in [1, {self.cache.num_rows}], the number of rows, got {self.max_beams}"
+        f"max_beams must be in [1, {self.num_rows}], the number of rows, got {self.max_beams}"
       )
     if self.implementation not in (None, *attention.implementations):
       raise ValueError(
         f"implementation must be None or one of {', '.join(attention.implementations)},"
         f" got {self.implementation!r}"
       )
+
+  @property
+  def caches(self) -> tuple[CacheConfig, ...]:
+    """The cache of each group."""
+    return groups.each(self.cache)
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of the batch, S."""
+    return self.caches[0].num_rows
+
+  @property
+  def page_size(self) -> int:
+    """Tokens that fill whole pages in every group."""
+    return math.lcm(*(cache.page_size for cache in self.caches))
+
+  @property
+  def capacity(self) -> int:
+    """Tokens that a row can hold in every group, whole pages."""
+    return min(cache.pages_per_row * cache.page_size for cache in self.caches)
+
+  @property
+  def windowed(self) -> bool:
+    """Whether a group forgets tokens, so that texts take their pages as they are computed."""
+    return any(cache.window is not None for cache in self.caches)
 
   @property
   def width(self) -> int:

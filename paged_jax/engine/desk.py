@@ -58,7 +58,7 @@ class Desk:
     Raises:
       ValueError: It could not; the message says why.
     """
-    config, most = self._config.cache, self._config.max_beams
+    config, most = self._config, self._config.max_beams
     if not prompt:
       raise ValueError("prompt is empty")
     self._check_tokens("prompt", prompt)
@@ -69,13 +69,10 @@ class Desk:
     if sampling.num_beams > most:
       raise ValueError(f"num_beams must be at most max_beams={most}, got {sampling.num_beams}")
     num_tokens = len(prompt) - 1 + sampling.max_new_tokens
-    if num_tokens > config.max_length:
-      raise ValueError(
-        f"the request needs {num_tokens} tokens, but a row holds {config.max_length}"
-      )
-    needed = self._room.most_pages(len(prompt), sampling.num_beams, num_tokens)
-    if needed > config.num_pages:
-      raise ValueError(f"the request needs {needed} pages, but there are {config.num_pages}")
+    longest = min(cache.max_length for cache in config.caches)
+    if num_tokens > longest:
+      raise ValueError(f"the request needs {num_tokens} tokens, but a row holds {longest}")
+    self._room.check_size(self._room.most_pages(len(prompt), sampling.num_beams, num_tokens))
 
   def _check_tokens(self, name: str, tokens: Iterable) -> None:
     vocab = self._vocab_size
@@ -91,7 +88,7 @@ class Desk:
     """A request arrives; see `Engine.submit`."""
     priority = whole("priority", priority)
     self.check(prompt, sampling)
-    prompt, size = tuple(map(int, prompt)), self._config.cache.page_size
+    prompt, size = tuple(map(int, prompt)), self._config.page_size
     beginning = prompt[:size] if len(prompt) > size else None
     request = Request(prompt, priority, on_token, beginning)
     with self.lock:

@@ -424,6 +424,7 @@ class Engine:
     prompts = sum(piece.num_tokens > 0 for piece in pieces)
     fits = (x for x in self.config.prompt_sizes if x >= total and most_prompts(x) >= prompts)
     size = (next(fits) if total else 0) if pieces else None
+    self._scheduler.prepare(pieces)
     self._calls.dispatch(pieces, size, 1 if pieces else self.config.num_steps)
     self._scheduler.started(pieces)
     self.counts.calls += 1

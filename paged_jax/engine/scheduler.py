@@ -21,7 +21,7 @@ from paged_jax.engine.config import Counts, EngineConfig
 from paged_jax.engine.device.records import most_prompts
 from paged_jax.engine.queue import Queue
 from paged_jax.engine.requests import Body, Sample, SequenceId, State
-from paged_jax.engine.room import Room
+from paged_jax.engine.room import Room, given, vector, within
 from paged_jax.host import Handle, Manager, Prefix, errors
 from paged_jax.host import Request as Allocation
 
@@ -46,7 +46,11 @@ class Scheduler:
     self.swap_seconds = 0.0  # per page and way
     self.prompt_seconds = 0.0  # per token
     self._unstored: dict[Sample, None] = {}  # their prompt is computed, not in the prefix index
-    self._refused: tuple[Sample | None, int] = (None, 0)  # and the pages available then
+    nothing = np.zeros(len(config.caches), np.int64)
+    self._refused: tuple[Sample | None, np.ndarray] = (
+      None,
+      nothing,
+    )  # and the pages available then
     self.refusal: errors.CacheError | None = None  # what the manager said to the last one refused
     self._ids = itertools.count()
 
@@ -64,7 +68,7 @@ class Scheduler:
     if not self.config.options.prefix_cache:
       self.queue.waiting.close(frozenset())
       return set()
-    size, rows = self.config.cache.page_size, self.queue.running.values()
+    size, rows = self.config.page_size, self.queue.running.values()
     cached = {x.request.beginning for x in rows if x.handle and x.handle.num_cached >= size}
     being_read = {page for x in rows if x.unread and (page := x.request.beginning)}
     self.queue.waiting.close(being_read - cached)
@@ -85,12 +89,17 @@ class Scheduler:
       return False
     vacant = self.manager.num_free_rows + sum(sample.row >= 0 for sample in self.ended)
     sample, available = self._refused
-    return vacant >= len(first.beams) and (first is not sample or self._available() > available)
+    return vacant >= len(first.beams) and (
+      first is not sample or not within(self._available(), available)
+    )
 
-  def _available(self) -> int:
+  def _available(self) -> np.ndarray:
     """Pages available to a new sample once all reports are read, and ended samples give theirs back."""
-    ended = sum(self.room.pages(sample.length) for sample in self.ended if sample.row >= 0)
-    return self.room.available + ended - self.room.needed(0)
+    there = self.room.available - self.room.needed(0)
+    for sample in self.ended:
+      if sample.row >= 0:
+        there = there + self.room.pages(sample.length)
+    return there
 
   def admit(self) -> bool:
     """Rows and pages to those first in line, as long as there is room.
@@ -102,7 +111,7 @@ class Scheduler:
     batch: list[Sample] = []  # plain ones, to be allocated together
     cached, (needed, left) = self._look(), self._left()
     shares, waiting = self.config.options.prefix_cache, self.queue.waiting
-    self._refused = (None, 0)
+    self._refused = (None, self._refused[1])
     while (sample := waiting.first()) is not None:
       beginning = sample.request.beginning
       if beginning not in cached | {None} and beginning in {x.request.beginning for x in batch}:
@@ -111,10 +120,11 @@ class Scheduler:
         continue
       ahead = self.room.pages(sample.length + self.config.num_steps * self.config.width) + 1
       plain = not (sample.handle or sample.origin or sample.searching)
-      if plain and len(batch) < self.manager.num_free_rows and ahead <= left:
+      if plain and len(batch) < self.manager.num_free_rows and within(ahead, left):
         batch.append(sample)
         waiting.remove(sample)
-        left -= self.room.pages(sample.length) + shares  # part of a page may have to be copied
+        # part of a page may have to be copied
+        left = left - self.room.pages(sample.length) - shares
         continue
       batch = self._allocate(batch, needed)
       overtakes = self._overtakes(sample)
@@ -133,26 +143,34 @@ class Scheduler:
     self.counts.peak_running = max(self.counts.peak_running, len(self.queue.running))
     return True
 
-  def _left(self) -> tuple[int, int]:
+  def _left(self) -> tuple[np.ndarray, np.ndarray]:
     """Pages that the next call needs, and available ones that it leaves."""
     needed = self.room.needed(self.config.num_steps)
     return needed, self.room.available - needed
 
-  def _allocate(self, samples: list[Sample], needed: int) -> list[Sample]:
+  def _allocate(self, samples: list[Sample], needed: np.ndarray) -> list[Sample]:
     """Rows, and pages for the whole text, to samples for which there is room beside what the next call
-    needs; none are left."""
+    needs; none are left. With windows pages come with the pieces of the text, see `prepare`."""
     if not samples:
       return []
     texts = [np.array(sample.text, np.int32) for sample in samples]
-    requests = [Allocation(self._id(x), tokens=text) for x, text in zip(samples, texts)]
-    spare, pages = 0, self.room.pages
-    if self.room.free < needed + sum(pages(len(text)) + 1 for text in texts):
+    requests = [self._request(x, text) for x, text in zip(samples, texts)]
+    spare, pages = np.zeros_like(needed), self.room.pages
+    grown = np.sum([pages(len(text)) + 1 for text in texts], axis=0)
+    if not within(needed + grown, self.room.free):
       ahead = _CALLS_AHEAD * self.config.num_steps
       spare = self.room.needed(ahead) - needed + len(samples) * pages(ahead * self.config.width)
-    handles = self.manager.allocate_many(requests, reserve=needed, spare=spare, wait=False)
+    reserve = needed + grown if self.config.windowed else needed
+    handles = self.manager.allocate_many(
+      requests, reserve=given(reserve), spare=given(np.maximum(spare, 0)), wait=False
+    )
     for sample, handle in zip(samples, handles):
       self._run(sample, handle)
     return []
+
+  def _request(self, sample: Sample, text: np.ndarray) -> Allocation:
+    """What the manager is asked for."""
+    return Allocation(self._id(sample), tokens=text, only_cached=self.config.windowed)
 
   def _id(self, sample: Sample) -> SequenceId:
     return SequenceId(sample.number, next(self._ids))
@@ -169,7 +187,7 @@ class Scheduler:
     sample.begin(Body(handle, handle.row, decoding, handle.num_cached))
     self.queue.running[sample.row] = self.calls.changed[sample.row] = sample
 
-  def _begin(self, sample: Sample, needed: int) -> bool:
+  def _begin(self, sample: Sample, needed: np.ndarray) -> bool:
     """Gives a waiting sample its row, from those behind it if need be; whether it could.
 
     `needed` are the pages that the next call needs without it.
@@ -193,7 +211,7 @@ class Scheduler:
     victim = self.queue.last()
     return victim.resting or victim.order[0] > sample.order[0]
 
-  def _place(self, sample: Sample, needed: int) -> None:
+  def _place(self, sample: Sample, needed: np.ndarray) -> None:
     """Rows and pages for what the sample already has, if there is room for the next call, too."""
     manager, origin, pages = self.manager, sample.origin, self.room.pages
     longest = max(beam.length for beam in sample.beams)
@@ -205,21 +223,34 @@ class Scheduler:
       manager.swap_in_many(handles)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle, decoding=True)
-    elif origin is not None and origin.handle and _could_share(sample, origin):
+    elif origin is not None and self._could_share(sample, origin):
       # origin   [prompt . . | a b c]      keeps its pages
       # sample   [prompt . . | a b .       the same ones; the first write copies the last page
       self.room.check(pages(ahead) - pages(sample.length) + 2 + needed)
+      assert origin.handle is not None
       handle = manager.clone(origin.handle, self._id(sample), num_tokens=sample.length - 1)
       self._run(sample, handle, decoding=True)
     else:
       text, later = np.array(sample.text, np.int32), most - pages(sample.length) + 1
-      reserve = later + needed if self.queue.running else 0
-      self.room.check(manager.pages_to_begin(text) + reserve)  # before it looks for room
-      requests = [Allocation(self._id(sample), tokens=text)]
+      begin = vector(manager.pages_to_begin(text, step=self.room.step))
+      reserve = later + needed if self.queue.running else np.zeros_like(needed)
+      self.room.check(begin + reserve)  # before it looks for room
+      if self.config.windowed:
+        reserve = reserve + begin
+      requests = [self._request(sample, text)]
       requests += [Allocation(self._id(beam)) for beam in sample.beams[1:]]
-      handles = manager.allocate_many(requests, reserve=reserve, wait=False)
+      handles = manager.allocate_many(requests, reserve=given(reserve), wait=False)
       for beam, handle in zip(sample.beams, handles):
         self._run(beam, handle)
+
+  def _could_share(self, sample: Sample, origin: Sample) -> bool:
+    """Whether all of a sample's text except the last token is on the pages of the row of `origin`, which
+    has the same prompt."""
+    known = sample.tokens[:-1]
+    on_row = origin.row >= 0 and origin.decoding and origin.length >= sample.length
+    if not on_row or origin.handle is None or origin.tokens[: len(known)] != known:
+      return False
+    return self.manager.begins(origin.handle, sample.length - 1)
 
   def _drop_swapped(self, sample: Sample) -> bool:
     """Turns another swapped sample into one to compute again, so that its pages come free; whether
@@ -243,15 +274,15 @@ class Scheduler:
       The only sample that runs, and why, if it cannot go on: what is missing is pinned, or held by
       others than the engine.
     """
-    while (needed := self.room.needed(num_steps)) > self.room.free:
-      self.manager.gc(self.room.needed(_CALLS_AHEAD * num_steps))
-      if needed <= self.room.free:
+    while not within(needed := self.room.needed(num_steps), self.room.free):
+      self.manager.gc(given(self.room.needed(_CALLS_AHEAD * num_steps)))
+      if within(needed, self.room.free):
         break
       victim = self.queue.last()
       if len(self.queue.running) > len(victim.beams):
         self.preempt(victim)
       elif not self.manager.clear_prefixes(pinned=False):  # one may share its last page
-        return victim, errors.OutOfPages(needed=needed, free=self.room.free)
+        return victim, self.room.lack(needed)
     return None
 
   def preempt(self, sample: Sample) -> None:
@@ -291,7 +322,7 @@ class Scheduler:
     """Whether preemption moves the sample's pages to the host, and does not compute them again."""
     choice = self.config.preemption
     if choice == "auto":
-      swap = 2 * self.room.pages(sample.length - 1) * self.swap_seconds
+      swap = 2 * int(self.room.pages(sample.length - 1).sum()) * self.swap_seconds
       choice = "swap" if swap <= (sample.length - 1) * self.prompt_seconds else "recompute"
     return choice == "swap" and self.config.options.swapping
 
@@ -326,7 +357,10 @@ class Scheduler:
       What it has no use for, to be given back.
     """
     handle = None if body is None else body.handle
-    if body is None or handle is None or not (ends or (body.row >= 0 and body.decoding)):
+    usable = body is not None and (ends or (body.row >= 0 and body.decoding))
+    if usable and handle is not None and not ends and handle.num_tokens >= sample.length:
+      usable = self.manager.begins(handle, sample.length - 1)
+    if body is None or handle is None or not usable:
       if not ends and sample is sample.beams[0]:
         self.queue.waiting.add(sample)
       return body
@@ -356,6 +390,21 @@ class Scheduler:
         budget -= pieces[-1].num_tokens
         places -= pieces[-1].num_tokens > 0
     return pieces
+
+  def prepare(self, pieces: list[Piece]) -> None:
+    """Before the call with these pieces: with windows, rows get pages for them, and give up others.
+
+    The prompts that they complete are stored now, as long as windows have not passed their tails. The
+    call writes them before any other could read them.
+    """
+    growth = {x.sample.handle: x.num_tokens for x in pieces if x.num_tokens and x.sample.handle}
+    if not (self.config.windowed and growth):
+      return
+    self.manager.extend_many(growth, wait=False)
+    if self.config.options.prefix_cache:
+      each = [self._beginning(x.sample) for x in pieces if x.starts and x.num_tokens]
+      if prefixes := [prefix for several in each for prefix in several]:
+        self.manager.store_prefixes(prefixes, wait=False)
 
   def started(self, pieces: list[Piece]) -> None:
     """These pieces are computed."""
@@ -409,16 +458,8 @@ class Scheduler:
 
   def _beginning(self, sample: Sample) -> list[Prefix]:
     """The whole pages of a text that goes on; a page that is still written is not shared."""
-    size = self.config.cache.page_size
+    size = self.config.page_size
     whole = (sample.length - 1) // size * size
     if whole and sample.handle and sample.row >= 0 and sample.completion is None:
       return [Prefix(sample.handle, sample.part(0, whole))]
     return []
-
-
-def _could_share(sample: Sample, origin: Sample) -> bool:
-  """Whether all of a sample's text except the last token is on the pages of the row of `origin`, which
-  has the same prompt."""
-  known = sample.tokens[:-1]
-  on_row = origin.row >= 0 and origin.decoding and origin.length >= sample.length
-  return on_row and origin.tokens[: len(known)] == known

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from paged_jax import groups
 from paged_jax.engine import proofs
 from paged_jax.engine.calls import Calls
 from paged_jax.engine.config import EngineConfig
@@ -23,7 +24,8 @@ def warm_up(
   progress: Callable[[int, int], None],
 ) -> None:
   """See `Engine.warm_up`; `variants` are those of programs: True for requests that only draw."""
-  calls.implementation = proofs.backend(config.implementation, config.cache)
+  proven = [proofs.backend(config.implementation, cache) for cache in config.caches]
+  calls.implementation = groups.like(config.cache, proven)
   sizes = [None, *([0] if config.options.prefix_cache else []), *config.prompt_sizes]
   programs = [(size, None if plain else {}) for plain in variants for size in sizes]
   for done, (size, wanted) in enumerate(programs):
@@ -37,20 +39,23 @@ def warm_up(
         scheduler.prompt_seconds = (time.perf_counter() - began) / size
   calls.warm_up()
   manager.warm_up()
-  if config.options.swapping and config.options.num_host_pages:
+  if config.options.swapping and all(x > 0 for x in groups.each(config.options.num_host_pages)):
     _time_swaps(manager, scheduler, config)
   progress(len(programs), len(programs))
 
 
 def _time_swaps(manager: Manager, scheduler: Scheduler, config: EngineConfig) -> None:
   """Swaps a few pages out and in again, if there are any."""
-  count = min(4, config.options.num_host_pages, config.cache.pages_per_row, manager.available_pages)
+  room = (*groups.each(config.options.num_host_pages), *groups.each(manager.available_pages))
+  count = min(4, *room, *(cache.pages_per_row for cache in config.caches))
   if not count or not manager.num_free_rows:
     return
-  handle = manager.allocate(Allocation(_time_swaps, count * config.cache.page_size))
+  size = min(cache.page_size for cache in config.caches)
+  handle = manager.allocate(Allocation(_time_swaps, count * size))
+  num_pages = handle.stats().num_pages
   began = time.perf_counter()
   manager.swap_out(handle)
   manager.swap_in(handle)
   jax.block_until_ready(manager.cache)
-  scheduler.swap_seconds = (time.perf_counter() - began) / (2 * count)
+  scheduler.swap_seconds = (time.perf_counter() - began) / (2 * num_pages)
   manager.deallocate(handle.request_id)

@@ -47,8 +47,9 @@ class Served:
   @property
   def max_length(self) -> int:
     """Most tokens of a text, new ones included."""
-    cache = self.engine.config.cache
-    return min(cache.max_length, cache.num_pages * cache.page_size)
+    caches = self.engine.config.caches
+    whole = [x.num_pages * x.page_size for x in caches if x.window is None]
+    return min(*(x.max_length for x in caches), *whole)
 
   def check_name(self, name: str) -> None:
     """Refuses the empty name and the name of another model."""

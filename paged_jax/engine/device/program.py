@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import paged_jax
+from paged_jax import groups
 from paged_jax.engine.device import beams
 from paged_jax.engine.device import draws as draws_lib
 from paged_jax.engine.device.drafts import Drafter
@@ -31,12 +32,12 @@ from paged_jax.engine.device.records import (
   most_prompts,
   pack,
 )
-from paged_jax.types import Cache, Log
+from paged_jax.types import Log
 
 
 class _State(NamedTuple):
   step: jax.Array
-  cache: Cache
+  cache: Any
   rows: Rows
   past: Past
   report: Report
@@ -45,7 +46,7 @@ class _State(NamedTuple):
 
 
 def run(
-  cache: Cache,
+  cache: Any,
   model: Any,
   rows: Rows,
   past: Past,
@@ -56,14 +57,14 @@ def run(
   num_steps: int,
   drafter: Drafter | None = None,
   num_beams: int = 1,
-  implementation: str | None = None,
-) -> tuple[Cache, Log, tuple[Rows, Past, jax.Array]]:
+  implementation: Any = None,
+) -> tuple[Any, Log, tuple[Rows, Past, jax.Array]]:
   """Runs up to `num_steps` decode steps; the first one carries the prompts along.
 
   The caller sees to the pages: a row that gets none waits.
 
   Args:
-    cache: The cache.
+    cache: The cache, or those of all groups of the model's layers.
     model: `model(tokens i32[B], cache, plan) -> (hidden [B,...], cache)` and
       `model.logits(hidden [B,...]) -> f32[B,V]`.
     rows: What `run` returned before.
@@ -74,14 +75,14 @@ def run(
     num_steps: K.
     drafter: Guesses tokens to be verified in the same pass.
     num_beams: The most rows that a beam search has; 1 = nobody searches.
-    implementation: Of attention, see `paged_jax.plan`.
+    implementation: Of attention, see `paged_jax.plan`; of each group.
 
   Returns:
     As `Manager.run` wants it: cache, log, and (rows, past, packed report).
   """
   if num_beams > 1 and adjustments is None:
     raise ValueError(f"{num_beams=} needs adjustments")
-  s, rows = cache.ledger.num_rows, _edited(rows, edits)
+  s, rows = len(_lengths(cache)), _edited(rows, edits)
   w = 1 if drafter is None else 1 + drafter.num_drafts
   report = blank(
     num_steps, w, s, with_logprobs=adjustments is not None, searching=num_beams > 1
@@ -115,6 +116,11 @@ def run(
   return state.cache, log, (state.rows, state.past, pack(state.report))
 
 
+def _lengths(cache: Any) -> jax.Array:
+  """i32[S] tokens of each row, the same in all groups."""
+  return groups.each(cache)[0].lengths
+
+
 def _edited(rows: Rows, edits: Edits) -> Rows:
   """The rows, those that the host has changed as it wants them."""
 
@@ -141,13 +147,13 @@ def _step(
   *,
   drafter: Drafter | None,
   num_beams: int,
-  implementation: str | None,
+  implementation: Any,
 ) -> _State:
   """The next tokens of each running row, and the prompts' in the same pass."""
   cache, rows, past, report, step = state.cache, state.rows, state.past, state.report, state.step
-  everyone = jnp.arange(cache.ledger.num_rows, dtype=jnp.int32)
+  everyone = jnp.arange(len(_lengths(cache)), dtype=jnp.int32)
   starts = jnp.zeros(everyone.shape, bool) if prompts is None else prompts.starts
-  tokens, widths = _batch(drafter, rows, past, cache.lengths)
+  tokens, widths = _batch(drafter, rows, past, _lengths(cache))
   widths = jnp.where(starts, 0, widths)
   cache, info = paged_jax.extend(cache, widths)
   widths = jnp.where(info.ok, widths, 0)
@@ -163,9 +169,10 @@ def _step(
   if told is not None and adjustments is not None:
     choice, cache, rows, past, made = _search(cache, rows, past, made, adjustments, num_beams)
     told = BeamReport(told.sources.at[step].set(choice.sources), choice.scores)
-  first = cache.lengths - jnp.maximum(made.widths - 1, 0)  # where the next token will be
+  lengths = _lengths(cache)
+  first = lengths - jnp.maximum(made.widths - 1, 0)  # where the next token will be
   rows, past, new, logprobs, counts, broken = _draw(rows, past, made, adjustments, first, choice)
-  kept = jnp.where(made.widths > 1, cache.lengths - made.widths + counts, cache.lengths)
+  kept = jnp.where(made.widths > 1, lengths - made.widths + counts, lengths)
   if drafter is not None:
     cache, _ = paged_jax.trim(cache, kept)
   return _State(
@@ -187,15 +194,15 @@ def _step(
 
 
 def _search(
-  cache: Cache,
+  cache: Any,
   rows: Rows,
   past: Past,
   made: _Pass,
   adjustments: Adjustments,
   num_beams: int,
-) -> tuple[beams.Choice, Cache, Rows, Past, _Pass]:
+) -> tuple[beams.Choice, Any, Rows, Past, _Pass]:
   """Rows that search become those that they go on with; the tokens to draw are in the choice."""
-  searches = rows.groups < cache.ledger.num_rows
+  searches = rows.groups < len(rows.groups)
   ended = searches & (rows.scores > -jnp.inf) & ~made.draws
 
   def chosen():
@@ -275,19 +282,19 @@ def _batch(
 
 def _logits(
   model: Any,
-  cache: Cache,
+  cache: Any,
   tokens: jax.Array,
   widths: jax.Array,
   prompts: Prompts | None,
-  implementation: str | None,
-) -> tuple[jax.Array, Cache]:
+  implementation: Any,
+) -> tuple[jax.Array, Any]:
   """Logits f32[S,W,V] after each of the rows' tokens; the first ones of a row that starts are those
   after its prompt."""
   s, w = tokens.shape
   nth = jnp.arange(w, dtype=jnp.int32)[None]
   everyone = jnp.arange(s, dtype=jnp.int32)[:, None]
   ids = jnp.where(nth < widths[:, None], everyone, s)
-  positions = (cache.lengths - widths)[:, None] + nth
+  positions = (_lengths(cache) - widths)[:, None] + nth
   batch = tuple(x.reshape(-1) for x in (tokens, ids, positions))
   wanted = everyone * w + nth
   if prompts is not None:
