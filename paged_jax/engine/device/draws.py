@@ -189,7 +189,7 @@ def _nucleus(logits: jax.Array, top_p: jax.Array, cut: _Cut) -> _Cut:
   """The first tokens of `cut`, each one before which there is less than `top_p` f32[S] of its mass."""
 
   def search():
-    # Without the barrier a TPU would make the weights of the logits again, from its slow memory.
+    # Without the barrier a TPU would read the logits again, from slow memory, to make the weights.
     depths = jax.lax.optimization_barrier(_depths(logits))
     weights = _weights(depths)
     above_cut = _sum(depths, cut.depths - 1, weights)
@@ -236,7 +236,7 @@ def _reach(
   """
 
   def find(nth, state):
-    found, below = state
+    found, below = state  # the sum by its bits
     shift = jnp.maximum(num_bits - _DIGIT * (nth + 1), 0)
     digit = jnp.zeros_like(found)
     for more in range(1, 2**_DIGIT):
