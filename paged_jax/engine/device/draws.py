@@ -159,7 +159,12 @@ def likely(logits: jax.Array, draws: Draws) -> jax.Array:
 
 def _depths(logits: jax.Array) -> jax.Array:
   """How far floats are below 0, as i32 that order them: their bits without the sign. -0 is 0, too."""
-  return jax.lax.bitcast_convert_type(logits, jnp.int32) & _MAX
+  return _bits(logits) & _MAX
+
+
+def _bits(numbers: jax.Array) -> jax.Array:
+  """The bits of numbers of 32 bits, as i32."""
+  return jax.lax.bitcast_convert_type(numbers, jnp.int32)
 
 
 def _weights(depths: jax.Array) -> jax.Array:
@@ -184,7 +189,8 @@ def _nucleus(logits: jax.Array, top_p: jax.Array, cut: _Cut) -> _Cut:
   """The first tokens of `cut`, each one before which there is less than `top_p` f32[S] of its mass."""
 
   def search():
-    depths = _depths(logits)
+    # Without the barrier a TPU would read the logits again, from slow memory, to make the weights.
+    depths = jax.lax.optimization_barrier(_depths(logits))
     weights = _weights(depths)
     above_cut = _sum(depths, cut.depths - 1, weights)
     goals = top_p * (above_cut + _weights(cut.depths) * cut.ties.astype(jnp.float32))
@@ -230,17 +236,20 @@ def _reach(
   """
 
   def find(nth, state):
-    found, below = state
+    found, below = state  # the sum by its bits
     shift = jnp.maximum(num_bits - _DIGIT * (nth + 1), 0)
     digit = jnp.zeros_like(found)
     for more in range(1, 2**_DIGIT):
       reached = _sum(keys, found + (more << shift) - 1, values)
       digit += (reached < goals).astype(jnp.int32)
-      below = jnp.where(reached < goals, reached, below)
+      below = jnp.where(reached < goals, _bits(reached), below)
     return found + jnp.minimum(digit << shift, 2**num_bits - 1 - found), below
 
-  begin = jnp.zeros(goals.shape, jnp.int32), jnp.zeros(goals.shape, values.dtype)
-  return jax.lax.fori_loop(0, -(-num_bits // _DIGIT), find, begin)
+  # After a pass, a TPU updates `found` and `below` in one operation if both are of one type, and
+  # needs one operation less for the next pass if they do not begin as constants.
+  zeros = jax.lax.optimization_barrier(jnp.zeros(goals.shape, jnp.int32))
+  found, below = jax.lax.fori_loop(0, -(-num_bits // _DIGIT), find, (zeros, zeros))
+  return found, jax.lax.bitcast_convert_type(below, values.dtype)
 
 
 def _sum(keys: jax.Array, end: jax.Array, values: jax.Array) -> jax.Array:
