@@ -239,6 +239,7 @@ def _engine(
     page_size=page_size,
     max_length=max(lengths),
     dtype=decoder.embed_tokens.weight.dtype,
+    uniform=True,
   ).stored_for(jax.default_backend())
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])

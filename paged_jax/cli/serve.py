@@ -59,7 +59,7 @@ def run(
     max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
     config = models.cache_config(
       decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
-      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype,
+      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype, uniform=True,
     )  # fmt: skip
     if num_pages is None:
       config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)

@@ -6,7 +6,7 @@
 from typing import Any
 
 from paged_jax.models import fields, ropes
-from paged_jax.models.decoder import DecoderConfig
+from paged_jax.models.config import DecoderConfig
 from paged_jax.models.ropes import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -14,13 +14,16 @@ from paged_jax import models
 GOLDENS = Path(__file__).parent / "goldens"
 CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
 ROW, OTHER, NUM_ROWS = 2, 0, 3
+GROUPED = ("qwen3", "gemma2", "gemma3")  # models of several groups
 
 
-def make_cache(config, platform="cpu"):
+def make_cache(config, platform="cpu", uniform=False):
+  """The caches of a model: a tuple of them, or a uniform one."""
   sizes = {"num_pages": 40, "num_rows": NUM_ROWS, "page_size": 4, "max_length": 64}
-  return paged_jax.init(
-    models.cache_config(config, dtype=jnp.float32, **sizes).stored_for(platform)
-  )
+  made = models.cache_config(config, dtype=jnp.float32, uniform=uniform, **sizes)
+  if isinstance(made, tuple):
+    return tuple(paged_jax.init(each.stored_for(platform)) for each in made)
+  return paged_jax.init(made.stored_for(platform))
 
 
 def prefill(decoder, cache, prompt):
@@ -38,9 +41,22 @@ def prefill(decoder, cache, prompt):
 def step(decoder, cache, tokens, rows, positions):
   """Logits of one ragged batch."""
   counts = jnp.zeros(NUM_ROWS, jnp.int32).at[rows].add(1)
-  cache, info = paged_jax.extend(cache, counts)
-  x, cache = decoder(tokens, cache, paged_jax.plan(cache, rows, positions))
-  return jnp.where(info.ok.all(), decoder.logits(x), jnp.nan), cache
+  grouped = isinstance(cache, tuple)
+  caches, ok = [], []
+  for each, group in zip(cache if grouped else (cache,), decoder.config.groups):
+    if grouped and group.window:  # no page behind the window
+      each, _ = paged_jax.slide(each, jnp.maximum(each.lengths - group.window + 1, 0))
+    each, info = paged_jax.extend(each, counts)
+    caches.append(each)
+    ok.append(info.ok)
+  plans = tuple(paged_jax.plan(each, rows, positions) for each in caches)
+  x, cache = decoder(tokens, *((tuple(caches), plans) if grouped else (caches[0], plans[0])))
+  return jnp.where(jnp.stack(ok).all(), decoder.logits(x), jnp.nan), cache
+
+
+def length_of(cache, row):
+  """Tokens that a row holds, in every group."""
+  return (cache[0] if isinstance(cache, tuple) else cache).lengths[row]
 
 
 def decode(decoder, cache, token, steps):
@@ -49,7 +65,7 @@ def decode(decoder, cache, token, steps):
   def body(carry, _):
     cache, token = carry
     rows = jnp.array([ROW], jnp.int32)
-    logits, cache = step(decoder, cache, token, rows, cache.lengths[rows])
+    logits, cache = step(decoder, cache, token, rows, length_of(cache, rows))
     chosen = logits.argmax(-1).astype(jnp.int32)
     return (cache, chosen), (token[0], logits[0])
 
@@ -60,13 +76,17 @@ def decode(decoder, cache, token, steps):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
-def test_paged_decoder_equals_transformers(name):
+@pytest.mark.parametrize(
+  ("name", "uniform"),
+  [(name, False) for name in tiny_models.CONFIGS] + [(x, True) for x in GROUPED],
+)
+def test_paged_decoder_equals_transformers(name, uniform):
   golden = np.load(GOLDENS / name / "golden.npz")
   decoder = models.load(GOLDENS / name)
   prompt = golden["tokens"][: tiny_models.PROMPT]
 
-  logits, cache = prefill(decoder, make_cache(decoder.config), prompt)
+  cache = make_cache(decoder.config, uniform=uniform)
+  logits, cache = prefill(decoder, cache, prompt)
   tokens, more = decode(decoder, cache, logits[-1].argmax(), tiny_models.STEPS)
 
   np.testing.assert_array_equal(tokens, golden["tokens"][tiny_models.PROMPT :])
