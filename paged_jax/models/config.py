@@ -23,6 +23,21 @@ class Group(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+  """MLPs of which each token takes a few, as the router says (gpt-oss).
+
+  >>> from paged_jax import models
+  >>> models.Experts(num_experts=32, per_token=4).limit
+  7.0
+  """
+
+  num_experts: int
+  per_token: int
+  gain: float = 1.702  # of the sigmoid in the activation
+  limit: float = 7.0  # of what the activation takes
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """Everything that varies between families. Frozen and hashable.
 
@@ -49,9 +64,13 @@ class DecoderConfig:
   activation: str = "silu"  # silu or gelu_tanh
   norm_eps: float = 1e-6
   norm_offset: bool = False  # RMSNorm multiplies by 1 + weight (Gemma)
+  norm_wide: bool = False  # RMSNorm rounds after its weight, not before it (Gemma, gpt-oss)
   post_norms: bool = False  # attention and MLP outputs are normalised too (Gemma)
   qk_norm: bool = False  # queries and keys are normalised per head (Qwen3, Gemma 3)
-  qkv_bias: bool = False  # Qwen2
+  qkv_bias: bool = False  # Qwen2, gpt-oss
+  output_bias: bool = False  # of attention (gpt-oss)
+  sinks: bool = False  # each head may attend to nothing, by a logit of its own (gpt-oss)
+  experts: Experts | None = None  # in place of the MLP
   tied: bool = False  # logits reuse the embedding
   embed_scale: float = 1.0
   attention_scale: float | None = None  # None = head_dim**-0.5
@@ -65,6 +84,8 @@ class DecoderConfig:
       raise ValueError(f"{self.head_dim=} must be even")
     if not len(self.windows) == len(self.ropes) == self.num_layers:
       raise ValueError(f"windows and ropes must have {self.num_layers=} entries")
+    if self.experts and not 1 <= self.experts.per_token <= self.experts.num_experts:
+      raise ValueError(f"{self.experts.per_token=} must be in [1, {self.experts.num_experts=}]")
 
   @functools.cached_property
   def groups(self) -> tuple[Group, ...]:

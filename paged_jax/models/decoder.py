@@ -75,12 +75,9 @@ class Decoder(nnx.Module):
     plans = plan if isinstance(plan, tuple) else (plan,)
     _check(caches, plans, groups)
 
-    def attend(caches, group, index, window, q, k, v):
+    def attend(caches, group, index, q, k, v, **options):
       cache = cache_lib.write(caches[group], index, k, v, plans[group])
-      heads = cache_lib.attend(
-        cache, index, q, plans[group], scale=self.config.attention_scale, window=window,
-        softcap=self.config.attention_softcap,
-      )  # fmt: skip
+      heads = cache_lib.attend(cache, index, q, plans[group], **options)
       return heads, (*caches[:group], cache, *caches[group + 1 :])
 
     x, caches = self._run(tokens, plans[0].positions, groups, attend, caches)
@@ -97,16 +94,17 @@ class Decoder(nnx.Module):
       f32[M,C,V] logits.
     """
 
-    def attend(state, group, index, window, q, k, v):
+    m, c = tokens.shape
+
+    def attend(state, group, index, q, k, v, **options):
       del group, index
-      return attention(q, k, v, window, self.config), state
+      q, k, v = (x.reshape(m, c, *x.shape[1:]) for x in (q, k, v))
+      heads = jax.vmap(partial(attention, **options))(q, k, v)
+      return heads.reshape(m * c, *heads.shape[2:]), state
 
-    def run(tokens):
-      positions, groups = jnp.arange(len(tokens)), (self.config.uniform,)
-      x, _ = self._run(tokens, positions, groups, attend, None, length=len(tokens))
-      return self.logits(x)
-
-    return jax.vmap(run)(tokens)
+    groups, positions = (self.config.uniform,), jnp.tile(jnp.arange(c), m)
+    x, _ = self._run(tokens.reshape(-1), positions, groups, attend, None, length=c)
+    return self.logits(x).reshape(m, c, -1)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """f32[B,V] logits of hidden states [B,E]."""
@@ -116,7 +114,7 @@ class Decoder(nnx.Module):
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def _run(self, tokens, positions, groups, attend, state, length=0):
-    """Embeds, runs the layers with `attend(state, group, index, window, q, k, v)`, normalises."""
+    """Embeds, runs the layers with `attend(state, group, index, q, k, v, ...)`, normalises."""
     config = self.config
     graph, stack = nnx.split(self.layers)
     number = {i: g for g, group in enumerate(groups) for i in group.layers}
@@ -138,7 +136,12 @@ class Decoder(nnx.Module):
       layer = nnx.merge(graph, params)
       seen = {config.windows[i] for i in run.flat}
       window = window if len(seen) > 1 else seen.pop()
-      heads, state = attend(state, number[run[0, 0]], index, window, *layer.qkv(x, cos, sin))
+      sinks = layer.self_attn.sinks
+      heads, state = attend(
+        state, number[run[0, 0]], index, *layer.qkv(x, cos, sin), window=window,
+        scale=config.attention_scale, softcap=config.attention_softcap,
+        sinks=None if sinks is None else sinks[...].astype(jnp.float32),
+      )  # fmt: skip
       return layer.finish(x, heads), state
 
     def block(runs, carry, rows):
@@ -188,16 +191,21 @@ def _check(caches: Sequence[Cache], plans: Sequence[Plan], groups: Sequence[Grou
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None, config: DecoderConfig
-) -> jax.Array:
+  q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, window: int | jax.Array | None,
+  softcap: float | None, sinks: jax.Array | None,
+) -> jax.Array:  # fmt: skip
   """Causal attention of queries [C,Q,D] to keys and values [C,H,D], softmax in float32."""
   c, h, d = k.shape
-  scale = d**-0.5 if config.attention_scale is None else config.attention_scale
   q = q.reshape(c, h, -1, d)
-  logits = jnp.einsum("qhgd,khd->hgqk", q, k, preferred_element_type=jnp.float32) * scale
-  if config.attention_softcap is not None:
-    logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
+  logits = jnp.einsum("qhgd,khd->hgqk", q, k, preferred_element_type=jnp.float32)
+  logits = logits * (d**-0.5 if scale is None else scale)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
   age = jnp.arange(c)[:, None] - jnp.arange(c)[None]  # of each key, seen from each query
   visible = age >= 0 if window is None else (age >= 0) & (age < window)
-  weights = jax.nn.softmax(jnp.where(visible[None, None], logits, -jnp.inf), axis=-1)
-  return jnp.einsum("hgqk,khd->qhgd", weights.astype(v.dtype), v).reshape(c, -1, d)
+  logits = jnp.where(visible[None, None], logits, -jnp.inf)
+  if sinks is not None:  # one more key, without a value
+    sinks = jnp.broadcast_to(sinks.reshape(h, -1, 1, 1), (*logits.shape[:3], 1))
+    logits = jnp.concatenate([logits, sinks], axis=-1)
+  weights = jax.nn.softmax(logits, axis=-1)[..., :c]
+  return jnp.einsum("hgqk,khd->qhgd", weights.astype(v.dtype), v).reshape(c, -1, v.shape[-1])

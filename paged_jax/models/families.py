@@ -6,7 +6,7 @@
 from typing import Any
 
 from paged_jax.models import fields, ropes
-from paged_jax.models.config import DecoderConfig
+from paged_jax.models.config import DecoderConfig, Experts
 from paged_jax.models.ropes import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -39,6 +39,10 @@ GEMMA = COMMON | {
   "sliding_window": 4096,
   "tie_word_embeddings": True,
 }
+GPT_OSS_ROPE = {  # if nothing is stated
+  "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+  "original_max_position_embeddings": 4096,
+}  # fmt: skip
 FAMILIES = {  # values of fields that a configuration leaves out
   "llama": LARGE
   | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
@@ -51,6 +55,11 @@ FAMILIES = {  # values of fields that a configuration leaves out
   | {"vocab_size": 256_000, "max_position_embeddings": 8192}
   | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
   "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
+  "gpt_oss": COMMON
+  | {"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "rms_norm_eps": 1e-5}
+  | {"num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+  | {"sliding_window": 128, "max_position_embeddings": 131_072, "num_local_experts": 128}
+  | {"num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "attention_bias": True},
 }
 NULL_HEADS = ("llama", "qwen2", "qwen3")  # null KV heads: as many as query heads
 NULL_HEAD_DIM = ("llama", "mistral")  # null head_dim: as where it is missing
@@ -62,6 +71,7 @@ UNSUPPORTED = {  # fields that would change the model; other families do not hav
   "qwen3": ("attention_bias",),
   "gemma2": ("attention_bias", "use_bidirectional_attention"),
   "gemma3_text": ("attention_bias", "use_bidirectional_attention"),
+  "gpt_oss": (),
 }
 MAX_LAYERS = 10_000
 
@@ -88,6 +98,7 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
   by_kind = {kind: _read_rope(raw, family, kind, head_dim) for kind in dict.fromkeys(kinds)}
   limits = [rope.max_length for rope in by_kind.values() if rope.max_length]
   window = raw["sliding_window"] if SLIDING in kinds else None
+  biased = family == "gpt_oss" and fields.flag(raw, "attention_bias")
   return DecoderConfig(
     vocab_size=fields.whole(raw, "vocab_size"),
     hidden_size=fields.whole(raw, "hidden_size"),
@@ -102,9 +113,13 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     activation=_activation(raw, "hidden_activation" if gemma else "hidden_act"),
     norm_eps=fields.number(raw, "rms_norm_eps"),
     norm_offset=gemma,
+    norm_wide=gemma or family == "gpt_oss",
     post_norms=gemma,
     qk_norm=family in ("qwen3", "gemma3_text"),
-    qkv_bias=family == "qwen2",
+    qkv_bias=family == "qwen2" or biased,
+    output_bias=biased,
+    sinks=family == "gpt_oss",
+    experts=_experts(raw) if family == "gpt_oss" else None,
     tied=fields.flag(raw, "tie_word_embeddings"),
     embed_scale=fields.whole(raw, "hidden_size") ** 0.5 if gemma else 1.0,
     attention_scale=fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None,
@@ -157,7 +172,10 @@ def _family(raw: dict[str, Any]) -> str:
 def _check_not_quantised(raw: dict[str, Any]) -> None:
   if quantised := fields.mapping(raw, "quantization_config"):
     method = quantised.get("quant_method")
-    raise ValueError(f"quantization_config: quantised checkpoints are not supported: {method!r}")
+    raise ValueError(
+      f"quantization_config: quantised checkpoints are not supported: {method!r}; save the weights"
+      " as bfloat16 first"
+    )
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +217,17 @@ def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
   return num_heads, num_kv_heads, head_dim
 
 
+def _experts(raw: dict[str, Any]) -> Experts:
+  """The experts of a gpt-oss."""
+  num_experts = fields.whole(raw, "num_local_experts")
+  return Experts(
+    num_experts=num_experts,
+    per_token=fields.whole(raw, "num_experts_per_tok", high=num_experts),
+    gain=fields.number(raw, "swiglu_alpha"),
+    limit=fields.number(raw, "swiglu_limit"),
+  )
+
+
 def _activation(raw: dict[str, Any], name: str) -> str:
   """Our name of the activation that a field states."""
   activation = fields.text(raw, name)
@@ -226,7 +255,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
       first = fields.whole(raw, "max_window_layers", low=-fields.LARGEST)
       first = len(layers) if raw["sliding_window"] is None else first
       kinds = [SLIDING if i >= first else FULL for i in layers]
-    case "gemma2":
+    case "gemma2" | "gpt_oss":
       kinds = [FULL if i % 2 else SLIDING for i in layers]
     case _:
       pattern = fields.whole({"sliding_window_pattern": 6} | raw, "sliding_window_pattern")
@@ -262,7 +291,10 @@ def _read_rope(raw: dict[str, Any], family: str, kind: str, head_dim: int) -> Ro
 def _stated_once(raw: dict[str, Any]) -> dict[str, Any]:
   """The rope of all layers as stated; `rope_scaling`, the older name, wins."""
   new, old = fields.mapping(raw, "rope_parameters"), fields.mapping(raw, "rope_scaling")
-  stated = {"rope_theta": 10_000.0} | _top_level(raw, "rope_theta", "partial_rotary_factor")
+  theta = 10_000.0
+  if raw["model_type"] == "gpt_oss":
+    theta, new = 150_000.0, GPT_OSS_ROPE if raw.get("rope_parameters") is None else new
+  stated = {"rope_theta": theta} | _top_level(raw, "rope_theta", "partial_rotary_factor")
   stated |= old or new
   nested = [name for name in (FULL, SLIDING) if name in stated]
   if nested and raw["model_type"] in ("qwen2", "qwen3", "gemma2"):  # Llama and Mistral ignore it

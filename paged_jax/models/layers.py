@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paged_jax.models import ropes
-from paged_jax.models.config import DecoderConfig
+from paged_jax.models.config import DecoderConfig, Experts
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -37,15 +37,16 @@ class Norm(nnx.Module):
 
   def __init__(self, size: int, config: DecoderConfig):
     self.weight = nnx.Param(jnp.zeros(size) if config.norm_offset else jnp.ones(size))
-    self.eps, self.offset = config.norm_eps, config.norm_offset
+    self.eps, self.offset, self.wide = config.norm_eps, config.norm_offset, config.norm_wide
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """`x` [...,size], normalised and weighted."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     weight = jnp.broadcast_to(self.weight[...], x.shape)
-    if self.offset:  # Gemma rounds after the weight, the others before it
-      return (wide * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    if self.wide:
+      weight = weight.astype(jnp.float32)
+      return (wide * (1 + weight if self.offset else weight)).astype(x.dtype)
     return wide.astype(x.dtype) * weight
 
 
@@ -57,7 +58,8 @@ class Attention(nnx.Module):
     self.q_proj = Linear(hidden, config.num_heads * dim, bias=bias, rngs=rngs)
     self.k_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
     self.v_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
-    self.o_proj = Linear(config.num_heads * dim, hidden, rngs=rngs)
+    self.o_proj = Linear(config.num_heads * dim, hidden, bias=config.output_bias, rngs=rngs)
+    self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.sinks else None
     self.q_norm = Norm(dim, config) if config.qk_norm else None
     self.k_norm = Norm(dim, config) if config.qk_norm else None
     self.head_dim = dim
@@ -75,6 +77,10 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     return ropes.rotate(q, cos, sin), ropes.rotate(k, cos, sin), v
 
+  def out(self, heads: jax.Array) -> jax.Array:
+    """[B,E] of what attention gives, `heads` [B,Q,D]."""
+    return self.o_proj(heads.reshape(len(heads), -1))
+
 
 class MLP(nnx.Module):
   """Gated MLP."""
@@ -90,6 +96,48 @@ class MLP(nnx.Module):
     return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
+class ExpertWeights(nnx.Module):
+  """The weights of all experts, [in, out]; gates and values alternate."""
+
+  def __init__(self, config: DecoderConfig, num_experts: int, *, rngs: nnx.Rngs):
+    init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+    hidden, size = config.hidden_size, config.intermediate_size
+    up, down = (num_experts, hidden, 2 * size), (num_experts, size, hidden)
+    self.gate_up_proj = nnx.Param(init(rngs.params(), up, jnp.float32))
+    self.gate_up_proj_bias = nnx.Param(jnp.zeros((num_experts, 2 * size)))
+    self.down_proj = nnx.Param(init(rngs.params(), down, jnp.float32))
+    self.down_proj_bias = nnx.Param(jnp.zeros((num_experts, hidden)))
+
+
+class ExpertMLP(nnx.Module):
+  """A weighted sum of the experts that the router has for a token."""
+
+  def __init__(self, config: DecoderConfig, experts: Experts, *, rngs: nnx.Rngs):
+    self.router = Linear(config.hidden_size, experts.num_experts, bias=True, rngs=rngs)
+    self.experts = ExpertWeights(config, experts.num_experts, rngs=rngs)
+    self.sizes = experts
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`x` [B,E] to [B,E]."""
+    logits, chosen = jax.lax.top_k(self.router(x), self.sizes.per_token)
+    order = jnp.argsort(chosen.reshape(-1))  # tokens of one expert side by side
+    expert = chosen.reshape(-1)[order]
+    counts = jnp.zeros(self.sizes.num_experts, jnp.int32).at[expert].add(1)
+    weights = self.experts
+
+    def project(x, weight, bias):
+      return jax.lax.ragged_dot(x, weight, counts) + bias[expert]
+
+    x = x[order // self.sizes.per_token]
+    x = project(x, weights.gate_up_proj[...], weights.gate_up_proj_bias[...])
+    gate = jnp.minimum(x[:, ::2], self.sizes.limit)
+    x = jnp.clip(x[:, 1::2], -self.sizes.limit, self.sizes.limit)
+    x = (x + 1) * gate * jax.nn.sigmoid(self.sizes.gain * gate)
+    x = project(x, weights.down_proj[...], weights.down_proj_bias[...])
+    x = x[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return jnp.einsum("bk,bke->be", jax.nn.softmax(logits, axis=-1), x)
+
+
 class Layer(nnx.Module):
   """One layer without its attention, which the caller puts between `qkv` and `finish`."""
 
@@ -101,7 +149,11 @@ class Layer(nnx.Module):
     self.post_feedforward_layernorm = (
       Norm(config.hidden_size, config) if config.post_norms else None
     )
-    self.mlp = MLP(config, rngs=rngs)
+    self.mlp = (
+      MLP(config, rngs=rngs)
+      if config.experts is None
+      else ExpertMLP(config, config.experts, rngs=rngs)
+    )
 
   def qkv(
     self, x: jax.Array, cos: jax.Array, sin: jax.Array
@@ -111,7 +163,7 @@ class Layer(nnx.Module):
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
-    out = self.self_attn.o_proj(heads.reshape(len(x), -1))
+    out = self.self_attn.out(heads)
     if self.pre_feedforward_layernorm and self.post_feedforward_layernorm:
       x = x + self.post_attention_layernorm(out)
       return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -14,7 +14,7 @@ from paged_jax import models
 GOLDENS = Path(__file__).parent / "goldens"
 CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
 ROW, OTHER, NUM_ROWS = 2, 0, 3
-GROUPED = ("qwen3", "gemma2", "gemma3")  # models of several groups
+GROUPED = ("qwen3", "gemma2", "gemma3", "gpt_oss")  # models of several groups
 
 
 def make_cache(config, platform="cpu", uniform=False):

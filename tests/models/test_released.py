@@ -24,6 +24,7 @@ DEFAULTS = {  # of each family that states nothing, by transformers 5.24: see th
   "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, False),
   "gemma2": (256000, 2304, 9216, 26, 8, 4, 256, 8192, True),
   "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256, 131072, True),
+  "gpt_oss": (201088, 2880, 2880, 36, 64, 8, 64, 131072, False),
 }
 
 
@@ -107,6 +108,13 @@ def test_multimodal_gemma3_is_tied_as_the_whole_says_and_has_no_cap():
     ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
     ({"model_type": "gemma2", "num_key_value_heads": None}, "num_key_value_heads must be"),
     ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads must be"),
+    ({"model_type": "gpt_oss", "head_dim": None}, "head_dim must be a positive integer, got None"),
+    ({"model_type": "gpt_oss", "num_experts_per_tok": 129}, "num_experts_per_tok must be at most 128"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit must be a number above 0, got 0"),
+    (
+      {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+      "quantised checkpoints are not supported: 'mxfp4'; save the weights as bfloat16 first",
+    ),
     ({"model_type": "qwen2", "head_dim": None}, "head_dim must be a positive integer, got None"),
     (
       {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32},
