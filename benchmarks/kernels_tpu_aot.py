@@ -17,8 +17,10 @@ over jax's kernel (which has one block size for both; the best one counts), both
 and 256. `mixed_vs_jax_rpa_in_turn` lets nothing of the rows overlap with the prompt: the larger of
 bundles and bytes of each, added up. `prefill_64x512` are bundles for 64
 queries and 512 keys of all heads. `drafts_vs_plain` is a step of 256 rows with 5 tokens each over
-one with one token each. `plan_ops_in_layer` counts gathers, scatters and cumulative sums of integers
-inside a loop over layers that writes and attends.
+one with one token each. `mla_decode_vs_bandwidth` is the decode of 16 rows of 2,048 tokens of
+DeepSeek-V3 (128 query heads over one KV head, values 512 of 576 channels) over the time of its
+bytes, 640 channels as they are stored. `plan_ops_in_layer` counts gathers, scatters and cumulative
+sums of integers inside a loop over layers that writes and attends.
 
 Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 """
@@ -61,8 +63,10 @@ class Model:
   num_kv_heads: int
   head_dim: int
   options: tuple[tuple[str, float], ...] = ()
+  value_dim: int | None = None
 
 
+MLA = Model("DeepSeek-V3", 128, 1, 576, value_dim=512)
 MODELS = (
   Model("Llama-3-8B", 32, 8, 128),
   Model("Qwen3-32B", 64, 8, 128),
@@ -74,8 +78,8 @@ def cache_config(model: Model, page_size: int, num_rows: int = 32, max_length: i
   """32 layers in a pool of 4 GiB."""
   config = paged_jax.CacheConfig(
     num_layers=32, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, page_size=page_size,
-    num_rows=num_rows, max_length=max_length,
-  )  # fmt: skip
+    num_rows=num_rows, max_length=max_length, value_dim=model.value_dim,
+  ).stored_for("tpu")  # fmt: skip
   return dataclasses.replace(config, num_pages=2**32 // config.page_bytes)
 
 
@@ -88,7 +92,7 @@ def layer_step(model: Model, mesh, num_tokens: int):
 
   def step(cache, q, k, rows, positions, layer):
     plan = paged_jax.plan(cache, rows, positions, implementation="tpu")
-    cache = paged_jax.write(cache, layer, k, k, plan)
+    cache = paged_jax.write(cache, layer, k, k if model.value_dim is None else None, plan)
     return cache, paged_jax.attend(cache, layer, q, plan, **dict(model.options))
 
   def compiled(config):
@@ -155,8 +159,9 @@ class Work(NamedTuple):
 
 
 def token_bytes(model: Model) -> int:
-  """Of keys and values of one token and layer in bfloat16."""
-  return 2 * model.num_kv_heads * model.head_dim * 2
+  """Of one token and layer in bfloat16, as they are stored."""
+  config = cache_config(model, 64)
+  return config.page_bytes // (config.num_layers * config.page_size)
 
 
 @functools.cache
@@ -192,7 +197,8 @@ def block_rows(mesh, tpu_name: str, model: Model) -> list[dict]:
 def decode(model: Model, kernel, num_rows: int) -> Work:
   """Rows of `CONTEXT` tokens, a block each."""
   around, chunk = kernel
-  bundles = num_rows * (around + CONTEXT // tpu.CHUNK_TOKENS * chunk)
+  size = tpu.CHUNK_TOKENS if model.value_dim is None else tpu.SHARED_CHUNK_TOKENS
+  bundles = num_rows * (around + CONTEXT // size * chunk)
   return Work(bundles, num_rows * CONTEXT * token_bytes(model))
 
 
@@ -333,7 +339,7 @@ def main():
     models=(int, len(MODELS), "how many models' attention to compile"),
   )
   tpu_compiler.keep_bundles()
-  rows, ours, writes = [], {}, {}
+  rows, ours, writes, mla = [], {}, {}, {}
 
   def add(compiled, config, cores, **columns):
     share = compiled.temp_bytes * cores / (config.page_bytes * config.num_pages)
@@ -366,6 +372,12 @@ def main():
       config = cache_config(model, 64)
       compiled = layer_step(model, four, 32)(config)
       add(compiled, config, 4, tpu=tpu_name, what=model.name, tokens=32)
+    config = cache_config(MLA, 64, num_rows=16)
+    compiled = layer_step(MLA, one, 16)(config)
+    row = add(compiled, config, 1, tpu=tpu_name, what=MLA.name, tokens=16)
+    (kernel,) = compiled.kernels("paged_attention")
+    mla[tpu_name] = decode(MLA, kernel, 16)
+    row["bundles_2048"] = mla[tpu_name].bundles / 16
     config = cache_config(MODELS[0], 16, num_rows=1024, max_length=8192 * 16)
     compiled = layer_step(MODELS[0], one, 1024)(config)
     add(compiled, config, 1, tpu=tpu_name, what="1,024 rows x 8,192 pages", tokens=1024)
@@ -391,6 +403,8 @@ def main():
       f"bundles_2048_v6e_bf16_p{size}": ours["v6e", llama.name, size] for size in (16, 64, 128)
     }
     summary["write_prefill_2048"] = writes["v6e", llama.name]
+    work = mla["v6e"]
+    summary["mla_decode_vs_bandwidth"] = work.seconds / (work.num_bytes / BANDWIDTH)
     summary["bundles_vs_jax_rpa"] = max(
       ours["v6e", llama.name, row["page"]] / row["bundles_2048"] for row in rows[-2:]
     )

@@ -166,8 +166,12 @@ def check_plan(cache: Cache, plan: Plan) -> None:
   plans.check(cache.ledger, plan)
 
 
-def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Cache:
+def write(
+  cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array | None, plan: Plan
+) -> Cache:
   """Writes keys and values [B,H,D] of the plan's tokens in one layer, cast to the cache's dtype.
+
+  `v` is None if values are channels of the keys (`CacheConfig.value_dim`), and only then.
 
   Tokens without a slot are dropped. The write is in place if the cache is donated or carried by a
   loop. Read the cache that is returned, never the one that was passed. `write` has gradients,
@@ -187,7 +191,11 @@ def write(cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array, plan
   _check_call("write(cache, layer, k, v, plan)", cache, plan)
   _, num_layers, h, _, _ = pages_lib.sizes(cache.pages)
   shape = (plan.rows.shape[0], h, cache.pages.head_dim)
-  k, v = arguments.floats("k", k, shape), arguments.floats("v", v, shape)
+  k, value_dim = arguments.floats("k", k, shape), cache.pages.value_dim
+  if value_dim is None:
+    v = arguments.floats("v", v, shape)
+  elif v is not None:
+    raise ValueError(f"v must be None: with {value_dim=} a value is channels of its key, got {v!r}")
   index = arguments.layer(layer, num_layers)
   k = _poisoned(k, layer, index, num_layers)
   index = jnp.minimum(index, num_layers - 1)
@@ -226,6 +234,7 @@ def attend(
     [B,Q,D] in q's dtype, and f32[B,Q] if `return_lse`. Padding and tokens that are not ok give 0
     and -inf. Logits and sums are float32. Live keys and values must be finite: a NaN or infinity
     may reach other tokens of its row, never another row. A traced `layer` out of range gives NaN.
+    If the cache has a `value_dim`, the result is that wide: [B,Q,value_dim].
 
   Gradients are those of the "reference" implementation, also if another one computes the values.
   They take its time and memory: the whole row of every token.
@@ -257,6 +266,7 @@ def gather(
 ) -> tuple[jax.Array, jax.Array]:
   """Keys and values of `rows` i32[R] in token order: two arrays [R,C,H,D].
 
+  If the cache has a `value_dim`, the values are that many channels of the keys.
   C is `num_tokens`, or a row's capacity by default. Where a row has no live token the result is
   zero, whatever its pages contain. A traced `layer` out of range gives NaN.
 

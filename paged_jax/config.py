@@ -14,6 +14,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class CacheConfig:
   """Sizes and dtypes of a cache. Frozen and hashable, so it can be a static argument.
 
+  `value_dim=None`: each token has a key and a value, both `head_dim` wide. `value_dim=n`: the value
+  is the first n channels of the key, and only the key is stored. Multi-head latent attention
+  (DeepSeek-V2, arXiv 2405.04434, §2.1) needs this, once the up-projections are part of queries and
+  outputs: one KV head, whose key is the latent vector and then the rotated channels. `write` takes
+  no values, and `attend` returns n channels. Keys and values of different widths, stored apart, are
+  not supported.
+
   Raises:
     ValueError: A field is out of range; the message names the field and its value.
 
@@ -21,6 +28,9 @@ class CacheConfig:
   >>> config = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=4, num_pages=8)
   >>> config.page_bytes, config.pages_per_row
   (512, 256)
+  >>> mla = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=576, value_dim=512)
+  >>> mla.page_bytes // (mla.num_layers * mla.page_size)  # bytes of a token in a layer
+  1152
   """
 
   num_layers: int = 32
@@ -33,6 +43,7 @@ class CacheConfig:
   dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
   storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16 for bits
   storage_head_dim: int | None = None  # of the page array: None = `head_dim`, or more, padded
+  value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
   copy_on_write: bool = True  # False: only whole pages are shared
 
   def __post_init__(self):
@@ -50,14 +61,14 @@ class CacheConfig:
       raise ValueError(f"storage_dtype must be None, {dtype} or {bits}, got {storage}")
     object.__setattr__(self, "dtype", dtype)
     object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
-    stored = self.storage_head_dim
-    if stored is not None:
-      if isinstance(stored, bool) or not isinstance(stored, int | np.integer):
-        raise ValueError(f"storage_head_dim must be None or an integer, got {stored!r}")
-      if stored < self.head_dim:
-        raise ValueError(f"storage_head_dim must be at least {self.head_dim=}, got {stored}")
-    stored = None if stored in (None, self.head_dim) else int(stored)
-    object.__setattr__(self, "storage_head_dim", stored)
+    stored = self._size("storage_head_dim")
+    if stored is not None and stored < self.head_dim:
+      raise ValueError(f"storage_head_dim must be at least {self.head_dim=}, got {stored}")
+    object.__setattr__(self, "storage_head_dim", None if stored == self.head_dim else stored)
+    value_dim = self._size("value_dim")
+    if value_dim is not None and not 1 <= value_dim <= self.head_dim:
+      raise ValueError(f"value_dim must be from 1 to {self.head_dim=}, got {value_dim}")
+    object.__setattr__(self, "value_dim", value_dim)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
     products = {  # computed in int32, with room for the slots of dropped tokens
@@ -80,14 +91,19 @@ class CacheConfig:
     return self.head_dim if self.storage_head_dim is None else self.storage_head_dim
 
   @property
+  def array_channels(self) -> int:
+    """Channels of a token and KV head in the page array: its key and value, or its key alone."""
+    return self.array_head_dim * (2 if self.value_dim is None else 1)
+
+  @property
   def pages_per_row(self) -> int:
     """Pages that one row can map."""
     return -(-self.max_length // self.page_size)
 
   @property
   def page_bytes(self) -> int:
-    """Bytes of one page, all layers, keys and values, as they are stored."""
-    values = self.num_layers * self.num_kv_heads * self.page_size * 2 * self.array_head_dim
+    """Bytes of one page, all layers, as they are stored."""
+    values = self.num_layers * self.num_kv_heads * self.page_size * self.array_channels
     return values * self.array_dtype.itemsize
 
   def stored_for(self, platform: str) -> "CacheConfig":
@@ -95,8 +111,9 @@ class CacheConfig:
 
     `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16. It
     updates the same bits in place if they are kept as uint16. `storage_head_dim`: the kernels of
-    attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. Other head dims
-    are padded with zeros to the next one. No verb shows the padding.
+    attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. With a
+    `value_dim` they serve multiples of 128 on TPU, and as many channels behind the value on GPU.
+    Other head dims are padded with zeros to the next one. No verb shows the padding.
 
     >>> import paged_jax as pj
     >>> config = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=80, num_pages=8)
@@ -107,8 +124,28 @@ class CacheConfig:
     return dataclasses.replace(
       self,
       storage_dtype=np.dtype("uint16") if bits else None,
-      storage_head_dim=_served(self.head_dim, platform),
+      storage_head_dim=self._served(platform),
     )
+
+  def _served(self, platform: str) -> int:
+    """The least head dim, from this one on, that a kernel of the platform serves; or this one."""
+    head_dim = self.head_dim
+    if platform == "tpu":
+      unit = 64 if self.value_dim is None else 128  # a token's channels fill the lanes
+      return -(-head_dim // unit) * unit
+    if platform == "gpu":
+      before = self.value_dim or 0  # what is behind the value is a power of two, too
+      behind = (size for size in (0, 16, 32, 64, 128, 256) if size >= head_dim - before)
+      return before + next(behind, head_dim - before)
+    return head_dim
+
+  def _size(self, name: str) -> int | None:
+    value = getattr(self, name)
+    if value is None:
+      return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+      raise ValueError(f"{name} must be None or an integer, got {value!r}")
+    return int(value)
 
   def _dtype(self, name: str) -> np.dtype | None:
     value = getattr(self, name)
@@ -116,12 +153,3 @@ class CacheConfig:
       return None if value is None else np.dtype(value)
     except TypeError:
       raise ValueError(f"{name} must be a dtype, got {value!r}") from None
-
-
-def _served(head_dim: int, platform: str) -> int:
-  """The least head dim, from this one on, that a kernel of the platform serves; or this one."""
-  if platform == "tpu":
-    return -(-head_dim // 64) * 64
-  if platform == "gpu":
-    return next((size for size in (16, 32, 64, 128, 256) if size >= head_dim), head_dim)
-  return head_dim

@@ -167,9 +167,10 @@ def restore(
 
 
 def _check_image(name: str, image: Pages, pages: Pages, shape: tuple[int, ...]) -> None:
-  """Raises unless `image` has the shape, the dtypes and the head dim that `pages` would give it."""
+  """Raises unless `image` has the shape, the dtypes and the dims that `pages` would give it."""
   wanted, got = (
-    f"{jax.ShapeDtypeStruct(shape, x.kv.dtype)} of {x.dtype} and head_dim {x.head_dim}"
+    f"{jax.ShapeDtypeStruct(shape, x.kv.dtype)} of {x.dtype}, value_dim {x.value_dim} and"
+    f" head_dim {x.head_dim}"
     for shape, x in ((shape, pages), (image.kv.shape, image))
   )
   if got != wanted:

@@ -4,9 +4,11 @@ Axis letters: N pages, L layers, H KV heads, T tokens per page, D head dim as st
 call; `head_dim` is that of the values, at most D.
 
     # one token of one head   [k k k k k 0 0 0 | v v v v v 0 0 0]      head_dim 5, D 8
+    # pages of keys only      [v v v k k 0 0 0]                        value_dim 3 of the key's 5
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +22,37 @@ from paged_jax.types import Copies, Pages
 def init(config: CacheConfig) -> Pages:
   """An array of zero pages."""
   shape = (config.num_pages, config.num_layers, config.num_kv_heads, config.page_size,
-           2 * config.array_head_dim)  # fmt: skip
+           config.array_channels)  # fmt: skip
   kv = jnp.zeros(shape, config.array_dtype)
-  return Pages(kv=kv, dtype=np.dtype(config.dtype), head_dim=config.head_dim)
+  return Pages(kv, np.dtype(config.dtype), config.head_dim, config.value_dim)
 
 
 def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
   """N, L, H, T and D of the page array; callers' arrays have `pages.head_dim` in place of D."""
   n, num_layers, h, t, width = pages.kv.shape
-  return n, num_layers, h, t, width // 2
+  return n, num_layers, h, t, width // 2 if pages.value_dim is None else width
+
+
+def layer_bytes(pages: Pages) -> int:
+  """Bytes of one page in one layer."""
+  return math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
+
+
+def value_size(pages: Pages) -> int:
+  """Channels of a value, as callers see it."""
+  return pages.head_dim if pages.value_dim is None else pages.value_dim
 
 
 def padded(x: jax.Array, pages: Pages) -> jax.Array:
   """`x` [..., head_dim] as wide as it is stored, [..., D]: zeros behind."""
-  more = pages.kv.shape[-1] // 2 - pages.head_dim
+  more = sizes(pages)[-1] - pages.head_dim
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
 
 def cropped(x: jax.Array, pages: Pages) -> jax.Array:
-  """`x` [..., D] without what is padding, [..., head_dim]."""
-  return x if x.shape[-1] == pages.head_dim else x[..., : pages.head_dim]
+  """`x` [..., D or less] as wide as a value, without what is behind."""
+  size = value_size(pages)
+  return x if x.shape[-1] == size else x[..., :size]
 
 
 def stored(x: jax.Array, pages: Pages) -> jax.Array:
@@ -56,20 +69,28 @@ def _as(bits: jax.Array, dtype: np.dtype) -> jax.Array:
   return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
-  """Writes `k`, `v` [B,H,head_dim] of one layer at distinct `slots` i32[B]; drops out of range."""
-  t, bits = pages.kv.shape[3], jnp.concatenate([stored(k, pages), stored(v, pages)], axis=-1)
+def write(
+  pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, slots: jax.Array
+) -> Pages:
+  """Writes `k`, `v` [B,H,head_dim] of one layer at distinct `slots` i32[B]; drops out of range.
+
+  `v` is None if pages hold keys only.
+  """
+  t, bits = pages.kv.shape[3], stored(k, pages)
+  if v is not None:
+    bits = jnp.concatenate([bits, stored(v, pages)], axis=-1)
   kv = pages.kv.at[slots // t, layer, :, slots % t].set(bits, mode="drop", unique_indices=True)
   return dataclasses.replace(pages, kv=kv)
 
 
 def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """K and V [R,P*T,H,head_dim] of one layer by block `tables` i32[R,P], zero where no page is."""
+  """K and V [R,P*T,H,channels] of one layer by block `tables` i32[R,P], zero where no page is."""
   _, _, h, t, d = sizes(pages)
   bits = pages.kv.at[tables, layer].get(mode="fill", fill_value=0)  # [R,P,H,T,2D]
   r, p = tables.shape
-  kv = values(bits.transpose(0, 1, 3, 2, 4).reshape(r, p * t, h, 2 * d), pages)
-  return cropped(kv[..., :d], pages), cropped(kv[..., d:], pages)
+  kv = values(bits.transpose(0, 1, 3, 2, 4).reshape(r, p * t, h, -1), pages)
+  behind = kv[..., d:] if pages.value_dim is None else kv
+  return kv[..., : pages.head_dim], cropped(behind, pages)
 
 
 @jax.custom_jvp

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 
-def _static():
-  return dataclasses.field(metadata={"static": True})
+def _static(**fields):
+  return dataclasses.field(metadata={"static": True}, **fields)
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +102,9 @@ class Pages:
   stored: the bits of a 16-bit float may be kept as uint16, and D may be more than `head_dim`, the
   rest zero (see `CacheConfig.storage_dtype` and `storage_head_dim`).
 
+  With a `value_dim` pages hold keys only: kv is [N,L,H,T,D], and a token's value is the first
+  `value_dim` channels of its key (see `CacheConfig.value_dim`).
+
   >>> import paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
   >>> pj.init(config).pages.kv.shape
@@ -111,6 +114,7 @@ class Pages:
   kv: jax.Array  # storage[N,L,H,T,2D] keys in [..., :D], values in [..., D:]
   dtype: np.dtype = _static()
   head_dim: int = _static()
+  value_dim: int | None = _static(default=None)
 
 
 @jax.tree_util.register_dataclass

@@ -49,6 +49,7 @@ MISUSES = {
     "implementation.*abacus",
   ),
   "write heads": (lambda c, p: paged_jax.write(c, 0, K[:, :1], K, p), r"k must.*\[1, 2, 2\]"),
+  "write no values": (lambda c, p: paged_jax.write(c, 0, K, None, p), "v must be an array.*None"),
   "write ints": (lambda c, p: paged_jax.write(c, 0, K, ids(1), p), "v must.*int32"),
   "extend beyond int32": (
     lambda c, p: paged_jax.extend(c, np.array([2**32 + 1, 0, 0])),
@@ -98,6 +99,10 @@ MISUSES = {
     lambda c, p: swap_in(c, dataclasses.replace(c.pages, head_dim=1)),
     "image.pages must.*head_dim 2, got.*head_dim 1",
   ),
+  "swap value dim": (
+    lambda c, p: swap_in(c, dataclasses.replace(c.pages, value_dim=1)),
+    "image.pages must.*value_dim None .*, got.*value_dim 1",
+  ),
   "restore head dim": (
     lambda c, p: paged_jax.restore(
       c, [dataclasses.replace(paged_jax.offload(c, ids(0))[0], head_dim=1)], jnp.int32(1)
@@ -116,6 +121,13 @@ def test_a_wrong_argument_is_named_while_tracing(name):
   plan = jitted.plan(cache, ids(0), ids(0))
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(call, cache, plan) if name != "extend a list" else call(cache, plan)
+
+
+def test_values_that_are_channels_of_keys_cannot_be_given():
+  cache = abstract(config(value_dim=1))
+  plan = jax.eval_shape(paged_jax.plan, cache, ids(0), ids(0))
+  with pytest.raises(ValueError, match="v must be None: with value_dim=1"):
+    jax.eval_shape(paged_jax.write, cache, 0, K, K, plan)
 
 
 def test_a_cache_used_after_donation_says_so_plainly():
@@ -507,6 +519,13 @@ def swapped(cache, row):
   return paged_jax.swap_in(cache, row, image)
 
 
+def keys_written(cache, k):
+  """The same array as pages of keys alone, and of twice as many channels."""
+  pages = dataclasses.replace(cache.pages, head_dim=32, value_dim=16)
+  plan = paged_jax.plan(cache, ROWS, ROWS)
+  return paged_jax.write(dataclasses.replace(cache, pages=pages), 1, k, None, plan)
+
+
 def restored(cache, kv, count):
   image = dataclasses.replace(cache.pages, kv=kv)
   return paged_jax.restore(cache, (image, image), count)
@@ -514,6 +533,7 @@ def restored(cache, kv, count):
 
 CALLS = {name: (getattr(paged_jax, name), args) for name, args in OPERANDS.items()}
 CALLS["write"] = (written, (jnp.zeros((3, 2, 16)), jnp.int32(1)))
+CALLS["write keys"] = (keys_written, (jnp.zeros((3, 2, 32)),))
 CALLS["swap"] = (swapped, (jnp.int32(0),))
 CALLS["restore"] = (restored, (jnp.zeros((4, 2, 4, 32)), jnp.int32(2)))
 CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
@@ -595,29 +615,47 @@ def test_poisoned_free_pages_never_show():
   assert read(cache, 0) == [0] * 5
 
 
+Q, KEYS, VALUES = np.random.default_rng(0).standard_normal((3, 6, 2, 5), np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def seen(cache, v, implementation):
+  """All that a caller sees of keys and values through writes, a copy and a swap; and the cache."""
+  rows, positions = ids(0, 0, 0, 0, 0, 2), ids(0, 1, 2, 3, 4, 0)
+  cache, _ = paged_jax.extend(replay.poison(cache), ids(5, 0, 1))
+  plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
+  cache = paged_jax.write(cache, 1, KEYS, v, plan)
+  out, lse = paged_jax.attend(cache, 1, Q, plan, return_lse=True)
+  cache, _ = paged_jax.fork(cache, ids(0), ids(1))
+  cache, _ = paged_jax.extend(cache, ids(1, 0, 0))  # copies the shared page
+  cache, image, _ = paged_jax.swap_out(cache, ids(0)[0])
+  cache, info = paged_jax.swap_in(cache, ids(0)[0], image)
+  return cache, (out, lse, *paged_jax.gather(cache, 1, ROWS), info)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_padded_storage_changes_no_bit_that_a_caller_sees(implementation):
-  q, k, v = np.random.default_rng(0).standard_normal((3, 6, 2, 5), np.float32)
-  rows, positions = ids(0, 0, 0, 0, 0, 2), ids(0, 1, 2, 3, 4, 0)
-
-  def seen(cache):
-    cache, _ = paged_jax.extend(replay.poison(cache), ids(5, 0, 1))
-    plan = paged_jax.plan(cache, rows, positions, implementation=implementation)
-    cache = paged_jax.write(cache, 1, k, v, plan)
-    out, lse = paged_jax.attend(cache, 1, q, plan, return_lse=True)
-    cache, _ = paged_jax.fork(cache, ids(0), ids(1))
-    cache, _ = paged_jax.extend(cache, ids(1, 0, 0))  # copies the shared page
-    cache, image, _ = paged_jax.swap_out(cache, ids(0)[0])
-    cache, info = paged_jax.swap_in(cache, ids(0)[0], image)
-    return cache, (out, lse, *paged_jax.gather(cache, 1, ROWS), info)
-
-  run = jax.jit(seen)
-  _, plain = run(paged_jax.init(config(head_dim=5)))
-  cache, padded = run(paged_jax.init(config(head_dim=5, storage_head_dim=16)))
-  assert cache.pages.kv.shape[-1] == 32 and padded[0].shape == q.shape
+  _, plain = seen(jitted.init(config(head_dim=5)), VALUES, implementation)
+  cache = jitted.init(config(head_dim=5, storage_head_dim=16))
+  cache, padded = seen(cache, VALUES, implementation)
+  assert cache.pages.kv.shape[-1] == 32 and padded[0].shape == Q.shape
   chex.assert_trees_all_equal(padded, plain)
   kv = np.asarray(cache.pages.kv[cache.block_tables[:, 0]]).reshape(3, 2, 2, 4, 2, 16)
   assert (kv[..., 5:] == 0).all() and (kv[0, 1, :, :, :, :5] != 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("stored", [None, 8])
+def test_values_that_are_channels_of_keys_are_stored_once_and_seen_as_if_apart(
+  implementation, stored
+):
+  _, (out, lse, k, v, info) = seen(jitted.init(config(head_dim=5)), KEYS, implementation)
+  small = config(head_dim=5, storage_head_dim=stored, value_dim=3)
+  cache, got = seen(jitted.init(small), None, implementation)
+  assert cache.pages.kv.shape[-1] == (stored or 5)
+  assert cache.pages.kv.nbytes == small.page_bytes * small.num_pages
+  np.testing.assert_allclose(got[0], out[..., :3], rtol=1e-6, atol=1e-6)
+  chex.assert_trees_all_equal(got[1:], (lse, k, v[..., :3], info))
 
 
 def random_bytes(dtype):

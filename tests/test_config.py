@@ -32,6 +32,11 @@ def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
     ("storage_dtype", "float32", "storage_dtype.*float32"),
     ("storage_head_dim", 127, "storage_head_dim.*128.*127"),
     ("storage_head_dim", 256.0, "storage_head_dim.*256.0"),
+    ("value_dim", 0, "value_dim.*128.*0"),
+    ("value_dim", -1, "value_dim.*128.*-1"),
+    ("value_dim", 129, "value_dim.*128.*129"),
+    ("value_dim", 64.0, "value_dim.*64.0"),
+    ("value_dim", True, "value_dim.*True"),
     ("copy_on_write", 1, "copy_on_write.*1"),
     ("num_pages", 2**27, "num_pages.*2147483648"),
     ("max_length", 2**30, "max_length.*1073741824"),
@@ -72,11 +77,29 @@ def test_head_dims_are_stored_as_a_kernel_of_the_platform_serves_them(platform, 
   assert stored == sizes
 
 
+@pytest.mark.parametrize(
+  ("platform", "sizes"),
+  [("cpu", {(24, 16): 24}), ("tpu", {(24, 16): 128, (576, 512): 640, (640, 512): 640}),
+   ("gpu", {(24, 16): 32, (576, 512): 576, (560, 512): 576, (512, 512): 512, (900, 512): 900})],
+)  # fmt: skip
+def test_keys_that_contain_values_are_stored_as_a_kernel_serves_them(platform, sizes):
+  configs = {(d, v): CacheConfig(head_dim=d, value_dim=v).stored_for(platform) for d, v in sizes}
+  assert {dims: config.array_head_dim for dims, config in configs.items()} == sizes
+
+
 def test_a_padded_page_has_the_bytes_of_what_is_stored():
   config = CacheConfig(head_dim=80, storage_head_dim=np.int64(128))
   assert config.page_bytes == CacheConfig(head_dim=128).page_bytes
   assert hash(config) == hash(CacheConfig(head_dim=80).stored_for("tpu"))
   assert CacheConfig(head_dim=80, storage_head_dim=80) == CacheConfig(head_dim=80)
+
+
+def test_a_page_of_keys_alone_has_their_bytes():
+  fields = dict(num_layers=3, num_kv_heads=1, head_dim=576, page_size=64, value_dim=np.int64(512))
+  config = CacheConfig(**fields)
+  assert config.page_bytes == 3 * 64 * 576 * 2 and type(config.value_dim) is int
+  assert config.stored_for("tpu").page_bytes == 3 * 64 * 640 * 2  # 1,280 bytes per token, not 2,304
+  assert hash(config) == hash(CacheConfig(**fields))
 
 
 def test_a_one_page_cache_can_be_described():

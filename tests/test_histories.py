@@ -35,6 +35,8 @@ CONFIGS = {
   "tokens": config(page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"),
   "long": config(page_size=2, num_pages=5, num_rows=3, max_length=20, dtype="float32",
                  storage_head_dim=5),
+  "keys": config(page_size=3, num_pages=9, num_rows=4, max_length=14, dtype="bfloat16",
+                 storage_dtype="uint16", storage_head_dim=3, value_dim=1),
   "single": config(page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"),
 }  # fmt: skip
 CONFIGS["whole"] = dataclasses.replace(CONFIGS["tight"], copy_on_write=False)

@@ -1,5 +1,6 @@
 """Verbs on a cache whose KV heads are split over eight virtual devices."""
 
+import dataclasses
 import functools
 import re
 
@@ -97,6 +98,26 @@ def test_plain_jit_with_explicit_axes(alone):
     compiled = run.lower(cache, q, k).compile()
     assert not re.search(COLLECTIVES, compiled.as_text())
     check(compiled(cache, q, k), alone)
+
+
+@pytest.mark.once
+def test_pages_of_keys_alone_split_their_heads_too():
+  where, keys = mesh(AxisType.Auto), dataclasses.replace(HEADS, value_dim=1)
+  q, k = operands()
+
+  def attended(cache, q, k):
+    cache, _ = paged_jax.extend(cache, ids(5, 0, 3))
+    plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
+    cache = paged_jax.write(cache, 1, k, None, plan)
+    return paged_jax.attend(cache, 1, q, plan)
+
+  want = jax.jit(attended)(jitted.init(keys), q, k)
+  cache = jax.device_put(jitted.init(keys), shardings(keys, where))
+  args = jax.device_put((q, k), NamedSharding(where, PartitionSpec(None, "model")))
+  compiled = jax.jit(attended).lower(cache, *args).compile()
+  assert not re.search(COLLECTIVES, compiled.as_text())
+  np.testing.assert_allclose(compiled(cache, *args), want, rtol=1e-6, atol=1e-6)
+  assert want.shape == (3, 16, 1)
 
 
 def test_a_second_mesh_axis_stays_replicated():

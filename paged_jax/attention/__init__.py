@@ -12,6 +12,7 @@ from paged_jax import pages as pages_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
 from paged_jax.attention import proof
+from paged_jax.attention.backend import MAX_SHARED_BLOCK_SIZE
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.proof import Report as Report
@@ -98,6 +99,8 @@ def cut(
   for num_tokens, most, longest in arguments.parts(parts, b):
     part = slice(begin, begin + num_tokens)
     size = backend.block_size(num_tokens, min(most, num_rows), longest)
+    if pages.value_dim is not None:
+      size = min(size, MAX_SHARED_BLOCK_SIZE)
     each = rows[part], starts[part], last[part]
     blocks = blocks_lib.schedule(*each, num_rows, most, size)
     made.append(Part(*each, blocks, backend.windows(pages, slots[part], size), size))
@@ -136,8 +139,8 @@ def attend(
     lse: Whether the LSE is wanted.
 
   Returns:
-    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok. None in
-    place of an LSE that is not wanted.
+    [B,Q,D] in q's dtype, or as wide as values that are channels of keys, and the LSE f32[B,Q]; 0
+    and -inf for padding and tokens not ok. None in place of an LSE that is not wanted.
 
   Raises:
     ValueError: An argument has a wrong shape or dtype, or a static value out of range.
@@ -177,8 +180,8 @@ _attend = jax.jit(_differentiable, static_argnums=0)
 
 
 @jax.custom_jvp
-def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
-  """Writes the plan's keys and values [B,H,D].
+def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, plan: Plan) -> Pages:
+  """Writes the plan's keys and values [B,H,D]; `v` is None if pages hold keys only.
 
   By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
   """

@@ -10,11 +10,12 @@ from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Plan, Tables, Windows
 
 MAX_BLOCK_SIZE = 64
+MAX_SHARED_BLOCK_SIZE = 16  # where keys contain values: 16 to 128 query heads share a KV head
 FEW = 8  # tokens of a row that decodes or verifies drafts, at most
 SPARE = 2048  # places of queries that may stay empty because rows do not fill their blocks
 
 
-def scatter(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> Pages:
+def scatter(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, plan: Plan) -> Pages:
   """Writes by XLA's scatter, which is in place everywhere except on TPU."""
   return pages_lib.write(pages, layer, k, v, plan.slots)
 
@@ -41,15 +42,15 @@ def _power_of_two(size: int) -> int:
 class Backend(NamedTuple):
   """One implementation of attention over pages; each module of a backend has one, `BACKEND`."""
 
-  # (q [B,Q,D], pages, layer i32[], tables, part, options) -> output [B,Q,D] and LSE f32[B,Q], which
-  # is of no use where the options do not want it
+  # (q [B,Q,D], pages, layer i32[], tables, part, options) -> output [B,Q,D], or at least as wide as
+  # values, and LSE f32[B,Q], which is of no use where the options do not want it
   attend: Callable[
     [jax.Array, Pages, jax.Array, Tables, Part, Options], tuple[jax.Array, jax.Array | None]
   ]
   # (pages, pages of a row) -> why it cannot serve them, None if it can
   refusal: Callable[[Pages, int], str | None] = lambda pages, pages_per_row: None
-  # (pages, layer i32[], k [B,H,D], v [B,H,D], plan) -> the next pages
-  write: Callable[[Pages, jax.Array, jax.Array, jax.Array, Plan], Pages] = scatter
+  # (pages, layer i32[], k [B,H,D], v [B,H,D] or None if pages hold keys only, plan) -> the next pages
+  write: Callable[[Pages, jax.Array, jax.Array, jax.Array | None, Plan], Pages] = scatter
   # (tokens of a part, most rows of it, longest of them) -> most tokens in a block
   block_size: Callable[[int, int, int], int] = block_size
   # (pages, slots i32[B], most tokens in a block) -> where writes go, none if slots are enough

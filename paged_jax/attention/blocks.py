@@ -92,7 +92,7 @@ def by_query(x: jax.Array, b: int) -> jax.Array:
 
 
 def start(queries: jax.Array, sinks: jax.Array | None) -> softmax.Sums:
-  """Sums over nothing, or over the sinks alone, for queries [H,M,D]."""
+  """Sums over nothing, or over the sinks alone, for queries [H,M,D] as wide as values."""
   h, m, _ = queries.shape
   acc = jnp.zeros_like(queries, jnp.float32)
   zero = acc[..., :1]

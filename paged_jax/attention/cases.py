@@ -31,6 +31,7 @@ class Case:
   num_kv_heads: int = 2
   head_dim: int = 8
   storage_head_dim: int = 0  # 0: head_dim
+  value_dim: int | None = None  # None: keys and values apart
   page_size: int = 3
   dtype: str = "float32"
   bits: bool = False  # pages stored as unsigned integers
@@ -67,7 +68,10 @@ ESSENTIAL = (
 
 
 class Problem(NamedTuple):
-  """A case's arrays, all of NumPy. `k` and `v` are its rows in token order, 0 where not live."""
+  """A case's arrays, all of NumPy. `k` and `v` are its rows in token order, 0 where not live.
+
+  With a `value_dim` pages hold keys only, and `v` is the first channels of `k`.
+  """
 
   q: np.ndarray  # [B,Q,D]
   kv: np.ndarray  # storage[N,L,H,T,2*stored D] NaN in every place without a live token
@@ -121,6 +125,7 @@ def fitted(case: Case, config: CacheConfig, num_heads: int) -> Case:
     num_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
     storage_head_dim=config.array_head_dim,
+    value_dim=config.value_dim,
     page_size=size,
     dtype=np.dtype(config.dtype).name,
     bits=config.array_dtype != config.dtype,
@@ -142,10 +147,11 @@ def build(case: Case, seed: int = 0) -> Problem:
   ids = _shuffled(rng, n, used)
 
   tables = np.full((len(lengths) + case.spare_rows, per_row), n, np.int32)
-  shape = (2, len(tables), per_row * t, h, d)
+  apart = 2 if case.value_dim is None else 1  # arrays: keys and values, or keys alone
+  shape = (apart, len(tables), per_row * t, h, d)
   rows_kv = rng.standard_normal(shape, np.float32).astype(case.dtype)
   stored = case.storage_head_dim or d
-  kv = np.full((n, NUM_LAYERS, h, t, 2 * stored), np.nan, rows_kv.dtype)
+  kv = np.full((n, NUM_LAYERS, h, t, apart * stored), np.nan, rows_kv.dtype)
   for row, (start, length) in enumerate(zip(starts, lengths)):
     for page in range(firsts[row], firsts[row] + counts[row]):
       tables[row, page], ids = ids[0], ids[1:]
@@ -157,7 +163,8 @@ def build(case: Case, seed: int = 0) -> Problem:
   pad = (0, case.spare_rows)
   starts, lengths = np.pad(starts, pad), np.pad(lengths, pad)
   live = (positions >= starts[:, None]) & (positions < lengths[:, None])
-  k, v = np.where(live[..., None, None], rows_kv.astype(np.float32), 0)
+  rows_kv = np.where(live[..., None, None], rows_kv.astype(np.float32), 0)
+  k, v = rows_kv[0], rows_kv[-1][..., : case.value_dim]
 
   rows, positions = _batch(case, len(tables))
   q = rng.standard_normal((len(rows), case.num_heads, d), np.float32)
@@ -184,7 +191,7 @@ def build(case: Case, seed: int = 0) -> Problem:
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
   """Attention in float64, token by token, straight from the definition: [B,Q,D] and LSE [B,Q]."""
   q = np.asarray(problem.q, np.float64)
-  out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+  out, lse = np.zeros((*q.shape[:2], problem.v.shape[-1])), np.full(q.shape[:2], -np.inf)
   scale = case.head_dim**-0.5 if case.scale is None else case.scale
   sinks = None if problem.sinks is None else problem.sinks.astype(np.float64)
   for b, (row, i, ok) in enumerate(zip(problem.rows, problem.positions, problem.ok)):

@@ -32,6 +32,7 @@ from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
 from paged_jax.types import Pages, Part, Tables
 
+HEAD_DIMS = 16, 32, 64, 128, 256
 CHUNK_BYTES = 2**15
 TILE_CHANNELS = 2**14  # queries of a tile x head dim, at most
 _NEVER = jnp.iinfo(jnp.int32).max
@@ -83,9 +84,13 @@ def pages_refusal(pages: Pages) -> str | None:
   # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 from 2 GiB to 4.
   if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     return f"dtype must be float32, bfloat16 or float16, not {pages.dtype}"
-  if d not in (16, 32, 64, 128, 256):
-    many = "a power of two from 16 to 256"
+  v, many = pages.value_dim, "a power of two from 16 to 256"
+  if v is None and d not in HEAD_DIMS:
     return f"head_dim must be {many}, not {d} (CacheConfig.stored_for pads smaller ones)"
+  if v is not None and v not in (*HEAD_DIMS, 512):
+    return f"value_dim must be a power of two from 16 to 512, not {v}"
+  if v is not None and d - v not in (0, *HEAD_DIMS):
+    return f"head_dim must be value_dim, or {many} more, not {d} with {v=} (CacheConfig.stored_for pads it)"
   return None
 
 
@@ -102,16 +107,21 @@ def attend(
   """Attention of q [B,Q,D] over the pages of each token's row; see `attention.attend`."""
   b, num_heads, d = q.shape
   _, _, h, t, _ = pages_lib.sizes(pages)
+  keys, values = ((0, d),), (d, 2 * d)  # channels of a token
+  if (size := pages.value_dim) is not None:
+    keys, values = ((0, size), (size, d)) if size < d else ((0, d),), (0, size)
+  width = values[1] - values[0]
   m = part.block_size * (num_heads // h)
   dtype = pages.dtype if q.dtype == pages.dtype else np.dtype(jnp.float32)  # of products' operands
   config = next(c for most, c in CONFIGS[8 * dtype.itemsize].items() if m <= most)
-  tile_size = min(config.tile_size, TILE_CHANNELS // d, max(16, pl.next_power_of_2(m)))
+  tile_size = min(config.tile_size, TILE_CHANNELS // width, max(16, pl.next_power_of_2(m)))
   num_tiles = pl.cdiv(m, tile_size)
   alone = part.block_size == 1
   blocks = part.blocks
   by_block = (None, None) if alone else (blocks.first, blocks.lengths)
   rows, starts = (part.rows, part.starts) if alone else (blocks.rows, blocks.starts)
-  chunk_size = min(config.chunk_size, CHUNK_BYTES // (2 * d * dtype.itemsize))
+  fitting = CHUNK_BYTES // (pages.kv.shape[-1] * dtype.itemsize)
+  chunk_size = min(config.chunk_size, max(16, 1 << (fitting.bit_length() - 1)))
   capacity = tables.block_tables.shape[1] * t
   num_blocks = rows.shape[0]
   num_splits = splits.count(
@@ -123,13 +133,17 @@ def attend(
       _kernel,
       kv_dtype=pages.dtype,
       dtype=dtype,
+      keys=keys,
+      values=values,
       tile_size=tile_size,
       chunk_size=chunk_size,
       num_tiles=num_tiles,
     ),
     grid=(num_blocks * num_tiles, h, num_splits),
     out_shape=[
-      jax.ShapeDtypeStruct((num_splits, *q.shape), q.dtype if num_splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct(
+        (num_splits, b, num_heads, width), q.dtype if num_splits == 1 else jnp.float32
+      ),
       jax.ShapeDtypeStruct((num_splits, b, num_heads), jnp.float32),
     ],
     compiler_params=plgpu.CompilerParams(
@@ -171,12 +185,22 @@ def _kernel(
   *,
   kv_dtype,
   dtype,
+  keys: tuple[tuple[int, int], ...],
+  values: tuple[int, int],
   tile_size: int,
   chunk_size: int,
   num_tiles: int,
 ):
+  """Attention of a tile of queries over a share of the row.
+
+  `keys` are the channels of a token that are its key, in pieces whose sizes are powers of two;
+  `values` are those of its value, one of these pieces or beside them:
+
+      # channels    [key | value]     [value, a piece of the key | rest of the key]
+  """
   n, _, h, t, _ = kv_ref.shape
-  _, num_heads, d = q_ref.shape
+  _, num_heads, _ = q_ref.shape
+  width = values[1] - values[0]
   repeats = num_heads // h
   g, tile = jax.lax.div(pl.program_id(0), num_tiles), jax.lax.rem(pl.program_id(0), num_tiles)
   head, split, num_splits = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
@@ -192,8 +216,12 @@ def _kernel(
     ours = jax.lax.div(nth, repeats) < length
     last = plgpu.load(last_ref.at[tokens], mask=ours, other=-1)
     attends = last >= 0
-    q = plgpu.load(q_ref.at[tokens[:, None], heads[:, None], jnp.arange(d)[None]],
-                   mask=attends[:, None], other=0).astype(dtype)  # fmt: skip
+
+    def load_queries(piece):
+      place = tokens[:, None], heads[:, None], jnp.arange(*piece)[None]
+      return plgpu.load(q_ref.at[place], mask=attends[:, None], other=0).astype(dtype)
+
+    queries = [load_queries(piece) for piece in keys]
 
     # what they see
     row = rows_ref[g]
@@ -213,22 +241,25 @@ def _kernel(
         bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=0)  # 0 * NaN is NaN
         return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
 
-      channels = jnp.arange(d, dtype=jnp.int32)
-      k, v = load(channels), load(channels + d)
+      pieces = dict.fromkeys((*keys, values))  # none is loaded twice
+      pieces = {piece: load(jnp.arange(*piece, dtype=jnp.int32)) for piece in pieces}
       seen = (at[None] >= first[:, None]) & (at[None] <= last[:, None]) & mapped[None]
       softcap = None if softcap_ref is None else softcap_ref[0]
-      return softmax.step(sums, softmax.logits(q, k, seen, scale_ref[0], softcap), v)
+      products = [softmax.product(q, pieces[piece]) for q, piece in zip(queries, keys)]
+      products = functools.reduce(jnp.add, products)
+      logits = softmax.logits(products, seen, scale_ref[0], softcap)
+      return softmax.step(sums, logits, pieces[values])
 
     top = jnp.full(tile_size, -jnp.inf, jnp.float32)
     if sinks_ref is not None:  # they count once
       top = plgpu.load(sinks_ref.at[heads], mask=attends & (split == 0), other=-jnp.inf)
     total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-    sums = softmax.Sums(top[:, None], total[:, None], jnp.zeros((tile_size, d), jnp.float32))
+    sums = softmax.Sums(top[:, None], total[:, None], jnp.zeros((tile_size, width), jnp.float32))
     count = jnp.minimum(share, pl.cdiv(jnp.maximum(end - begin, 0), chunk_size))
     out, lse = softmax.finish(jax.lax.fori_loop(0, count, add_chunk, sums))
     place = split, tokens[:, None], heads[:, None]
     plgpu.store(
-      out_ref.at[(*place, jnp.arange(d)[None])], out.astype(out_ref.dtype), mask=ours[:, None]
+      out_ref.at[(*place, jnp.arange(width)[None])], out.astype(out_ref.dtype), mask=ours[:, None]
     )
     plgpu.store(lse_ref.at[place], lse, mask=ours[:, None])
 

@@ -59,6 +59,8 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
 def pages_refusal(pages: Pages) -> str | None:
   """Why no device can serve `pages`."""
   _, _, _, t, d = pages_lib.sizes(pages)
+  if pages.value_dim is not None:
+    return f"value_dim must be None, not {pages.value_dim}: the kernel reads values beside keys"
   if pages.kv.dtype not in (jnp.bfloat16, jnp.float16):
     return f"pages must be kept as bfloat16 or float16, not {pages.kv.dtype}: wgmma has no other"
   if d not in CHUNKS:

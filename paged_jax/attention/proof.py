@@ -129,10 +129,11 @@ class Report:
   def __str__(self) -> str:
     wide = max(len(check.name) for check in self.checks)
     config, tolerances = self.config, self.tolerances
+    shared = "" if config.value_dim is None else f" ({config.value_dim} of them values)"
     lines = [
       *(f"{name}: {value}" for name, value in where().items()),
       f"attention: {self.implementation}, {self.num_heads} query heads over {config.num_kv_heads};"
-      f" pages of {config.page_size} x {config.head_dim}, {config.dtype} kept as"
+      f" pages of {config.page_size} x {config.head_dim}{shared}, {config.dtype} kept as"
       f" {config.array_dtype}",
       "",
       f"{'case':{wide}}  {'output':>7}  {'LSE':>7}",
@@ -197,12 +198,17 @@ def _check(step: Step, case: cases.Case) -> Check:
   at = problem.slots[live] // t, cases.LAYER, slice(None), problem.slots[live] % t
   dtype = np.dtype(case.dtype)
   before = problem.kv.view(dtype).copy()
-  d, stored = case.head_dim, before.shape[-1] // 2
-  new = np.full((2, len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
-  new[0, live], new[1, live] = before[at][..., :d], before[at][..., stored : stored + d]
+  d, stored = case.head_dim, case.storage_head_dim
+  k, v = np.full((2, len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
+  k[live] = before[at][..., :d]
+  if case.value_dim is None:
+    v[live] = before[at][..., stored : stored + d]
+  else:
+    v = None
   before[at] = np.nan
   # A copy, made by the device: memory that NumPy has, too, would never be donated.
-  pages = Pages(jnp.copy(jax.device_put(before.view(problem.kv.dtype))), dtype, d)
+  kv = jnp.copy(jax.device_put(before.view(problem.kv.dtype)))
+  pages = Pages(kv, dtype, d, case.value_dim)
   options: dict[str, Any] = {
     name: None if value is None else np.float32(value)
     for name, value in (("scale", case.scale), ("softcap", case.softcap), ("sinks", problem.sinks))
@@ -213,7 +219,8 @@ def _check(step: Step, case: cases.Case) -> Check:
     pages,
     np.int32(cases.LAYER),
     problem.q,
-    *new,
+    k,
+    v,
     _tables(problem.block_tables, problem.starts, problem.lengths),
     (problem.rows, problem.positions, problem.slots, problem.ok),
   )
@@ -245,7 +252,7 @@ def _time(step: Step, config: CacheConfig, num_heads: int, memory_bytes: int) ->
   """Times a decode step of one layer against a copy of as many bytes as its rows have."""
   t, h, d = config.page_size, config.num_kv_heads, config.head_dim
   per_row = -(-NUM_TOKENS // t)
-  row_bytes = per_row * h * t * 2 * config.array_head_dim * config.array_dtype.itemsize
+  row_bytes = per_row * config.page_bytes // config.num_layers
   stats = _memory()
   room = stats.get("bytes_limit", memory_bytes) - stats.get("bytes_in_use", 0)
   s = max(1, min(NUM_ROWS, min(memory_bytes, room) // (2 * row_bytes)))  # half for the copy
@@ -256,11 +263,13 @@ def _time(step: Step, config: CacheConfig, num_heads: int, memory_bytes: int) ->
   tokens = (np.arange(s, dtype=np.int32), last, slots, np.ones(s, bool))
   tables = _tables(ids, np.zeros(s, np.int32), last + 1)
   q, k, v = (np.ones((s, heads, d), config.dtype) for heads in (num_heads, h, h))
+  v = v if config.value_dim is None else None
 
   def steps(state, *args):
     def body(_, state):
-      pages, q = state  # each output is the next query: no step can be left out
-      return step(pages, jnp.int32(0), q, *args, parts=None)[:2]
+      pages, q = state  # each output is part of the next query: no step can be left out
+      pages, out, _ = step(pages, jnp.int32(0), q, *args, parts=None)
+      return pages, jnp.concatenate([out, q[..., out.shape[-1] :]], axis=-1)
 
     return jax.lax.fori_loop(0, REPEATS, body, state)
 

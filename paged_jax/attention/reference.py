@@ -33,7 +33,8 @@ def attend(
 
   queries = q.astype(jnp.float32).reshape(q.shape[0], h, -1, q.shape[2])
   k, v = (jnp.where(seen[:, None, :, None], x.swapaxes(1, 2), 0) for x in (k, v))  # 0 * NaN is NaN
-  logits = softmax.logits(queries, k, seen[:, None, None], options.scale, options.softcap)
+  products = softmax.product(queries, k)
+  logits = softmax.logits(products, seen[:, None, None], options.scale, options.softcap)
   logits = logits.reshape(*q.shape[:2], -1)
 
   lse = jax.nn.logsumexp(logits, axis=-1)
@@ -42,7 +43,7 @@ def attend(
   weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
   weights = weights.reshape(q.shape[0], h, -1, k.shape[2])
   out = jnp.einsum("bhrx,bhxd->bhrd", weights, v, precision="highest")
-  return out.reshape(q.shape).astype(q.dtype), lse
+  return out.reshape(*q.shape[:2], -1).astype(q.dtype), lse
 
 
 BACKEND = Backend(attend, as_stored=False)

@@ -28,14 +28,10 @@ def operands(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def logits(
-  q: jax.Array,
-  k: jax.Array,
-  seen: jax.Array,
-  scale: jax.Array,
-  softcap: jax.Array | None,
+  products: jax.Array, seen: jax.Array, scale: jax.Array, softcap: jax.Array | None
 ) -> jax.Array:
-  """Logits f32[...,M,X] of queries [...,M,D] and keys [...,X,D], -inf where not `seen`."""
-  out = product(q, k) * scale
+  """Logits f32[...,M,X] from products of queries and keys f32[...,M,X], -inf where not `seen`."""
+  out = products * scale
   if softcap is not None:
     out = softcap * jnp.tanh(out / softcap)
   return jnp.where(seen, out, -jnp.inf)

@@ -21,6 +21,9 @@ from paged_jax.attention.tpu_kernel import LANES, LN2
 from paged_jax.types import Pages, Part, Tables
 
 CHUNK_TOKENS = 512
+# Of rows that decode where keys contain values: one KV head leaves nothing to overlap with, so long
+# chunks are worth 17% (128 query heads, v6e).
+SHARED_CHUNK_TOKENS = 1024
 
 
 def attend(
@@ -38,17 +41,21 @@ def attend(
   group, alone = q.shape[1] // h, part.block_size == 1
   blocks, m = part.blocks, part.block_size * group
   queries, places = blocks_lib.queries(q, h, part)
-  width = d
-  if d % 128:  # keys and values lie side by side in the lanes: take both, and let zeros drop one
-    queries, width = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), 2 * d
+  values, out_size = (d, 2 * d), d  # lanes of a token's value
+  if pages.value_dim is not None:
+    out_size = min(d, -(-pages.value_dim // LANES) * LANES)
+    values = 0, out_size
+  elif d % LANES:  # keys and values lie side by side in the lanes: take both, let zeros drop one
+    queries, values = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, d))), (0, 2 * d)
   last = None if alone else blocks_lib.per_query(blocks.last, group)[..., None]
   sinks = options.sinks
   if sinks is not None:
     sinks = jnp.tile(sinks.reshape(h, group) / LN2, (1, part.block_size))[..., None]
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
-  page_bytes = 2 * h * t * d * pages.kv.dtype.itemsize
-  fitting = tpu_limits.vmem_bytes() // (4 * page_bytes)  # two chunks, half the space
-  c = max(1, min(CHUNK_TOKENS // t, fitting, tables.block_tables.shape[1]))
+  two_chunks = tpu_limits.vmem_bytes() // 2
+  fitting = two_chunks // (2 * pages_lib.layer_bytes(pages))
+  chunk_tokens = SHARED_CHUNK_TOKENS if alone and pages.value_dim is not None else CHUNK_TOKENS
+  c = max(1, min(chunk_tokens // t, fitting, tables.block_tables.shape[1]))
   # Logits are in base 2, as the processor has it: exp would multiply each of them once more.
   if options.softcap is None:
     factors = jnp.stack([options.scale / LN2, jnp.float32(0)])
@@ -64,29 +71,29 @@ def attend(
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
   out, lse = pl.pallas_call(
-    functools.partial(tpu_kernel.kernel, size=d, softcapped=options.softcap is not None),
+    functools.partial(tpu_kernel.kernel, values=values, softcapped=options.softcap is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
       grid=(jnp.maximum(blocks.num_blocks, 1),),  # of no block: the first one sees nothing
       in_specs=[
         scalar,
-        block(h, m, width),
+        block(h, m, queries.shape[3]),
         None if alone else block(m, 1),
         None if sinks is None else whole(h, m, LANES),
         any_memory,
         any_memory,
       ],
-      out_specs=[block(h, m, d), block(m, h) if options.lse else None],
+      out_specs=[block(h, m, out_size), block(m, h) if options.lse else None],
       scratch_shapes=[
         pltpu.SMEM((2, tables.block_tables.shape[1]), jnp.int32),
-        pltpu.VMEM((2, c, h, t, 2 * d), pages.kv.dtype),
+        pltpu.VMEM((2, c, *pages.kv.shape[2:]), pages.kv.dtype),
         pltpu.SMEM((1,), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((queries.shape[0], h, m, d), q.dtype),
+      jax.ShapeDtypeStruct((queries.shape[0], h, m, out_size), q.dtype),
       jax.ShapeDtypeStruct((queries.shape[0], m, h), jnp.float32) if options.lse else None,
     ],
     compiler_params=pltpu.CompilerParams(

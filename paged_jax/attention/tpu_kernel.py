@@ -53,10 +53,16 @@ def kernel(
   ids_sems,
   kv_sems,
   *,
-  size: int,
+  values: tuple[int, int],
   softcapped: bool,
 ):
-  """Attention of one block of queries."""
+  """Attention of one block of queries.
+
+  Keys are the first lanes of `kv_ref`, as many as queries have; `values` are the lanes of values,
+  the last of them those of `out_ref`:
+
+      # lanes of a token    [keys | values]     [values in keys | rest of keys]
+  """
   del places_ref
   g, num_blocks = pl.program_id(0), pl.num_programs(0)
   _, c, h, t, _ = kv_ref.shape
@@ -109,7 +115,7 @@ def kernel(
 
     @pl.when((base < mine.begin) | (base + chunk > mine.end))
     def _():
-      _clear(kv_ref.at[slot], base, mine, 0 if size % LANES else size)
+      _clear(kv_ref.at[slot], base, mine, values[0])
 
     at = base + jax.lax.broadcasted_iota(jnp.int32, (m, chunk), 1)
     if last_ref is None:
@@ -119,8 +125,8 @@ def kernel(
       seen = (at >= jnp.maximum(starts_ref[g], last - window + 1)) & (at <= last)
 
     def keys_and_values(head):
-      kv = kv_ref[slot, :, head].reshape(chunk, 2 * size)
-      k, v = (kv, kv) if size % LANES else (kv[:, :size], kv[:, size:])
+      kv = kv_ref[slot, :, head].reshape(chunk, kv_ref.shape[-1])
+      k, v = kv[:, : q_ref.shape[3]], kv[:, slice(*values)]
       return (k, v) if k.dtype == q_ref.dtype else (k.astype(jnp.float32), v.astype(jnp.float32))
 
     def logits(head):
@@ -138,13 +144,13 @@ def kernel(
     return tuple(made)
 
   lanes = LANES if chunk % LANES == 0 and q_ref.shape[3] % LANES == 0 else 1
-  shape = m, lanes, q_ref.shape[3]
+  shape = m, lanes, values[1] - values[0]
   start = tuple(_start(None if sinks_ref is None else sinks_ref[i], *shape) for i in range(h))
   sums = jax.lax.fori_loop(0, num_chunks, add_chunk, start)
   turn_ref[0] = turn + num_chunks
   for i in range(h):
     out, lse = softmax.finish(sums[i], LN2)
-    out_ref[0, i] = out[:, -size:].astype(out_ref.dtype)
+    out_ref[0, i] = out[:, -out_ref.shape[3] :].astype(out_ref.dtype)
     if lse_ref is not None:
       lse_ref[0, :, i : i + 1] = lse[:, :1]
 

@@ -36,20 +36,21 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
   """Why the kernel cannot serve `pages`, None if it can; without a TPU no device is judged."""
   if pltpu.is_tpu_device() and pltpu.get_tpu_info().generation < 4:
     return f"the TPU must be v4 or later, not {pltpu.get_tpu_info().chip_version}"
-  _, _, h, t, d = pages_lib.sizes(pages)
+  _, _, _, t, d = pages_lib.sizes(pages)
   if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
     return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
   rows = 32 // pages.kv.dtype.itemsize  # of a tile
   if t % rows:
     return f"page_size must be a multiple of {rows} for {pages.kv.dtype}, not {t}"
-  if d % 64:
-    return f"head_dim must be a multiple of 64, not {d}: CacheConfig.stored_for pads it"
+  unit = 64 if pages.value_dim is None else 128
+  if d % unit:
+    return f"head_dim must be a multiple of {unit}, not {d}: CacheConfig.stored_for pads it"
   if pages_per_row > MAX_PAGES_PER_ROW:
     return (
       f"a row must have at most {MAX_PAGES_PER_ROW} pages, whose ids fit in SMEM, not"
       f" {pages_per_row}: take larger pages or a smaller max_length"
     )
-  page_bytes, most = 2 * h * t * d * pages.kv.dtype.itemsize, vmem_bytes() // 4
+  page_bytes, most = pages_lib.layer_bytes(pages), vmem_bytes() // 4
   if page_bytes > most:
     return (
       f"a page of one layer must have at most {most} bytes, a quarter of the kernel's VMEM, not"

@@ -86,24 +86,27 @@ def ring_size(pages: Pages, size: int, num_tokens: int) -> int:
 
 def _slot_bytes(pages: Pages, size: int) -> int:
   """VMEM of a slot of the ring: a window, and room for twice as many tokens."""
-  _, _, h, _, d = pages_lib.sizes(pages)
-  return 3 * h * size * 2 * d * pages.kv.dtype.itemsize
+  _, _, _, t, _ = pages_lib.sizes(pages)
+  return 3 * size * (pages_lib.layer_bytes(pages) // t)
 
 
 def write(
   pages: Pages,
   layer: jax.Array,
   k: jax.Array,
-  v: jax.Array,
+  v: jax.Array | None,
   plan: Plan,
   *,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Pages:
-  """Writes `k`, `v` [B,H,D] of one layer where the plan says; nothing if there is no such layer."""
+  """Writes `k`, `v` [B,H,D] of one layer where the plan says; nothing if there is no such layer.
+
+  `v` is None if pages hold keys only.
+  """
   begin = 0
   for windows in (each for part in plan.parts for each in part.windows):
     end = begin + windows.first.shape[0]
-    new_k, new_v = k[begin:end], v[begin:end]
+    new_k, new_v = k[begin:end], None if v is None else v[begin:end]
     pages = write_windows(pages, layer, new_k, new_v, windows, interpret=interpret)
     begin = end
   return pages
@@ -113,7 +116,7 @@ def write_windows(
   pages: Pages,
   layer: jax.Array,
   k: jax.Array,
-  v: jax.Array,
+  v: jax.Array | None,
   windows: Windows,
   *,
   interpret: bool | pltpu.InterpretParams = False,
@@ -121,6 +124,7 @@ def write_windows(
   """Writes `k`, `v` [B,H,D] of one layer into the windows."""
   _, _, h, _, d = pages_lib.sizes(pages)
   b, size, dtype = k.shape[0], windows.size, pages.kv.dtype
+  new = tuple(pages_lib.stored(x, pages) for x in (k, v) if x is not None)
   ring = ring_size(pages, size, b)
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   kv = pl.pallas_call(
@@ -128,25 +132,23 @@ def write_windows(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
       grid=(1,),
-      in_specs=[any_memory, any_memory, any_memory],
+      in_specs=[(any_memory,) * len(new), any_memory],
       out_specs=any_memory,
       scratch_shapes=[
-        pltpu.VMEM((ring, h, size, 2 * d), dtype),
-        pltpu.VMEM((ring, 2 * size, h, d), dtype),
-        pltpu.VMEM((ring, 2 * size, h, d), dtype),
+        pltpu.VMEM((ring, h, size, pages.kv.shape[-1]), dtype),
+        (pltpu.VMEM((ring, 2 * size, h, d), dtype),) * len(new),
         pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SemaphoreType.DMA((ring,)),
       ],
     ),
     out_shape=jax.ShapeDtypeStruct(pages.kv.shape, dtype),
-    input_output_aliases={8: 0},
+    input_output_aliases={6 + len(new): 0},
     compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
     interpret=interpret,
     name="paged_write",
   )(
     layer[None], windows.count[None], windows.shared.astype(jnp.int32)[None], windows.first,
-    windows.lengths, windows.slots, pages_lib.stored(k, pages), pages_lib.stored(v, pages),
-    pages.kv,
+    windows.lengths, windows.slots, new, pages.kv,
   )  # fmt: skip
   return dataclasses.replace(pages, kv=kv)
 
@@ -160,22 +162,20 @@ def _kernel(
   lengths_ref,  # i32[B]
   slots_ref,  # i32[B] slot of the first token
   # inputs
-  k_hbm,  # [B,H,D]
-  v_hbm,  # [B,H,D]
+  new_hbm,  # keys and values, or keys alone: [B,H,D] each
   kv_in,  # [N,L,H,T,2D]
   # outputs
   kv_hbm,  # the same memory
   # scratch
   windows_ref,  # [R,H,W,2D]
-  k_ref,  # [R,2W,H,D]
-  v_ref,  # [R,2W,H,D]
+  new_refs,  # [R,2W,H,D] each
   read_sems,
   write_sems,
 ):
   del kv_in
   ring, _, size, _ = windows_ref.shape
   _, num_layers, _, t, _ = kv_hbm.shape
-  b, _, d = k_hbm.shape
+  b, _, d = new_hbm[0].shape
   taken = min(size, b)
   count = jnp.where(layer_ref[0] < num_layers, count_ref[0], 0)
   # Runs of one window go one by one: the next one reads what this one wrote.
@@ -204,7 +204,7 @@ def _kernel(
       pltpu.make_async_copy(
         hbm.at[pl.ds(begin, taken)], ref.at[at, pl.ds(to, taken)], read_sems.at[at]
       )
-      for hbm, ref in ((k_hbm, k_ref), (v_hbm, v_ref))
+      for hbm, ref in zip(new_hbm, new_refs)
     ]
 
   def read_window(i):
@@ -218,7 +218,8 @@ def _kernel(
   def merge(i):
     at, begin = jax.lax.rem(i, ring), jax.lax.rem(slots_ref[i], size)
     _, _, first_row = source(i)
-    for ref, lanes in ((k_ref, slice(0, d)), (v_ref, slice(d, 2 * d))):
+    for nth, ref in enumerate(new_refs):
+      lanes = slice(nth * d, (nth + 1) * d)
       new = ref[at, pl.ds(first_row, size)].swapaxes(0, 1)
       row = jax.lax.broadcasted_iota(jnp.int32, new.shape, 1)
       live = (row >= begin) & (row < begin + lengths_ref[i])

@@ -16,7 +16,6 @@ X = C*T positions of a chunk.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +78,8 @@ def attend(
     return outs
 
   one = attend_any if len(sizes) > 1 else functools.partial(attend_block, largest)
-  outs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
+  out = jnp.zeros_like(pages_lib.cropped(q, pages))
+  outs = (out, jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
   return jax.lax.fori_loop(0, part.blocks.num_blocks, one, outs)
 
 
@@ -115,11 +115,12 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
     there = (j >= jnp.maximum(begin, wanted * t)) & (j < end) & jnp.repeat(ids < n, t)
     seen = (j[None] >= first) & (j[None] <= last) & there[None]
     q, k, v = softmax.operands(queries, *_load(pages, layer, ids, there))
-    logits = softmax.logits(q, k, seen[None], options.scale, options.softcap)
+    logits = softmax.logits(softmax.product(q, k), seen[None], options.scale, options.softcap)
     return softmax.step(sums, logits, v)
 
   count = jax.lax.div(jnp.maximum(end - page * t, 0) + chunk * t - 1, chunk * t)
-  sums = jax.lax.fori_loop(0, count, add_chunk, blocks_lib.start(queries, options.sinks))
+  start = blocks_lib.start(pages_lib.cropped(queries, pages), options.sinks)
+  sums = jax.lax.fori_loop(0, count, add_chunk, start)
 
   def updated(out, new):
     new = blocks_lib.by_query(new, size).reshape(size, *out.shape[1:])
@@ -132,17 +133,16 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
 
 def _chunk(pages: Pages, tables: Tables) -> int:
   """Pages of a chunk."""
-  page_bytes = math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
-  page_size, max_pages = pages.kv.shape[3], tables.block_tables.shape[1]
-  return max(1, min(CHUNK_TOKENS // page_size, CHUNK_BYTES // page_bytes, max_pages))
+  fitting, max_pages = CHUNK_BYTES // pages_lib.layer_bytes(pages), tables.block_tables.shape[1]
+  return max(1, min(CHUNK_TOKENS // pages.kv.shape[3], fitting, max_pages))
 
 
 def _load(
   pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """K and V [H,X,head_dim] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
+  """K and V [H,X,channels] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
   n, num_layers, h, t, d = pages_lib.sizes(pages)
-  kv = pages.kv.reshape(n * num_layers, h, t, 2 * d)
+  kv = pages.kv.reshape(n * num_layers, h, t, -1)
   rows = jnp.minimum(ids, n - 1) * num_layers + layer
   by_head = jax.lax.GatherDimensionNumbers(
     offset_dims=(0, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3)
@@ -152,9 +152,10 @@ def _load(
     where = jnp.stack([rows, jnp.full_like(rows, channel)], axis=-1)
     return jax.lax.gather(kv, where, by_head, (1, h, t, pages.head_dim), mode="clip")  # [H,C,T,..]
 
-  k, v = part(0), part(d)
+  k = part(0)
+  v = part(d) if pages.value_dim is None else pages_lib.cropped(k, pages)
   v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
-  k, v = (pages_lib.values(x.reshape(h, -1, pages.head_dim), pages) for x in (k, v))
+  k, v = (pages_lib.values(x.reshape(h, live.shape[0], -1), pages) for x in (k, v))
   return k, v
 
 

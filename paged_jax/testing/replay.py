@@ -129,9 +129,17 @@ def compare(cache: Cache, model: Model) -> None:
   for layer in range(cache.pages.kv.shape[1]):
     k, v = _gather(cache, jnp.int32(layer), rows)
     shape = (*tokens.shape, *k.shape[2:])
-    wanted_k, wanted_v = (values(tokens.reshape(-1), layer, shape[2:]) for layer in (layer, ~layer))
-    np.testing.assert_array_equal(k, wanted_k.reshape(shape), f"keys of layer {layer}")
-    np.testing.assert_array_equal(v, wanted_v.reshape(shape), f"values of layer {layer}")
+    wanted = keys_and_values(tokens.reshape(-1), layer, shape[2:], cache.pages.value_dim)
+    wanted_k, wanted_v = (x.reshape(shape) for x in (wanted[0], wanted[-1]))
+    np.testing.assert_array_equal(k, wanted_k, f"keys of layer {layer}")
+    np.testing.assert_array_equal(v, wanted_v[..., : v.shape[-1]], f"values of layer {layer}")
+
+
+def keys_and_values(
+  tokens, layer: int, shape: tuple[int, int], value_dim: int | None
+) -> list[np.ndarray]:
+  """What is stored of `tokens` [B] in a layer: K and V f32[B,H,D], or K alone if it contains V."""
+  return [values(tokens, x, shape) for x in ((layer, ~layer) if value_dim is None else (layer,))]
 
 
 def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
@@ -164,8 +172,8 @@ def _apply(
     plan = verbs.plan(cache, *arrays[:2])
     for layer in range(config.num_layers):
       shape = (config.num_kv_heads, config.head_dim)
-      k, v = values(arrays[2], layer, shape), values(arrays[2], ~layer, shape)
-      cache = verbs.write(cache, jnp.int32(layer), k, v, plan)
+      k, *v = keys_and_values(arrays[2], layer, shape, config.value_dim)
+      cache = verbs.write(cache, jnp.int32(layer), k, v[0] if v else None, plan)
     return cache, plan.ok, pages
   if step.verb == "offload":
     images.pages += verbs.offload(cache, *arrays)
@@ -198,9 +206,9 @@ def _compare_images(config: CacheConfig, images: list[Pages], contents: list[lis
   shape = (config.num_kv_heads, config.head_dim)
   for image, content in zip(images, contents, strict=True):
     tokens = [0 if token is None else token for token in content]
-    kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D]
+    kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D], or [L,H,T,D] of keys alone
     padding = (0, 0), (0, 0), (0, config.array_head_dim - config.head_dim)
     for layer in range(config.num_layers):
-      both = (values(tokens, x, shape).transpose(1, 0, 2) for x in (layer, ~layer))
-      wanted = np.concatenate([np.pad(x, padding) for x in both], axis=-1)
+      kept = keys_and_values(tokens, layer, shape, config.value_dim)
+      wanted = np.concatenate([np.pad(x.transpose(1, 0, 2), padding) for x in kept], axis=-1)
       np.testing.assert_array_equal(kv[layer], wanted, f"image {content}")

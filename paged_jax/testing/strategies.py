@@ -50,6 +50,7 @@ def configs(draw, **fixed) -> CacheConfig:
     max_length=draw(st.integers(1, 14)),
     dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
     storage_head_dim=draw(st.sampled_from([None, 5])),
+    value_dim=draw(st.sampled_from([None, None, 1])),
     copy_on_write=draw(st.sampled_from([True, True, False])),
   )
   return dataclasses.replace(config, **fixed)

@@ -58,6 +58,17 @@ CASES = (
        softcap=3.0, sinks=True, dtype="bfloat16", bits=True, spare_rows=0),
   Case("parts, window, refused", (40, 9, 64), (1, 1, 30), window=7, refused=(1, 20), traced=True,
        softcap=3.0, sinks=True, spare_rows=0, parts=((2, 3), (30, 1))),
+  Case("values in keys", (9, 4, 37), (1, 1, 1), num_heads=16, num_kv_heads=1, head_dim=24,
+       value_dim=16, page_size=8, softcap=3.0),
+  Case("values in keys, prompts", (9, 64), (5, 30), num_heads=16, num_kv_heads=1, head_dim=24,
+       value_dim=16, page_size=8, sinks=True, window=20, starts=(2, 0), padding=1, refused=(8,)),
+  Case("values in keys of two heads, stored wider", (9, 40), (1, 6), head_dim=24, value_dim=16,
+       storage_head_dim=32, page_size=8, spare_rows=0),
+  Case("values are the keys", (9, 14), (1, 6), head_dim=16, value_dim=16, page_size=8),
+  Case("values in keys, 512 of 576 channels", (600, 9), (1, 3), num_heads=16, num_kv_heads=1,
+       head_dim=576, value_dim=512, storage_head_dim=640, page_size=16, dtype="bfloat16"),
+  Case("values in keys, bfloat16 bits", (9, 64), (2, 30), num_heads=16, num_kv_heads=1, head_dim=24,
+       value_dim=16, page_size=16, dtype="bfloat16", bits=True, spare_rows=0),
   Case("float16", (9, 64), (1, 30), dtype="float16", head_dim=64),
   Case("float16 bits", (9, 64), (1, 30), dtype="float16", bits=True),
 )  # fmt: skip
@@ -112,7 +123,7 @@ def forget(keep=None):
 def build(case: Case, seed: int = 0) -> Problem:
   made = essential.build(case, seed)
   stale = np.zeros(len(made.lengths), bool)
-  pages = Pages(kv=device(made.kv), dtype=np.dtype(case.dtype), head_dim=case.head_dim)
+  pages = Pages(device(made.kv), np.dtype(case.dtype), case.head_dim, case.value_dim)
   kept = Tables(*map(device, (made.block_tables, made.starts, made.lengths, stale)))
   return Problem(
     q=device(made.q),

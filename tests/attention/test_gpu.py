@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.triton import lowering
 
-from paged_jax import attention
+from paged_jax import CacheConfig, attention
 from paged_jax.attention import gpu
 from paged_jax.types import Pages, Tables
 
@@ -26,6 +26,9 @@ needs_gpu = pytest.mark.skipif(
 
 def served(case: cases.Case) -> cases.Case:
   """The case with a stored head dim that the kernel serves."""
+  if case.value_dim is not None:
+    config = CacheConfig(head_dim=case.head_dim, value_dim=case.value_dim).stored_for("gpu")
+    return dataclasses.replace(case, storage_head_dim=config.array_head_dim)
   kept = case.storage_head_dim or case.head_dim in (64, 128)
   return case if kept else dataclasses.replace(case, head_dim=16)
 
@@ -117,8 +120,9 @@ def test_vmap_over_caches_equals_one_at_a_time(interpreted):
     close([x[i] for x in together], one(*args), 1e-5)
 
 
-def pages(d, dtype="bfloat16", t=16):
-  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, 2 * d), dtype), np.dtype(dtype), d)
+def pages(d, dtype="bfloat16", t=16, value_dim=None):
+  width = 2 * d if value_dim is None else d
+  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, width), dtype), np.dtype(dtype), d, value_dim)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,11 @@ def pages(d, dtype="bfloat16", t=16):
     (pages(8), "head_dim must be a power of two from 16 to 256, not 8"),
     (pages(96), "not 96 (CacheConfig.stored_for pads smaller ones)"),
     (pages(512), "not 512"),
+    (pages(576, value_dim=500), "value_dim must be a power of two from 16 to 512, not 500"),
+    (
+      pages(560, value_dim=512),
+      "head_dim must be value_dim, or a power of two from 16 to 256 more",
+    ),
     (pages(128, "int8"), "dtype must be float32, bfloat16 or float16, not int8"),
   ],
 )
@@ -173,15 +182,17 @@ class Shapes:
   num_pages: int = 4096
   num_layers: int = 32
   dtype: str = "bfloat16"
+  value_dim: int | None = None
 
   def arguments(self):
     shape = jax.ShapeDtypeStruct
     b, s = self.num_tokens, self.num_rows
-    kv = (self.num_pages, self.num_layers, self.num_kv_heads, self.page_size, 2 * self.head_dim)
+    width = (2 if self.value_dim is None else 1) * self.head_dim
+    kv = (self.num_pages, self.num_layers, self.num_kv_heads, self.page_size, width)
     lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
     tables = Tables(tables, lengths, lengths, shape((s,), jnp.bool))
     rows = shape((b,), jnp.int32)
-    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype), self.head_dim)
+    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype), self.head_dim, self.value_dim)
     plan = jax.eval_shape(
       functools.partial(cases.traced_plan, implementation="gpu", parts=self.parts),
       rows, rows, shape((b,), jnp.bool), pages, tables,
@@ -201,6 +212,7 @@ MODELS = (
   Shapes("Qwen3-0.6B", 16, 8, 128),
   Shapes("Qwen3-32B", 64, 8, 128),
   Shapes("Gemma-2-9B", 16, 8, 256, (("softcap", 50.0), ("window", 4096))),
+  Shapes("DeepSeek-V3", 128, 1, 576, value_dim=512),
 )
 
 

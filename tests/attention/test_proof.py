@@ -172,6 +172,14 @@ def test_a_sound_backend_agrees(implementation, dtype):
   assert "cases disagree" not in str(report)
 
 
+def test_a_sound_backend_agrees_where_values_are_channels_of_keys():
+  config = dataclasses.replace(CONFIG, num_kv_heads=1, storage_head_dim=16, value_dim=5)
+  report = attention.verify("xla", config, memory_bytes=2**20)
+  assert report.ok, str(report)
+  assert report.timing.num_bytes == 4 * 2048 * 16 * 4  # four rows, and nothing twice
+  assert "pages of 4 x 8 (5 of them values), float32" in str(report)
+
+
 def test_a_sound_backend_is_ok_in_place_and_its_table_says_where():
   told = []
   report = attention.verify(

@@ -96,9 +96,9 @@ def test_merge_keeps_the_dtype_of_the_output():
 def test_logits_are_scaled_then_capped_then_masked():
   q, k = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [1.0, 0.0], [5.0, 5.0]])  # 11, 1, 15
   seen = jnp.array([[True, True, False]])
-  plain = softmax.logits(q, k, seen, jnp.float32(0.5), None)
+  plain = softmax.logits(softmax.product(q, k), seen, jnp.float32(0.5), None)
   np.testing.assert_allclose(plain, [[5.5, 0.5, -np.inf]])
-  capped = softmax.logits(q, k, seen, jnp.float32(0.5), jnp.float32(2))
+  capped = softmax.logits(softmax.product(q, k), seen, jnp.float32(0.5), jnp.float32(2))
   np.testing.assert_allclose(capped, [[2 * np.tanh(2.75), 2 * np.tanh(0.25), -np.inf]], rtol=1e-6)
 
 
@@ -106,10 +106,10 @@ def test_heads_are_multiplied_side_by_side():
   rng = np.random.default_rng(2)
   q, k, v = (jnp.asarray(rng.standard_normal((2, n, 4)), jnp.float32) for n in (3, 5, 5))
   seen = jnp.ones((3, 5), bool)
-  together = softmax.logits(q, k, seen[None], jnp.float32(1), None)
+  together = softmax.logits(softmax.product(q, k), seen[None], jnp.float32(1), None)
   out, _ = softmax.finish(softmax.step(nothing(2, 3, d=4), together, v))
   for head in range(2):
-    logits = softmax.logits(q[head], k[head], seen, jnp.float32(1), None)
+    logits = softmax.logits(softmax.product(q[head], k[head]), seen, jnp.float32(1), None)
     np.testing.assert_allclose(together[head], logits, rtol=1e-6, atol=1e-6)
     alone, _ = softmax.finish(softmax.step(nothing(3, d=4), logits, v[head]))
     np.testing.assert_allclose(out[head], alone, rtol=1e-5, atol=1e-6)

@@ -29,7 +29,8 @@ SERVED = [
 ]
 # of every kind one, small: the interpreter that knows of races and uninitialised memory is slow
 STRICT = ("decode", "mixed", "empty rows", "tokens refused", "window and start", "everything",
-          "parts, drafts and a prompt, idle rows", "bfloat16, page size 1")  # fmt: skip
+          "parts, drafts and a prompt, idle rows", "bfloat16, page size 1", "values in keys",
+          "values in keys, prompts")  # fmt: skip
 races = functools.partial(
   pltpu.InterpretParams, detect_races=True, uninitialized_memory="nan", random_seed=0
 )
@@ -90,7 +91,7 @@ class Writes(NamedTuple):
   pages: Pages
   slots: jax.Array
   k: jax.Array
-  v: jax.Array
+  v: jax.Array | None
 
 
 def writes(
@@ -104,6 +105,7 @@ def writes(
   refused=(),
   h=2,
   d=4,
+  value_dim=None,
   seed=0,
 ) -> Writes:
   """`counts[r]` tokens of row r from `positions[r]` on, its pages anywhere; padding between rows.
@@ -121,10 +123,11 @@ def writes(
     slots += (table[at // page_size] * page_size + at % page_size).tolist()
   slots = [n * page_size + i if i in refused else slot for i, slot in enumerate(slots)]
   slots = [slot for i, slot in enumerate(slots) if i not in skipped]
-  kv = rng.standard_normal((n, 2, h, page_size, 2 * d)).astype(dtype)
+  width = 2 * d if value_dim is None else d
+  kv = rng.standard_normal((n, 2, h, page_size, width)).astype(dtype)
   k, v = rng.standard_normal((2, len(slots), h, d)).astype(dtype)
-  slots = jnp.array(slots, jnp.int32)
-  return Writes(Pages(jnp.array(kv), np.dtype(dtype), d), slots, jnp.array(k), jnp.array(v))
+  pages, slots = Pages(jnp.array(kv), np.dtype(dtype), d, value_dim), jnp.array(slots, jnp.int32)
+  return Writes(pages, slots, jnp.array(k), jnp.array(v) if value_dim is None else None)
 
 
 WRITES = {
@@ -147,6 +150,10 @@ WRITES = {
   "tokens refused": dict(counts=(9, 5), positions=(3, 6), page_size=8, refused=(0, 6, 7, 11)),
   "bfloat16": dict(counts=(1, 1, 6), positions=(4, 1, 13), page_size=4, dtype="bfloat16"),
   "bfloat16 prefill": dict(counts=(45, 20), positions=(3, 13), page_size=32, dtype="bfloat16"),
+  "keys alone": dict(counts=(1, 3, 9), positions=(4, 1, 13), page_size=8, h=1, value_dim=3),
+  "keys alone, bfloat16, skipped": dict(
+    counts=(45, 20), positions=(3, 13), page_size=32, dtype="bfloat16", value_dim=4, skipped=(4, 30)
+  ),
   "bfloat16, skipped and refused": dict(
     counts=(20, 18),
     positions=(3, 16),

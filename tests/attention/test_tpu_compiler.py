@@ -21,3 +21,4 @@ def test_the_kernels_and_a_whole_decode_step_compile_in_place_and_keep_their_bun
   assert found["mixed_vs_jax_rpa"] <= 0.6
   assert found["drafts_vs_plain"] <= 1.05
   assert found["plan_ops_in_layer"] == 0
+  assert found["mla_decode_vs_bandwidth"] <= 1.25
