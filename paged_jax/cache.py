@@ -8,36 +8,50 @@ nothing.
 
     # tokens  0 ........ 48 ...... 53
     # pages   [a][b][c]  [d......]      a-c shared with the parent of a fork, d is the row's own
+
+A model whose layers differ has a tuple of caches, one per group of layers, with the same rows. All
+verbs except `write`, `attend` and `gather` take such a tuple, and grant an entry in all of the
+caches or in none, so that rows are equally long in all of them. What belongs to one pool is then a
+tuple, too: `Info.num_free`, page ids, starts, images, plans. Such a request and its answer:
+
+    # cache    (windows, full)         pages    (i32[3], i32[5])
+    # info     ok bool[S]              num_free (i32[], i32[])
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import arguments, attention, plans
+from paged_jax import arguments, attention, groups, plans
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
 from paged_jax.config import CacheConfig
 from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
-from paged_jax.types import Audit, Cache, Copies, Info, Ledger, Plan
+from paged_jax.types import Cache, Copies, Info, Ledger, Plan
+
+Caches = TypeVar("Caches", Cache, tuple[Cache, ...])
 
 
-def init(config: CacheConfig) -> Cache:
-  """An empty cache: all pages free, all rows empty, all bytes zero.
+def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
+  """An empty cache: all pages free, all rows empty, all bytes zero. A tuple of configs: a tuple.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
   >>> int(pj.init(config).num_free)
   8
   """
-  return Cache(ledger=ledger_lib.init(config), pages=pages_lib.init(config))
+  made = [
+    Cache(ledger=ledger_lib.init(each), pages=pages_lib.init(each)) for each in groups.each(config)
+  ]
+  return groups.like(config, made)
 
 
-def pages_needed(cache: Cache, num_tokens: jax.Array) -> jax.Array:
+def pages_needed(cache: Caches, num_tokens: jax.Array) -> Any:
   """The pages that `extend` with the same `num_tokens` i32[S] takes for each row, i32[S].
 
   The copy of a shared tail page counts. Whether enough pages are free does not. A row whose
@@ -48,10 +62,10 @@ def pages_needed(cache: Cache, num_tokens: jax.Array) -> jax.Array:
   >>> pj.jitted.pages_needed(pj.init(config), jnp.array([6, 1])).tolist()
   [2, 1]
   """
-  return ledger_lib.pages_needed(cache.ledger, num_tokens)
+  return ledger_lib.pages_needed(ledgers(cache), num_tokens)
 
 
-def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
+def extend(cache: Caches, num_tokens: jax.Array) -> tuple[Caches, Info]:
   """Makes room for `num_tokens` i32[S] more tokens in each row, which read zero until written.
 
   If others hold the row's partly filled tail page too, the page is copied first (copy on write), so
@@ -62,6 +76,12 @@ def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
       #         row 1  [a][b 4 5 . .]
       # after   row 0  [a][c 4 5 6 .]      extended by one token: c is a copy
       #         row 1  [a][b 4 5 . .]      b is row 1's alone
+
+  In a cache with a `window`, a row that asks for tokens first gives up its pages that no later
+  token sees, also if it is refused then because pages are missing:
+
+      # window 4   row 0  [a 0 1 2 3][b 4 5 6 .]      tokens from 7 on see none before 4
+      # after      row 0  -          [b 4 5 6 7]      extended by one token: a is free
 
   Returns:
     The next cache, and `Info` with ok bool[S]. A negative count, or more tokens than a row can
@@ -74,18 +94,18 @@ def extend(cache: Cache, num_tokens: jax.Array) -> tuple[Cache, Info]:
   >>> info.ok.tolist(), cache.lengths.tolist(), int(info.num_free)
   ([True, False], [6, 0], 6)
   """
-  ledger, info, copies = ledger_lib.extend(cache.ledger, num_tokens)
+  ledger, info, copies = ledger_lib.extend(ledgers(cache), num_tokens)
   return _renew(cache, ledger, copies), info
 
 
 def plan(
-  cache: Cache,
+  cache: Caches,
   rows: jax.Array,
   positions: jax.Array,
   *,
   implementation: str | None = None,
   parts: Sequence[tuple[int, ...]] | None = None,
-) -> Plan:
+) -> Any:
   """Describes the ragged batch of tokens of one step, once for all layers.
 
   Args:
@@ -104,7 +124,7 @@ def plan(
           # rows     0 1 2 S  3 3 3 3 3 5 5 S
 
   Returns:
-    The plan. `plan.ok` is False for a token without a slot of its own: the slot is unmapped,
+    The plan, or one for each cache of a tuple. `plan.ok` is False for a token without a slot of its own: the slot is unmapped,
     beyond the length, or on a page that others hold too. It is also False for a token out of
     order: after the positions of its row stop ascending, or in a later piece of a row that comes
     in several pieces, or in one row more than its part may have. Such a token is not written and
@@ -122,29 +142,55 @@ def plan(
   """
   rows = arguments.integers("rows", rows, (None,))
   positions = arguments.integers("positions", positions, rows.shape)
-  s, n, size = cache.ledger.num_rows, cache.ledger.pool.num_pages, cache.ledger.page_size
+  each = ledger_lib.each(ledgers(cache))
+  s = each[0].num_rows
   known = jnp.where((rows >= 0) & (rows < s), rows, s)
-  ordered, faults, slots = plans.place(cache.ledger, known, positions)
-  own = (faults == 0) & (known < s)
   if parts is not None:
-    crowded = plans.crowded(known, parts := arguments.parts(parts, rows.shape[0]), s)
+    parts = tuple(arguments.parts(parts, rows.shape[0]))
+  ordered = plans.ordered(known, positions, s)
+  placed = [plans.place(ledger, known, positions, ordered) for ledger in each]
+  own = (known < s) & groups.all_of(faults == 0 for faults, _ in placed)
+  if parts is not None:
+    crowded = plans.crowded(known, parts, s)
     own, ordered = own & ~crowded, ordered & ~crowded
-  nowhere = n * size + jnp.arange(rows.shape[0], dtype=jnp.int32)
+  batch = _Batch(known, positions, jnp.where(ordered, known, s), own, own | (rows == s), parts)
+  made = [
+    _planned(one, batch, slots, implementation)
+    for one, (_, slots) in zip(groups.each(cache), placed)
+  ]
+  return groups.like(cache, made)
+
+
+class _Batch(NamedTuple):
+  """The tokens of a plan, in the rows that all groups have."""
+
+  rows: jax.Array  # i32[B] S = padding, or no row
+  positions: jax.Array  # i32[B]
+  placed: jax.Array  # i32[B] row, S where the token is out of order too
+  own: jax.Array  # bool[B] the token has a slot of its own in every group
+  ok: jax.Array  # bool[B] that, or it is padding
+  parts: tuple[tuple[int, int, int], ...] | None
+
+
+def _planned(cache: Cache, batch: _Batch, slots: jax.Array, implementation: str | None) -> Plan:
+  """The plan of one group, where its tokens have `slots` i32[B]."""
+  beyond = cache.ledger.pool.num_pages * cache.ledger.page_size
+  slots = jnp.where(batch.own, slots, beyond + jnp.arange(slots.shape[0], dtype=jnp.int32))
   implementation = attention.choose(implementation, cache.pages, cache.ledger.pages_per_row)
-  placed, slots = jnp.where(ordered, known, s), jnp.where(own, slots, nowhere)
   return Plan(
-    rows=known,
-    positions=positions,
+    rows=batch.rows,
+    positions=batch.positions,
     slots=slots,
-    ok=own | (rows == s),
+    ok=batch.ok,
     parts=attention.cut(
-      implementation, placed, positions, slots, own, cache.pages, cache.ledger.tables, parts
+      implementation, batch.placed, batch.positions, slots, batch.own, cache.pages,
+      cache.ledger.tables, batch.parts,
     ),
     implementation=implementation,
-  )
+  )  # fmt: skip
 
 
-def check_plan(cache: Cache, plan: Plan) -> None:
+def check_plan(cache: Caches, plan: Any) -> None:
   """Raises if a token of the plan has no slot of its own, and says why for the first ten.
 
   For finding mistakes, since such tokens are not written and attend to nothing (`plan.ok`). Outside
@@ -162,8 +208,10 @@ def check_plan(cache: Cache, plan: Plan) -> None:
   ...
   ValueError: 1 of 2 tokens have no slot: token 1 (row 0, position 3) is beyond its row's length
   """
-  _check_call("check_plan(cache, plan)", cache, plan)
-  plans.check(cache.ledger, plan)
+  both = zip(groups.each(cache), groups.values_for("plan", plan, cache))
+  for each, its_plan in both:
+    _check_call("check_plan(cache, plan)", each, its_plan)
+  plans.check(groups.each(ledgers(cache)), groups.each(plan))
 
 
 def write(
@@ -225,7 +273,8 @@ def attend(
     q: [B,Q,D] queries; Q is a multiple of H, and H groups of query heads share a KV head.
     plan: What `plan` returned for this step.
     scale: Factor of the logits, D**-0.5 by default.
-    window: Tokens that a query sees, itself included; the largest int32 means all.
+    window: Tokens that a query sees, itself included; the largest int32 means all. In a cache with
+      a window it is that one by default, and never more.
     softcap: Logits become softcap * tanh(logits / softcap).
     sinks: f32[Q] a logit per head that takes part in the softmax and carries no value.
     return_lse: Also return the log of each softmax denominator, sinks included.
@@ -253,6 +302,7 @@ def attend(
   num_layers = cache.pages.kv.shape[1]
   index = arguments.layer(layer, num_layers)
   scale = cache.pages.head_dim**-0.5 if scale is None else scale
+  window = _within(cache.ledger.window, window)
   scale = _poisoned(scale, layer, index, num_layers)  # a number, not all heads that come out
   out, lse = attention.attend(
     q, cache.pages, jnp.minimum(index, num_layers - 1), cache.ledger.tables, plan,
@@ -300,8 +350,8 @@ def gather(
 
 
 def fork(
-  cache: Cache, src: jax.Array, dst: jax.Array, num_tokens: jax.Array | None = None
-) -> tuple[Cache, Info]:
+  cache: Caches, src: jax.Array, dst: jax.Array, num_tokens: jax.Array | None = None
+) -> tuple[Caches, Info]:
   """Empty rows `dst` i32[B] share the first tokens of rows `src` i32[B]. No bytes move.
 
       # before  row 0  [a][b . . .]      row 1  -                  a 1 holder, b 1
@@ -319,10 +369,10 @@ def fork(
   >>> cache.block_tables[:, :2].tolist(), int(info.num_free)
   ([[0, 1], [0, 1]], 6)
   """
-  return _with_ledger(cache, *ledger_lib.fork(cache.ledger, src, dst, num_tokens))
+  return _with_ledger(cache, *ledger_lib.fork(ledgers(cache), src, dst, num_tokens))
 
 
-def reorder(cache: Cache, sources: jax.Array) -> tuple[Cache, Info]:
+def reorder(cache: Caches, sources: jax.Array) -> tuple[Caches, Info]:
   """Row r becomes a share of row `sources[r]`, i32[S], all rows at once; S empties the row.
 
       # sources  [1, 1]
@@ -340,10 +390,10 @@ def reorder(cache: Cache, sources: jax.Array) -> tuple[Cache, Info]:
   >>> cache.lengths.tolist(), int(info.num_free)
   ([3, 3], 7)
   """
-  return _with_ledger(cache, *ledger_lib.reorder(cache.ledger, sources))
+  return _with_ledger(cache, *ledger_lib.reorder(ledgers(cache), sources))
 
 
-def unshare(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
+def unshare(cache: Caches, starts: jax.Array) -> tuple[Caches, Info]:
   """Copies the shared pages of each row from token `starts` i32[S] on, so that it may rewrite them.
 
       # start at token 4, in b
@@ -361,11 +411,11 @@ def unshare(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
   >>> cache.block_tables[:, :2].tolist()
   [[0, 2], [0, 1]]
   """
-  ledger, info, copies = ledger_lib.unshare(cache.ledger, starts)
+  ledger, info, copies = ledger_lib.unshare(ledgers(cache), starts)
   return _renew(cache, ledger, copies), info
 
 
-def trim(cache: Cache, lengths: jax.Array) -> tuple[Cache, Info]:
+def trim(cache: Caches, lengths: jax.Array) -> tuple[Caches, Info]:
   """Each row keeps its first `lengths` i32[S] tokens, and releases whole pages behind them.
 
   0 empties the row. A length above the row's, a negative one, or one that a window has already
@@ -378,10 +428,10 @@ def trim(cache: Cache, lengths: jax.Array) -> tuple[Cache, Info]:
   >>> cache.lengths.tolist(), int(info.num_free)
   ([3, 0], 7)
   """
-  return _with_ledger(cache, *ledger_lib.trim(cache.ledger, lengths))
+  return _with_ledger(cache, *ledger_lib.trim(ledgers(cache), lengths))
 
 
-def slide(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
+def slide(cache: Caches, starts: jax.Array) -> tuple[Caches, Info]:
   """Each row forgets its tokens before `starts` i32[S], and releases whole pages before them.
 
   Positions do not change. A start that the row has already passed changes nothing; a negative one
@@ -394,10 +444,10 @@ def slide(cache: Cache, starts: jax.Array) -> tuple[Cache, Info]:
   >>> cache.block_tables[0, :2].tolist(), int(info.num_free)  # 8 is "no page"
   ([8, 1], 7)
   """
-  return _with_ledger(cache, *ledger_lib.slide(cache.ledger, starts))
+  return _with_ledger(cache, *ledger_lib.slide(ledgers(cache), starts))
 
 
-def free(cache: Cache, rows: jax.Array) -> tuple[Cache, Info]:
+def free(cache: Caches, rows: jax.Array) -> tuple[Caches, Info]:
   """The rows marked in `rows` bool[S] release everything. Freeing an empty row is refused.
 
   >>> import jax.numpy as jnp, paged_jax as pj
@@ -407,10 +457,10 @@ def free(cache: Cache, rows: jax.Array) -> tuple[Cache, Info]:
   >>> info.ok.tolist(), int(info.num_free)
   ([True, False], 8)
   """
-  return _with_ledger(cache, *ledger_lib.free(cache.ledger, rows))
+  return _with_ledger(cache, *ledger_lib.free(ledgers(cache), rows))
 
 
-def hold(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
+def hold(cache: Caches, pages: Any) -> tuple[Caches, Info]:
   """Adds one hold of the host to each of `pages` i32[B]; a free or unknown page is refused.
 
       # before  row 0  [a]        a 1 holder
@@ -424,10 +474,10 @@ def hold(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
   >>> info.ok.tolist(), int(cache.num_free)
   ([True, False], 7)
   """
-  return _with_ledger(cache, *ledger_lib.hold(cache.ledger, pages))
+  return _with_ledger(cache, *ledger_lib.hold(ledgers(cache), pages))
 
 
-def drop(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
+def drop(cache: Caches, pages: Any) -> tuple[Caches, Info]:
   """Takes one hold of the host back from each of `pages` i32[B]; without a hold it is refused.
 
   >>> import jax.numpy as jnp, paged_jax as pj
@@ -438,16 +488,12 @@ def drop(cache: Cache, pages: jax.Array) -> tuple[Cache, Info]:
   >>> info.ok.tolist()
   [True, False]
   """
-  return _with_ledger(cache, *ledger_lib.drop(cache.ledger, pages))
+  return _with_ledger(cache, *ledger_lib.drop(ledgers(cache), pages))
 
 
 def adopt(
-  cache: Cache,
-  rows: jax.Array,
-  pages: jax.Array,
-  lengths: jax.Array,
-  starts: jax.Array | None = None,
-) -> tuple[Cache, Info]:
+  cache: Caches, rows: jax.Array, pages: Any, lengths: jax.Array, starts: Any = None
+) -> tuple[Caches, Info]:
   """Empty rows start on pages that the host holds (a prefix hit). The holds remain.
 
       # before  host  a b      row 1  -           a 1 holder, b 1
@@ -473,10 +519,10 @@ def adopt(
   >>> cache.lengths.tolist(), cache.ledger.pool.refcount[:2].tolist()
   ([6, 5], [3, 3])
   """
-  return _with_ledger(cache, *ledger_lib.adopt(cache.ledger, rows, pages, lengths, starts))
+  return _with_ledger(cache, *ledger_lib.adopt(ledgers(cache), rows, pages, lengths, starts))
 
 
-def scrub(cache: Cache, pages: jax.Array) -> Cache:
+def scrub(cache: Caches, pages: Any) -> Caches:
   """Clears those of `pages` i32[B] that nobody holds. Only for secrecy: no verb shows stale bytes.
 
   >>> import jax.numpy as jnp, paged_jax as pj
@@ -485,6 +531,11 @@ def scrub(cache: Cache, pages: jax.Array) -> Cache:
   >>> bool((cache.pages.kv[:3] == 0).all())
   True
   """
+  listed = groups.values_for("pages", pages, cache)
+  return groups.like(cache, [_scrub(*both) for both in zip(groups.each(cache), listed)])
+
+
+def _scrub(cache: Cache, pages: jax.Array) -> Cache:
   pages = arguments.integers("pages", pages, (None,))
   n = cache.ledger.pool.num_pages
   known = jnp.where((pages >= 0) & (pages < n), pages, n)
@@ -493,15 +544,24 @@ def scrub(cache: Cache, pages: jax.Array) -> Cache:
   return dataclasses.replace(cache, pages=bytes_)
 
 
-def audit(cache: Cache) -> Audit:
+def audit(cache: Caches) -> Any:
   """Counts how often each law of refcounts, bitmap and tables is broken: 0 if the cache is sound.
+
+  Returns an `Audit`, or one of each cache of a tuple.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
   >>> sum(map(int, pj.jitted.audit(pj.init(config))))
   0
   """
-  return ledger_lib.audit(cache.ledger)
+  return ledger_lib.audit(ledgers(cache))
+
+
+def _within(most: int | None, window: int | jax.Array | None) -> int | jax.Array | None:
+  """The window of a call, at most that of the cache, whose rows forget what is before it."""
+  if most is None or window is None:
+    return most if window is None else window
+  return jnp.minimum(window, most) if isinstance(window, jax.Array) else min(window, most)
 
 
 def _poisoned(x, layer: int | jax.Array, index: jax.Array, num_layers: int):
@@ -518,10 +578,28 @@ def _check_call(call: str, cache: Cache, plan: Plan) -> None:
       raise ValueError(f"{name} must be a {kind.__name__} in {call}, got {type(value).__name__}")
 
 
-def _with_ledger(cache: Cache, ledger: Ledger, info: Info) -> tuple[Cache, Info]:
-  return dataclasses.replace(cache, ledger=ledger), info
+def ledgers(cache: Caches) -> Any:
+  """The ledger of each cache.
+
+  Raises:
+    ValueError: There is no cache, or something else.
+  """
+  for each in groups.each(cache):
+    if not isinstance(each, Cache):
+      raise ValueError(f"cache must be a Cache or a tuple of them, got {type(each).__name__}")
+  return groups.like(cache, [each.ledger for each in groups.each(cache)])
 
 
-def _renew(cache: Cache, ledger: Ledger, copies: Copies) -> Cache:
+def _with_ledger(cache: Caches, ledger: Any, info: Info) -> tuple[Caches, Info]:
+  both = zip(groups.each(cache), groups.each(ledger))
+  return groups.like(cache, [dataclasses.replace(c, ledger=each) for c, each in both]), info
+
+
+def _renew(cache: Caches, ledger: Any, copies: Any) -> Caches:
+  renewed = zip(*(groups.each(x) for x in (cache, ledger, copies)))
+  return groups.like(cache, [_renewed(*each) for each in renewed])
+
+
+def _renewed(cache: Cache, ledger: Ledger, copies: Copies) -> Cache:
   pages = pages_lib.renew(cache.pages, ledger.tables.block_tables, copies)
   return Cache(ledger=ledger, pages=pages)

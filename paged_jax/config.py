@@ -45,14 +45,12 @@ class CacheConfig:
   storage_head_dim: int | None = None  # of the page array: None = `head_dim`, or more, padded
   value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
   copy_on_write: bool = True  # False: only whole pages are shared
+  window: int | None = None  # tokens that a token sees, itself included; None = all before it
 
   def __post_init__(self):
     for name in ("num_layers", "num_kv_heads", "head_dim", "page_size", "num_pages", "num_rows",
                  "max_length"):  # fmt: skip
-      value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-      object.__setattr__(self, name, int(value))
+      object.__setattr__(self, name, self._positive(name))
     dtype, storage = self._dtype("dtype"), self._dtype("storage_dtype")
     if dtype is None or dtype.name not in _DTYPES:
       raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
@@ -71,6 +69,8 @@ class CacheConfig:
     object.__setattr__(self, "value_dim", value_dim)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
+    if self.window is not None:
+      object.__setattr__(self, "window", self._positive("window"))
     products = {  # computed in int32, with room for the slots of dropped tokens
       "num_pages * page_size": self.num_pages * self.page_size,
       "max_length": self.pages_per_row * self.page_size,
@@ -145,6 +145,12 @@ class CacheConfig:
       return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
       raise ValueError(f"{name} must be None or an integer, got {value!r}")
+    return int(value)
+
+  def _positive(self, name: str) -> int:
+    value = getattr(self, name)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+      raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
 
   def _dtype(self, name: str) -> np.dtype | None:

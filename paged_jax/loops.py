@@ -46,6 +46,13 @@ def locate(counts: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
   return rows, ranks - begins
 
 
+def earlier(ids: jax.Array) -> jax.Array:
+  """For each entry of `ids` i32[B], how many earlier entries are equal."""
+  order = jnp.arange(ids.shape[0], dtype=jnp.int32)
+  same = (ids[:, None] == ids[None, :]) & (order[:, None] < order[None, :])
+  return jnp.sum(same, axis=0, dtype=jnp.int32)  # over the outer axis, where CPUs use all lanes
+
+
 def fold(
   counts: jax.Array,
   step: Callable[[Carry, jax.Array, jax.Array], Carry],

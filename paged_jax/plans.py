@@ -3,12 +3,15 @@
 Axis letters: B tokens in a call; a ledger has S rows, N pages and T tokens per page.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from paged_jax import groups
 from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
 from paged_jax.types import Ledger, Plan
@@ -28,31 +31,32 @@ _SHOWN = 10  # tokens that an error lists
 
 
 def place(
-  ledger: Ledger, rows: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ledger: Ledger, rows: jax.Array, positions: jax.Array, ordered: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Looks up the slots of tokens at `rows` and `positions`, i32[B] each.
 
+  `ordered` bool[B] says which of them are in order.
+
   Returns:
-    ordered bool[B], whether the token is in order (see `_ordered`); faults i32[B], the number of
-    its fault in `FAULTS`, 0 if it has a slot of its own; slots i32[B], page * T + offset.
+    faults i32[B], the number of each token's fault in `FAULTS`, 0 if it has a slot of its own; and
+    slots i32[B], page * T + offset.
   """
   tables, pool, size = ledger.tables, ledger.pool, ledger.page_size
   lengths = tables.lengths.at[rows].get(mode="fill", fill_value=0)
   starts = tables.starts.at[rows].get(mode="fill", fill_value=0)
   page = tables_lib.page_at(tables.block_tables, rows, positions // size, pool.num_pages)
-  ordered = _ordered(rows, positions, ledger.num_rows)
   found = [
     lengths == 0, positions >= lengths, positions < starts, ~ordered,
     pool_lib.refcounts(pool, page) != 1,
   ]  # fmt: skip
   faults = jnp.select(found, [jnp.int32(i) for i in range(1, 1 + len(found))], jnp.int32(0))
   faults = jnp.where(rows == ledger.num_rows, 0, faults)
-  return ordered, faults, page * size + positions % size
+  return faults, page * size + positions % size
 
 
-def check(ledger: Ledger, plan: Plan) -> None:
-  """Raises if a token of `plan` has no slot in `ledger`; a check of checkify while tracing."""
-  faults, first, rows, positions, why = _examine(ledger, plan)
+def check(ledgers: tuple[Ledger, ...], plans: tuple[Plan, ...]) -> None:
+  """Raises if a token of the `plans` has no slot in its ledger; a check of checkify while tracing."""
+  faults, first, rows, positions, why = _examine(ledgers, plans)
   if isinstance(faults, jax.core.Tracer):
     legend = ", ".join(f"{number} {fault}" for number, fault in enumerate(FAULTS, start=1))
     message = "tokens {first} (rows {rows}, positions {positions}) have no slot, because of {why}: "
@@ -66,13 +70,18 @@ def check(ledger: Ledger, plan: Plan) -> None:
 
 
 @jax.jit
-def _examine(ledger: Ledger, plan: Plan) -> tuple[jax.Array, ...]:
+def _examine(ledgers: tuple[Ledger, ...], plans: tuple[Plan, ...]) -> tuple[jax.Array, ...]:
   """The fault of each token i32[B]; of the first faulty ones the token, row, position and fault."""
-  _, faults, slots = place(ledger, plan.rows, plan.positions)
-  known = plan.rows < ledger.num_rows
+  plan = plans[0]
+  in_order = ordered(plan.rows, plan.positions, ledgers[0].num_rows)
+  placed = [place(ledger, plan.rows, plan.positions, in_order) for ledger in ledgers]
+  faults = jnp.zeros_like(plan.rows)
+  for found, _ in placed:
+    faults = jnp.where(faults == 0, found, faults)
   attends = jnp.concatenate([part.last for part in plan.parts]) >= 0
-  moved = jnp.where(attends, _MOVED, _CROWDED)
-  faults = jnp.where((faults == 0) & known & (plan.slots != slots), moved, faults)
+  moved = groups.any_of(each.slots != slots for each, (_, slots) in zip(plans, placed))
+  moved &= plan.rows < ledgers[0].num_rows
+  faults = jnp.where((faults == 0) & moved, jnp.where(attends, _MOVED, _CROWDED), faults)
   faults = jnp.where((faults == 0) & ~plan.ok, _NO_ROW, faults)
   (first,) = jnp.nonzero(faults, size=min(_SHOWN, len(faults)), fill_value=len(faults))
   first = first.astype(jnp.int32)
@@ -80,7 +89,7 @@ def _examine(ledger: Ledger, plan: Plan) -> tuple[jax.Array, ...]:
   return faults, first, *shown
 
 
-def crowded(rows: jax.Array, parts: list[tuple[int, int, int]], num_rows: int) -> jax.Array:
+def crowded(rows: jax.Array, parts: Sequence[tuple[int, int, int]], num_rows: int) -> jax.Array:
   """Which tokens of `rows` i32[B] are in one row more than their part may have: bool[B]."""
   found, begin = [], 0
   for num_tokens, most, _ in parts:
@@ -91,7 +100,7 @@ def crowded(rows: jax.Array, parts: list[tuple[int, int, int]], num_rows: int) -
   return jnp.concatenate(found)
 
 
-def _ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:
+def ordered(rows: jax.Array, positions: jax.Array, num_rows: int) -> jax.Array:
   """Which tokens i32[B] are in the first piece of their row and ascend up to there: bool[B]."""
   tokens = jnp.arange(rows.shape[0], dtype=jnp.int32)
   fresh = jnp.pad(rows[1:] != rows[:-1], (1, 0), constant_values=True)

@@ -1,23 +1,27 @@
 """Placement of a cache on a mesh: KV heads split, the ledger on every device."""
 
 import warnings
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paged_jax import cache as cache_lib
+from paged_jax import groups
 from paged_jax.config import CacheConfig
 from paged_jax.types import Cache
 
+Configs = CacheConfig | tuple[CacheConfig, ...]
 
-def shardings(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
+
+def shardings(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   """A cache of `NamedSharding`s: the H axis of the page array over `axis`, all else replicated.
 
   Attention and writes then need no collectives, and every device runs the same ledger. If the size
   of the mesh axis does not divide the KV heads, they are replicated, with a warning.
 
   Args:
-    config: The cache.
+    config: The cache, or a tuple of those of several groups: then so is the result.
     mesh: The mesh; its axes may be Auto or Explicit.
     axis: Name of a mesh axis, the last one by default.
 
@@ -42,7 +46,7 @@ def shardings(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Ca
   )
 
 
-def specs(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
+def specs(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   """The same as `PartitionSpec`s.
 
   >>> import jax, paged_jax as pj
@@ -53,14 +57,22 @@ def specs(config: CacheConfig, mesh: Mesh, *, axis: str | None = None) -> Cache:
   axis = mesh.axis_names[-1] if axis is None else axis
   if axis not in mesh.axis_names:
     raise ValueError(f"axis must be one of {list(mesh.axis_names)}, got {axis!r}")
-  ways = mesh.shape[axis]
-  if config.num_kv_heads % ways:
-    warnings.warn(
-      f"{config.num_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
-      "the pages are replicated",
-      stacklevel=3,  # the caller of `shardings`
-    )
-    axis = None
+  ways, made = mesh.shape[axis], []
+  for each in groups.each(config):
+    split = axis
+    if each.num_kv_heads % ways:
+      warnings.warn(
+        f"{each.num_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
+        "the pages are replicated",
+        stacklevel=3,  # the caller of `shardings`
+      )
+      split = None
+    made.append(_specs(each, split))
+  return groups.like(config, made)
+
+
+def _specs(config: CacheConfig, axis: str | None) -> Cache:
+  """The specs of one cache, whose KV heads are split over `axis`."""
   cache = jax.eval_shape(lambda: cache_lib.init(config))
   return jax.tree.map(
     lambda x: PartitionSpec(None, None, axis, None, None) if x.ndim == 5 else PartitionSpec(),

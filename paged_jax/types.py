@@ -76,6 +76,7 @@ class Ledger:
   tables: Tables
   page_size: int = _static()
   copy_on_write: bool = _static()
+  window: int | None = _static()  # live tokens of a row that `extend` leaves, the next one included
 
   @property
   def num_rows(self) -> int:
@@ -196,6 +197,7 @@ class Audit(NamedTuple):
   tables: jax.Array  # i32[] table entries that should or should not be a page (law 3)
   rows: jax.Array  # i32[] rows whose start or length is out of range (law 3)
   cursor: jax.Array  # i32[] 1 if the cursor is no page
+  lengths: jax.Array  # i32[] rows that are longer or shorter than in the first cache of a tuple
 
 
 class Copies(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 import paged_jax
-from paged_jax import jitted
+from paged_jax import groups, jitted
 from paged_jax.testing import replay, strategies
 
 SETTINGS = dict(
@@ -39,15 +39,25 @@ CONFIGS = {
                  storage_dtype="uint16", storage_head_dim=3, value_dim=1),
   "single": config(page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"),
 }  # fmt: skip
+CONFIGS["window"] = dataclasses.replace(CONFIGS["tight"], window=5)
+CONFIGS["groups"] = (  # of one model: pages, windows and shapes differ, rows do not
+  config(page_size=4, num_pages=9, num_rows=4, max_length=14, dtype="float32"),
+  config(page_size=2, num_pages=13, num_rows=4, max_length=14, dtype="bfloat16", window=3),
+)
+CONFIGS["whole groups"] = tuple(
+  dataclasses.replace(each, copy_on_write=False) for each in CONFIGS["groups"]
+)
 CONFIGS["whole"] = dataclasses.replace(CONFIGS["tight"], copy_on_write=False)
 
 
-def traced_once():
-  """The verbs, compiled; one that is traced a second time raises."""
+def traced_once(config):
+  """The verbs, compiled; one that is traced a second time raises (`write`: for one group)."""
+  num_groups = len(groups.each(config))
   chex.clear_trace_counter()
   verbs = types.SimpleNamespace(init=jitted.init)
   for name in {*strategies.VERBS, "plan", "pages_needed"}:
-    traced = chex.assert_max_traces(getattr(paged_jax, name), n=1)
+    most = num_groups if name == "write" else 1
+    traced = chex.assert_max_traces(getattr(paged_jax, name), n=most)
     donated = () if name in ("plan", "pages_needed", "offload") else 0
     setattr(verbs, name, jax.jit(traced, donate_argnums=donated))
   return verbs
@@ -56,10 +66,13 @@ def traced_once():
 @pytest.mark.timeout(180)  # it compiles every verb, and runs them hundreds of times
 @pytest.mark.parametrize(
   "name",
-  [name if name == "tight" else pytest.param(name, marks=pytest.mark.once) for name in CONFIGS],
+  [
+    name if name in ("tight", "groups") else pytest.param(name, marks=pytest.mark.once)
+    for name in CONFIGS
+  ],
 )
 def test_every_history_matches_the_plain_model_and_traces_each_verb_once(name):
-  config, verbs = CONFIGS[name], traced_once()
+  config, verbs = CONFIGS[name], traced_once(CONFIGS[name])
 
   @hypothesis.settings(max_examples=30, derandomize=True, **SETTINGS)
   @hypothesis.given(strategies.histories(config, max_steps=40))
@@ -73,7 +86,7 @@ def test_every_history_matches_the_plain_model_and_traces_each_verb_once(name):
 @hypothesis.settings(max_examples=400, **SETTINGS)
 @hypothesis.given(st.data())
 def test_every_history_matches_the_plain_model_for_any_config(data):
-  config = data.draw(strategies.configs())
+  config = data.draw(strategies.configs() | strategies.several_configs())
   replay.check(config, data.draw(strategies.histories(config, max_steps=60)))
 
 

@@ -199,7 +199,7 @@ class Admission:
     begin, end = self._sequences.bounds(row)
     if not (begin if verb == "trim" and at else 0) <= at <= end:
       raise self._sequences.unmapped(handle, at)
-    values = (self._ledger.lengths if verb == "trim" else self._ledger.starts).copy()
+    values = (self._ledger.lengths if verb == "trim" else self._ledger.groups[0].starts).copy()
     values[row] = at
     before = self._sequences.mapped(row)
     self._kept.apply(verb, values)
@@ -237,7 +237,7 @@ class Admission:
     if not self._state.waits:  # otherwise a program may have filled a row that looks empty
       marked &= self._ledger.lengths > 0
     if marked.any():
-      pages = self._ledger.block_tables[marked]
+      pages = self._ledger.groups[0].block_tables[marked]
       self._kept.apply("free", marked)
       self._kept.scrub(pages[pages < self._config.num_pages].tolist())
     for row in rows:

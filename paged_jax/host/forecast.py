@@ -30,7 +30,9 @@ class Forecast:
   @property
   def num_mapped(self) -> int:
     """Pages that rows map; a shared page counts once for each row."""
-    return int(np.count_nonzero(self._ledger.block_tables < self._ledger.num_pages))
+    return int(
+      np.count_nonzero(self._ledger.groups[0].block_tables < self._ledger.groups[0].num_pages)
+    )
 
   def to_begin(self, tokens: Sequence[int] | np.ndarray) -> int:
     """Pages that `allocate` would take for these tokens, beyond those in the prefix cache."""
@@ -54,9 +56,11 @@ class Forecast:
     # at worst         [.][.]      for each row, up to `length` tokens
     """
     ledger = self._ledger
-    size = ledger.page_size
+    size = ledger.groups[0].page_size
     rows = [self._sequences.place(handle) for handle in handles]
-    pages = ledger.block_tables[rows, shared // size :]
-    pages, entries = np.unique(pages[pages < ledger.num_pages], return_counts=True)
-    alone = int((ledger.refcount[pages] == entries).sum())  # pages that no other holder has
+    pages = ledger.groups[0].block_tables[rows, shared // size :]
+    pages, entries = np.unique(pages[pages < ledger.groups[0].num_pages], return_counts=True)
+    alone = int(
+      (ledger.groups[0].refcount[pages] == entries).sum()
+    )  # pages that no other holder has
     return max(0, len(rows) * (-(-length // size) - shared // size) - alone)

@@ -96,7 +96,7 @@ class Kept:
       held = self.by_page.get(page)
       if held is None:
         held = self.by_page[page] = Held(page)
-        self.state.ledger.touched.add(page)
+        self.state.ledger.groups[0].touched.add(page)
         fresh.append(page)
       found.append(held)
     return found, fresh

@@ -158,7 +158,9 @@ class Prefixes:
         return False
       dropped += self._reclaim.given_up(evicted)
     count, known = len(key) // TOKEN_BYTES, len(held)
-    pages = self._turn.state.ledger.block_tables[row, : -(-count // self._config.page_size)]
+    pages = self._turn.state.ledger.groups[0].block_tables[
+      row, : -(-count // self._config.page_size)
+    ]
 
     def keep(first: int) -> list[Held]:
       kept_pages, fresh = self._kept.at(pages[first:].tolist())

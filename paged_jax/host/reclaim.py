@@ -360,14 +360,14 @@ class Reclaim:
   def _settle(self) -> None:
     """Takes over from the ledger which held pages rows use, and counts."""
     ledger, evictable = self._state.ledger, self._evictable
-    if ledger.touched:
-      pages = np.fromiter(ledger.touched, np.int64, len(ledger.touched))
-      busy = ledger.refcount[pages] > ledger.holds[pages]
+    if ledger.groups[0].touched:
+      pages = np.fromiter(ledger.groups[0].touched, np.int64, len(ledger.groups[0].touched))
+      busy = ledger.groups[0].refcount[pages] > ledger.groups[0].holds[pages]
       for page, used in zip(pages.tolist(), busy.tolist()):
         held = self._kept.by_page.get(page)
         if held is not None:
           evictable.set_busy(held, used)
-      ledger.touched.clear()
+      ledger.groups[0].touched.clear()
     evictable.settle()
 
   @property
@@ -400,7 +400,11 @@ class Reclaim:
     """How many held pages are counted wrongly."""
     self._settle()
     ledger = self._state.ledger
-    pages = [page for page in self._kept.by_page if ledger.refcount[page] > ledger.holds[page]]
+    pages = [
+      page
+      for page in self._kept.by_page
+      if ledger.groups[0].refcount[page] > ledger.groups[0].holds[page]
+    ]
     return self._evictable.audit(kept, {self._kept.by_page[page] for page in pages})
 
   @contextlib.contextmanager

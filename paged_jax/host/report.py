@@ -99,7 +99,7 @@ def audit(sequences: Sequences, index: PrefixIndex, reclaim: Reclaim) -> AuditRe
   kept, state = sequences.turn.kept, sequences.turn.state
   ledger = state.ledger
   leaves = zip(jax.tree.leaves(state.cache.ledger), jax.tree.leaves(ledger.snapshot()))
-  held = np.zeros(ledger.num_pages, np.int32)
+  held = np.zeros(ledger.groups[0].num_pages, np.int32)
   held[list(kept.by_page)] = 1
   indexed = Counter(each for node in index.nodes() for each in node.held)
   swapped = Counter(each for handle in sequences.by_id.values() for each in handle.held)
@@ -107,7 +107,7 @@ def audit(sequences: Sequences, index: PrefixIndex, reclaim: Reclaim) -> AuditRe
   return AuditReport(
     device=Audit(*jax.tree.map(int, state.verbs.audit(state.cache))),
     twin=sum(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves),
-    holds=int((held != ledger.holds).sum()),
+    holds=int((held != ledger.groups[0].holds).sum()),
     host_pages=abs(sum(x.image is not None for x in everything) - kept.num_used),
     sequences=sequences.audit(np.flatnonzero(ledger.lengths).tolist()),
     users=sum(x.indexed != indexed[x] or x.swapped != swapped[x] for x in everything)

@@ -118,7 +118,7 @@ class Handle:
   def block_table(self) -> np.ndarray:
     """i32[P] the sequence's row of the block tables; N where it has no page."""
     with self._desk.turn.change():
-      return self._desk.ledger.block_tables[self._desk.running(self)].copy()
+      return self._desk.ledger.groups[0].block_tables[self._desk.running(self)].copy()
 
   def page_at(self, logical_page: int) -> int:
     """Physical page of a logical page.
@@ -142,7 +142,7 @@ class Handle:
     """Whether any of the sequence's pages has another holder."""
     with self._desk.turn.change():
       pages = self._desk.mapped(self._desk.running(self))
-      return bool((self._desk.ledger.refcount[pages] > 1).any())
+      return bool((self._desk.ledger.groups[0].refcount[pages] > 1).any())
 
   @property
   def is_swapped(self) -> bool:
@@ -291,12 +291,12 @@ class Sequences:
 
   def mapped(self, row: int) -> list[int]:
     """The pages of a row, in order."""
-    pages = self.ledger.block_tables[row]
+    pages = self.ledger.groups[0].block_tables[row]
     return pages[pages < self.config.num_pages].tolist()
 
   def bounds(self, row: int) -> tuple[int, int]:
     """First live token of a row, and its length."""
-    return int(self.ledger.starts[row]), int(self.ledger.lengths[row])
+    return int(self.ledger.groups[0].starts[row]), int(self.ledger.lengths[row])
 
   def unmapped(self, handle: Handle, token: int) -> errors.UnmappedToken:
     """The error for a token that a sequence does not hold."""

@@ -87,8 +87,10 @@ class Sharing:
     first_token, length = self._sequences.bounds(row)
     if not 0 <= start < max(length, 1):
       raise self._sequences.unmapped(handle, start)
-    pages = self._ledger.block_tables[row, max(start, first_token) // size : -(-length // size)]
-    shared = int((self._ledger.refcount[pages] > 1).sum())
+    pages = self._ledger.groups[0].block_tables[
+      row, max(start, first_token) // size : -(-length // size)
+    ]
+    shared = int((self._ledger.groups[0].refcount[pages] > 1).sum())
     if shared:
       if not self._config.copy_on_write:
         raise errors.Disabled("copy-on-write")

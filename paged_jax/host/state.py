@@ -86,7 +86,7 @@ class State:
   @property
   def num_free(self) -> int:
     """Free pages."""
-    return self.ledger.num_free
+    return self.ledger.groups[0].num_free
 
   def apply(self, verb: str, *operands: np.ndarray) -> None:
     """Applies one verb to the cache and to the host's ledger, which must grant it."""

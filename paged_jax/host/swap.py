@@ -65,7 +65,7 @@ class Swap:
     moving = 0
     for page, count in zip(pages.tolist(), entries.tolist()):
       held = self._kept.by_page.get(page)
-      others = int(self._ledger.refcount[page]) - count - (held is not None)
+      others = int(self._ledger.groups[0].refcount[page]) - count - (held is not None)
       moving += others == 0 and (held is None or not held.indexed)
     if moving > self._kept.num_free_host and moving > self._reclaim.host_room:
       raise errors.OutOfHostPages(needed=moving, free=self._reclaim.host_room)

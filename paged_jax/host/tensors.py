@@ -79,7 +79,7 @@ class Tensors:
     gathered = state.verbs.gather(state.cache, jnp.int32(layer), rows)
     marks = state.verbs.gather(state.cache, jnp.int32(num_layers), rows) if self._canary else None
     writers = self._writers(handle)[start : start + num_tokens]
-    pages = state.ledger.block_tables[row].copy()
+    pages = state.ledger.groups[0].block_tables[row].copy()
     part = slice(start, start + num_tokens)
 
     def wait() -> tuple[np.ndarray, np.ndarray]:

@@ -1,21 +1,33 @@
 """The laws of a ledger, checked."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from paged_jax import groups
 from paged_jax.ledger import pool as pool_lib
 from paged_jax.ledger import tables as tables_lib
+from paged_jax.ledger import verbs
+from paged_jax.ledger.verbs import Ledgers
 from paged_jax.types import Audit, Ledger
 
 
-def audit(ledger: Ledger) -> Audit:
-  """Counts how often each law is broken.
+def audit(ledger: Ledgers) -> Any:
+  """Counts how often each law is broken: an `Audit` of each group.
 
   >>> import paged_jax
   >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))
   >>> max(audit(ledger)).item()
   0
   """
+  ledgers = verbs.each(ledger)
+  lengths = ledgers[0].tables.lengths
+  return groups.like(ledger, [_audit(one, lengths) for one in ledgers])
+
+
+def _audit(ledger: Ledger, lengths: jax.Array) -> Audit:
+  """Of one group, whose rows should have `lengths` i32[S]."""
   pool, tables, size = ledger.pool, ledger.tables, ledger.page_size
   n = pool.num_pages
   mapped = jnp.where(tables.block_tables >= 0, tables.block_tables, n)
@@ -25,8 +37,8 @@ def audit(ledger: Ledger) -> Audit:
   columns = jnp.arange(ledger.pages_per_row, dtype=jnp.int32)[None, :]
   inside = (columns >= first[:, None]) & (columns < (first + count)[:, None])
   known = (tables.block_tables >= 0) & (tables.block_tables < n)
-  sane = (tables.starts >= 0) & (tables.starts <= tables.lengths)
-  sane &= tables.lengths <= ledger.capacity
+  sane = (tables.starts >= 0) & (tables.lengths <= ledger.capacity)
+  sane &= tables.starts <= tables_lib.latest_start(tables.lengths, ledger.window)
 
   def total(flags):
     return jnp.sum(flags, dtype=jnp.int32)
@@ -39,4 +51,5 @@ def audit(ledger: Ledger) -> Audit:
     tables=total(jnp.where(inside, ~known, tables.block_tables != n)),
     rows=total(~sane),
     cursor=total((pool.cursor < 0) | (pool.cursor >= n)),
+    lengths=total(tables.lengths != lengths),
   )

@@ -2,14 +2,15 @@
 
 import jax
 
-from paged_jax.ledger import verbs
-from paged_jax.types import Ledger, Log
+from paged_jax.ledger import growing, verbs
+from paged_jax.ledger.verbs import Ledgers
+from paged_jax.types import Log
 
 VERBS = {
-  "extend": verbs.extend,
+  "extend": growing.extend,
   "fork": verbs.fork,
   "reorder": verbs.reorder,
-  "unshare": verbs.unshare,
+  "unshare": growing.unshare,
   "trim": verbs.trim,
   "slide": verbs.slide,
   "free": verbs.free,
@@ -26,8 +27,10 @@ def check(log: Log) -> None:
     raise ValueError(f"log.verbs must be of {', '.join(VERBS)}, with operands, got {log.verbs}")
 
 
-def replay(ledger: Ledger, log: Log) -> Ledger:
+def replay(ledger: Ledgers, log: Log) -> Ledgers:
   """The ledger after all verbs in `log`, bit for bit the same as that of the program.
+
+  Several groups follow one log. Operands of `hold`, `drop` and `adopt` are then tuples.
 
   >>> import jax.numpy as jnp, paged_jax
   >>> ledger = paged_jax.ledger.init(paged_jax.CacheConfig(num_rows=2))

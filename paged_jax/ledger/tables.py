@@ -27,6 +27,11 @@ def span(starts: jax.Array, lengths: jax.Array, page_size: int) -> tuple[jax.Arr
   return first, num_pages_for(lengths, page_size) - first
 
 
+def latest_start(lengths: jax.Array, window: int | None) -> jax.Array:
+  """The last start at which rows of `lengths` tokens still have all that their next token sees."""
+  return lengths if window is None else jnp.minimum(lengths, jnp.maximum(lengths + 1 - window, 0))
+
+
 def page_at(block_tables: jax.Array, rows: jax.Array, columns: jax.Array, none: int) -> jax.Array:
   """Page of each (row, logical page); `none` where either is out of range."""
   columns = jnp.where(columns >= 0, columns, block_tables.shape[1])

@@ -1,102 +1,140 @@
 """Runs a history on a cache, on a host ledger and on the plain-Python model, compared after every step."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import cache as cache_lib
-from paged_jax import jitted
+from paged_jax import groups, jitted
 from paged_jax.config import CacheConfig
 from paged_jax.ledger import HostLedger
 from paged_jax.testing import invariants, strategies
-from paged_jax.testing.model import Model
-from paged_jax.types import Cache, Info, Ledger, Pages
+from paged_jax.testing.model import Group, Model
+from paged_jax.types import Cache, Info, Ledger, Pages, Plan
+
+Configs = CacheConfig | tuple[CacheConfig, ...]
 
 
-def check(config: CacheConfig, history: list[strategies.Step], verbs=jitted) -> Cache:
+def check(config: Configs, history: list[strategies.Step], verbs=jitted) -> Any:
   """Returns the last cache; raises `AssertionError` at the first step where any two of them differ.
 
   After every step free pages are filled with NaN, so that a read of one shows.
 
   Args:
-    config: The cache to run on.
+    config: The cache to run on, or a tuple of caches with the same rows.
     history: Steps, as drawn by `strategies.histories`.
     verbs: A module or namespace with the verbs under their public names.
   """
   cache, host, model = verbs.init(config), HostLedger(config), Model(config)
-  images, model_images = strategies.Images(), strategies.Images()
-  host_images: list[tuple[int, int]] = []
+  images, model_images = (strategies.Images(model.several) for _ in range(2))
+  host_images: list = []
   for step in history:
     if step.verb == "extend":
       counts, wanted = np.asarray(step.operands[0], np.int32), model.pages_needed(*step.operands)
       for needed in (verbs.pages_needed(cache, counts), host.pages_needed(counts)):
-        np.testing.assert_array_equal(needed, wanted, f"needs of {step}")
+        _equal(needed, wanted, f"needs of {step}")
     cache, ok, pages = _apply(verbs, config, cache, images, step)
     model_ok = strategies.apply(model, model_images, step)
     if step.verb == "restore":
       model_pages, model_ok = model_ok
-      np.testing.assert_array_equal(pages, model_pages, f"pages of {step}")
+      _equal(pages, model_pages, f"pages of {step}")
     if step.verb == "offload":
       _compare_images(config, images.pages, model_images.pages)
-    np.testing.assert_array_equal(ok, model_ok, f"ok of {step}")
+    _equal(ok, model_ok, f"ok of {step}")
     if step.verb not in ("write", "offload"):  # they change no ledger
       host_pages, info = on_host(host, host_images, step)
-      np.testing.assert_array_equal(info.ok, ok, f"ok of {step} on the host")
+      _equal(info.ok, ok, f"ok of {step} on the host")
       if step.verb == "restore":
-        np.testing.assert_array_equal(host_pages, pages, f"pages of {step} on the host")
-    same(host.snapshot(), cache.ledger)
+        _equal(host_pages, pages, f"pages of {step} on the host")
+    for one, other in zip(groups.each(host.snapshot()), groups.each(cache), strict=True):
+      same(one, other.ledger)
     cache = poison(cache)
     compare(cache, model)
   return cache
 
 
-def on_host(
-  ledger: HostLedger, images: list[tuple[int, int]], step: strategies.Step
-) -> tuple[np.ndarray | None, Info]:
+def on_host(ledger: HostLedger, images: list, step: strategies.Step) -> tuple[Any, Info]:
   """Runs a step on a host ledger: the pages that it took for the host, and its report.
 
   Args:
     ledger: The ledger.
-    images: Start and length of each row that `swap_out` took, for `swap_in`.
+    images: Starts and length of each row that `swap_out` took, for `swap_in`.
     step: Any step that changes a ledger.
   """
   if step.verb == "restore":
     chosen, count = step.operands
-    return ledger.take_held(np.array(count), size=len(chosen))
+    sizes = groups.like(count, [len(chosen) for _ in ledger.groups])
+    return ledger.take_held(_mapped(np.array, count), sizes)
   if step.verb == "swap_out":
     known = np.arange(ledger.num_rows) == step.operands[0]
     known &= ledger.lengths > 0
-    images += zip(ledger.starts[known].tolist(), ledger.lengths[known].tolist())
+    for row in known.nonzero()[0]:
+      images.append(([int(book.starts[row]) for book in ledger.groups], int(ledger.lengths[row])))
     return None, ledger.free(known)._replace(ok=known.any())
   if step.verb == "swap_in":
-    row, index = step.operands
-    start, length = images[index]
-    vacant = row in range(ledger.num_rows) and ledger.lengths[row] == 0
-    count = -(-length // ledger.page_size) - start // ledger.page_size
-    pages, info = ledger.take_held(np.array(count if vacant else -1), size=ledger.pages_per_row)
-    if info.ok:
-      images.pop(index)
-      # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
-      copy_on_write, ledger.copy_on_write = ledger.copy_on_write, True
-      ledger.adopt(np.array([row]), pages[None], np.array([length]), np.array([start]))
-      ledger.copy_on_write = copy_on_write
-      ledger.drop(pages)
-    return pages, info
+    return _swapped_in(ledger, images, *step.operands)
   return None, getattr(ledger, step.verb)(*_arrays(step))
+
+
+def _swapped_in(ledger: HostLedger, images: list, row: int, index: int) -> tuple[Any, Info]:
+  """`swap_in` on a host ledger: pages for the host, which the row shares, and then has alone."""
+  starts, length = images[index]
+  whole = ledger.snapshot()
+  vacant = row in range(ledger.num_rows) and ledger.lengths[row] == 0
+  counts, sizes = [], []
+  for book, start in zip(ledger.groups, starts):
+    count = -(-length // book.page_size) - start // book.page_size
+    counts.append(np.array(count if vacant else -1))
+    sizes.append(book.pages_per_row)
+  pages, info = ledger.take_held(groups.like(whole, counts), groups.like(whole, sizes))
+  if info.ok:
+    images.pop(index)
+    # The holds go at once, so that no page stays shared and `copy_on_write` does not matter.
+    copy_on_write = ledger.copy_on_write
+    _set_copy_on_write(ledger, True)
+    lists = _mapped(lambda own: own[None], pages)
+    begins = groups.like(whole, [np.array([start]) for start in starts])
+    ledger.adopt(np.array([row]), lists, np.array([length]), begins)
+    _set_copy_on_write(ledger, copy_on_write)
+    ledger.drop(pages)
+  return pages, info
+
+
+def _set_copy_on_write(ledger: HostLedger, value: bool) -> None:
+  for each in (ledger, *ledger.groups):
+    each.copy_on_write = value
+
+
+def _mapped(function, value: Any) -> Any:
+  """`function` of the value of each group."""
+  return groups.like(value, [function(each) for each in groups.each(value)])
+
+
+def _equal(got: Any, wanted: Any, message: str) -> None:
+  """Raises unless the values of all groups are equal."""
+  for one, other in zip(groups.each(got), groups.each(wanted), strict=True):
+    np.testing.assert_array_equal(one, other, message)
 
 
 def same(one: Ledger, other: Ledger) -> None:
   """Raises unless two ledgers are equal bit for bit, dtypes and sizes too."""
-  assert (one.page_size, one.copy_on_write) == (other.page_size, other.copy_on_write)
+  statics = [(x.page_size, x.copy_on_write, x.window) for x in (one, other)]
+  assert statics[0] == statics[1]
   for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
     assert (x.dtype, x.shape) == (y.dtype, y.shape), jax.tree_util.keystr(path)
     np.testing.assert_array_equal(x, y, jax.tree_util.keystr(path))
 
 
-def compare_ledger(ledger: Ledger, model: Model) -> None:
-  """Raises unless every integer of the ledger is the model's."""
+def compare_ledger(ledger: Any, model: Model) -> None:
+  """Raises unless every integer of the ledger, or of each group, is the model's."""
+  for each, group in zip(groups.each(ledger), model.groups, strict=True):
+    _compare_group(each, group)
+
+
+def _compare_group(ledger: Ledger, model: Group) -> None:
   n = model.num_pages
   tables, pool = ledger.tables, ledger.pool
   block_tables = np.full(tables.block_tables.shape, n)
@@ -116,11 +154,16 @@ def compare_ledger(ledger: Ledger, model: Model) -> None:
   np.testing.assert_array_equal(pool.num_free, model.num_free(), "num_free")
 
 
-def compare(cache: Cache, model: Model) -> None:
+def compare(cache: Any, model: Model) -> None:
   """Raises unless every integer of the cache, and every token it reads back, is the model's."""
+  caches = groups.each(cache)
   invariants.check(cache)
-  compare_ledger(cache.ledger, model)
+  compare_ledger(groups.like(cache, [each.ledger for each in caches]), model)
+  for each, group in zip(caches, model.groups):
+    _compare_tokens(each, group)
 
+
+def _compare_tokens(cache: Cache, model: Group) -> None:
   tokens = np.zeros((len(model.rows), model.capacity), np.int32)
   for r, row in enumerate(model.rows):
     live = row.tokens[row.start : row.length]
@@ -150,8 +193,12 @@ def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
 
 
 @jax.jit
-def poison(cache: Cache) -> Cache:
-  """The cache with NaN in every page that nobody holds."""
+def poison(cache: Any) -> Any:
+  """The cache, or each of a tuple, with NaN in every page that nobody holds."""
+  return _mapped(_poisoned, cache)
+
+
+def _poisoned(cache: Cache) -> Cache:
   free = (cache.ledger.pool.refcount == 0)[:, None, None, None, None]
   nan = jax.lax.bitcast_convert_type(jnp.full((), jnp.nan, cache.pages.dtype), cache.pages.kv.dtype)
   kv = jnp.where(free, nan, cache.pages.kv)
@@ -161,26 +208,24 @@ def poison(cache: Cache) -> Cache:
 _gather = jax.jit(cache_lib.gather)
 
 
-def _apply(
-  verbs, config: CacheConfig, cache: Cache, images: strategies.Images, step: strategies.Step
-):
+def _apply(verbs, config: Configs, cache: Any, images: strategies.Images, step: strategies.Step):
   """The next cache, ok, and the pages that `restore` took."""
   verb = getattr(verbs, step.verb)
   arrays = _arrays(step)
   pages = None
   if step.verb == "write":
     plan = verbs.plan(cache, *arrays[:2])
-    for layer in range(config.num_layers):
-      shape = (config.num_kv_heads, config.head_dim)
-      k, *v = keys_and_values(arrays[2], layer, shape, config.value_dim)
-      cache = verbs.write(cache, jnp.int32(layer), k, v[0] if v else None, plan)
-    return cache, plan.ok, pages
+    written = [
+      _written(verbs, *each, arrays[2])
+      for each in zip(groups.each(config), groups.each(cache), groups.each(plan))
+    ]
+    return groups.like(cache, written), groups.each(plan)[0].ok, pages
   if step.verb == "offload":
-    images.pages += verbs.offload(cache, *arrays)
+    images.keep(verbs.offload(cache, *arrays))
     return cache, True, pages
   if step.verb == "restore":
-    chosen = tuple(images.pages[i] for i in step.operands[0])
-    cache, pages, info = verbs.restore(cache, chosen, jnp.int32(step.operands[1]))
+    chosen, count = step.operands
+    cache, pages, info = verbs.restore(cache, images.chosen(chosen), _mapped(jnp.int32, count))
   elif step.verb == "swap_out":
     cache, image, info = verbs.swap_out(cache, jnp.int32(step.operands[0]))
     if info.ok:
@@ -192,23 +237,43 @@ def _apply(
       images.rows.pop(index)
   else:
     cache, info = verb(cache, *arrays)
-  np.testing.assert_array_equal(info.num_free, cache.num_free, "info.num_free")
+  _equal(info.num_free, _mapped(lambda each: each.num_free, cache), "info.num_free")
   return cache, info.ok, pages
 
 
-def _arrays(step: strategies.Step) -> list[np.ndarray]:
-  return [np.asarray(x, bool if x and isinstance(x[0], bool) else np.int32)
-          for x in step.operands if isinstance(x, list)]  # fmt: skip
+def _written(verbs, config: CacheConfig, cache: Cache, plan: Plan, tokens: np.ndarray) -> Cache:
+  """The cache with tokens in every layer."""
+  for layer in range(config.num_layers):
+    shape = (config.num_kv_heads, config.head_dim)
+    k, *v = keys_and_values(tokens, layer, shape, config.value_dim)
+    cache = verbs.write(cache, jnp.int32(layer), k, v[0] if v else None, plan)
+  return cache
 
 
-def _compare_images(config: CacheConfig, images: list[Pages], contents: list[list]) -> None:
+def _arrays(step: strategies.Step) -> list:
+  """The lists among the operands of a step as arrays."""
+  return [_mapped(_array, x) for x in step.operands if isinstance(x, list | tuple)]
+
+
+def _array(values: list | int) -> np.ndarray:
+  array = np.asarray(values)
+  return array if array.dtype == bool else array.astype(np.int32)
+
+
+def _compare_images(config: Configs, images: list, contents: list) -> None:
   """Raises unless each image has the bytes of the tokens that the model's has."""
-  shape = (config.num_kv_heads, config.head_dim)
   for image, content in zip(images, contents, strict=True):
-    tokens = [0 if token is None else token for token in content]
-    kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D], or [L,H,T,D] of keys alone
-    padding = (0, 0), (0, 0), (0, config.array_head_dim - config.head_dim)
-    for layer in range(config.num_layers):
-      kept = keys_and_values(tokens, layer, shape, config.value_dim)
-      wanted = np.concatenate([np.pad(x.transpose(1, 0, 2), padding) for x in kept], axis=-1)
-      np.testing.assert_array_equal(kv[layer], wanted, f"image {content}")
+    parts = (groups.each(x) for x in (config, image, content))
+    for each in zip(*parts, strict=True):
+      _compare_image(*each)
+
+
+def _compare_image(config: CacheConfig, image: Pages, content: list) -> None:
+  shape = (config.num_kv_heads, config.head_dim)
+  tokens = [0 if token is None else token for token in content]
+  kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D], or [L,H,T,D] of keys alone
+  padding = (0, 0), (0, 0), (0, config.array_head_dim - config.head_dim)
+  for layer in range(config.num_layers):
+    kept = keys_and_values(tokens, layer, shape, config.value_dim)
+    wanted = np.concatenate([np.pad(x.transpose(1, 0, 2), padding) for x in kept], axis=-1)
+    np.testing.assert_array_equal(kv[layer], wanted, f"image {content}")

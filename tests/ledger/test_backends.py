@@ -43,7 +43,7 @@ class Ledgers:
       report = getattr(self.host, verb)(*arrays)
       ok = getattr(self.model, verb)(*operands)
     assert info.ok.tolist() == report.ok.tolist() == ok
-    assert int(info.num_free) == report.num_free == self.model.num_free()
+    assert int(info.num_free) == report.num_free == self.model.groups[0].num_free()
     replay.same(self.host.snapshot(), self.device)
     replay.compare_ledger(self.host.snapshot(), self.model)
     return ok
@@ -244,9 +244,11 @@ def test_case(name, copy_on_write):
   for verb, operands, ok in verbs:
     wanted = ok if isinstance(ok, bool) else [letter == "T" for letter in ok]
     assert ledgers.ask(verb, *operands) == wanted, (verb, operands)
-  found = ["".join(map(str, row)).replace(str(N), ".") for row in ledgers.host.block_tables]
+  found = [
+    "".join(map(str, row)).replace(str(N), ".") for row in ledgers.host.groups[0].block_tables
+  ]
   assert found == tables
-  assert "".join(map(str, ledgers.host.refcount)) == refcounts
+  assert "".join(map(str, ledgers.host.groups[0].refcount)) == refcounts
 
 
 @pytest.mark.parametrize("copy_on_write", [True, False])

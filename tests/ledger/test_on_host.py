@@ -26,12 +26,12 @@ def run(ledger, history):
 @contextlib.contextmanager
 def hearing(ledger):
   before = ledger.snapshot().pool
-  ledger.touched.clear()
+  ledger.groups[0].touched.clear()
   yield
   after = ledger.snapshot().pool
   held = (before.holds > 0) | (after.holds > 0)
   changed = (before.holds != after.holds) | (before.refcount != after.refcount)
-  assert set((held & changed).nonzero()[0]) <= ledger.touched <= set(held.nonzero()[0])
+  assert set((held & changed).nonzero()[0]) <= ledger.groups[0].touched <= set(held.nonzero()[0])
 
 
 @settings(
@@ -75,12 +75,12 @@ def test_a_search_crosses_windows_of_the_bitmap_and_the_end_of_the_pool():
   ledger.take_held(np.array(n), n)
   free = [100, 101, 8199, 10 * 8192, n - 1, 5, 99]  # in the order from page 100 on
   ledger.drop(np.array(sorted(free)))
-  ledger.cursor = 100
+  ledger.groups[0].cursor = 100
   for count in (1, 4, 2):
     pages, info = ledger.take_held(np.array(count), 4)
     assert pages[:count].tolist() == free[:count] and info.num_free == len(free) - count
     free = free[count:]
-  assert ledger.cursor == 100 and not ledger.bitmap.any()
+  assert ledger.groups[0].cursor == 100 and not ledger.groups[0].bitmap.any()
 
 
 def test_a_rewind_without_a_mark_is_refused():
