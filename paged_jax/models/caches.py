@@ -68,7 +68,7 @@ def cache_config(
     CacheConfig(
       num_layers=len(group.layers), num_kv_heads=group.num_kv_heads, head_dim=group.head_dim,
       page_size=page_size, num_pages=num_pages or 1, num_rows=num_rows, max_length=max_length,
-      dtype=jnp.dtype(dtype),
+      dtype=jnp.dtype(dtype), window=group.window,
     )
     for group in groups
   ]  # fmt: skip
@@ -80,22 +80,28 @@ def cache_config(
 
 
 def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
-  """What `cache_config` has decided, a line per cache, to be printed.
+  """What `cache_config` has decided: a line per cache, to be printed.
 
+  >>> import dataclasses
   >>> from paged_jax import models
   >>> config = models.load(models.embedded()).config
-  >>> caches = models.cache_config(config, memory_bytes=2**22, num_rows=4, dtype="float32")
+  >>> config = dataclasses.replace(config, windows=(32, 32, 32, None))
+  >>> caches = models.cache_config(config, memory_bytes=2**21, num_rows=4, dtype="float32")
   >>> print(models.describe(caches))
-  4 layers, 2 KV heads of 32: 128 pages of 16 tokens, 512 tokens per row, 4,194,304 bytes (100%)
+  1 layer, all 512 tokens of a row: 88 pages of 8,192 bytes, 0.7 MB (34%)
+  3 layers, the last 32 tokens of a row: 56 pages of 24,576 bytes, 1.4 MB (66%)
   """
   caches = [caches] if isinstance(caches, CacheConfig) else caches
-  sizes = _pool_bytes(caches)
-  return "\n".join(
-    f"{each.num_layers} layers, {each.num_kv_heads} KV heads of {each.head_dim}:"
-    f" {each.num_pages:,} pages of {each.page_size} tokens, {each.max_length:,} tokens per row,"
-    f" {size:,} bytes ({size / sum(sizes):.0%})"
-    for each, size in zip(caches, sizes)
-  )
+  sizes = [cache.num_pages * page for cache, page in zip(caches, _page_bytes(caches))]
+  lines = []
+  for cache, size in zip(caches, sizes):
+    layers = f"{cache.num_layers} layer{'s' if cache.num_layers > 1 else ''}"
+    kept = f"all {cache.max_length:,}" if cache.window is None else f"the last {cache.window:,}"
+    lines.append(
+      f"{layers}, {kept} tokens of a row: {cache.num_pages:,} pages of"
+      f" {size // cache.num_pages:,} bytes, {size / 1e6:,.1f} MB ({size / sum(sizes):.0%})"
+    )
+  return "\n".join(lines)
 
 
 def _split(
@@ -109,7 +115,7 @@ def _split(
   step = [0 if w is None else -(-step_tokens // size) for w in windows]
   longest = [w == windows[0] for w in windows]
   if memory_bytes is not None:
-    page_bytes = _pool_bytes([dataclasses.replace(cache, num_pages=1) for cache in caches])
+    page_bytes = _page_bytes(caches)
     needed = sum(b * (r + s) for b, r, s in zip(page_bytes, row, step))
     if needed > memory_bytes:
       raise ValueError(
@@ -130,10 +136,9 @@ def _split(
   ]
 
 
-def _pool_bytes(caches: Sequence[CacheConfig]) -> list[int]:
-  """Bytes of each cache's pool, as this platform stores it."""
-  stored = [cache.stored_for(jax.default_backend()) for cache in caches]
-  return [cache.num_pages * cache.page_bytes for cache in stored]
+def _page_bytes(caches: Sequence[CacheConfig]) -> list[int]:
+  """Bytes of a page of each cache, as this platform stores it."""
+  return [cache.stored_for(jax.default_backend()).page_bytes for cache in caches]
 
 
 def _check_ropes(config: DecoderConfig, max_length: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from paged_jax import cache as cache_lib
+from paged_jax import groups as groups_lib
 from paged_jax.models import pattern, ropes
 from paged_jax.models.config import DecoderConfig, Group
 from paged_jax.models.layers import Layer, Linear, Norm
@@ -70,9 +71,8 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: The caches are not those of the groups.
     """
-    groups = self.config.groups if isinstance(cache, tuple) else (self.config.uniform,)
-    caches = cache if isinstance(cache, tuple) else (cache,)
-    plans = plan if isinstance(plan, tuple) else (plan,)
+    groups = self.config.groups if groups_lib.several(cache) else (self.config.uniform,)
+    caches, plans = groups_lib.each(cache), groups_lib.each(plan)
     _check(caches, plans, groups)
 
     def attend(caches, group, index, q, k, v, **options):
@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
       return heads, (*caches[:group], cache, *caches[group + 1 :])
 
     x, caches = self._run(tokens, plans[0].positions, groups, attend, caches)
-    return x, caches if isinstance(cache, tuple) else caches[0]
+    return x, groups_lib.like(cache, caches)
 
   def dense(self, tokens: jax.Array) -> jax.Array:
     """Runs whole sequences without a cache, for training.

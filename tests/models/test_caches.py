@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from paged_jax import models
+from paged_jax.ledger import HostLedger
 from paged_jax.models import families
 
 RAW = {"model_type": "gemma3_text", "num_hidden_layers": 26, "num_attention_heads": 4}
@@ -102,6 +104,29 @@ def test_pages_or_memory_must_be_given(given):
     models.cache_config(GEMMA3, num_rows=1, **given)
 
 
+def test_caches_have_the_windows_of_their_groups():
+  assert [c.window for c in models.cache_config(GEMMA3, num_pages=4096, **SIZES)] == [None, 512]
+  assert models.cache_config(MISTRAL, num_pages=8, num_rows=2).window == 64
+  assert models.cache_config(MISTRAL, num_pages=8, num_rows=2, uniform=True).window is None
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("window", [1, 2, 17])
+def test_bound_of_a_window_is_what_rows_hold_in_the_worst_case(window, page_size):
+  config = dataclasses.replace(GEMMA3, windows=(None, window) * 13)
+  sizes = {"num_rows": 3, "page_size": page_size, "max_length": 96, "num_pages": 500}
+  bound = models.cache_config(config, step_tokens=24, prefix_ends=0, **sizes)[1].num_pages
+  large = dataclasses.replace(models.cache_config(config, **sizes)[1], num_pages=500)
+  ledger = HostLedger(large)
+  most = 0
+  for counts in [[1, 1, 1]] * 9 + [[24, 1, 1], [1, 13, 11], [1, 1, 24]] + [[1, 1, 1]] * 20:
+    info = ledger.extend(np.int32(counts))
+    assert info.ok.all()
+    most = max(most, 500 - int(info.num_free))
+  assert bound - 4 <= most <= bound
+
+
 def test_description_has_a_line_per_cache():
-  lines = models.describe(models.cache_config(GEMMA3, num_pages=4096, **SIZES)).splitlines()
-  assert len(lines) == 2 and "4 layers" in lines[0] and "22 layers" in lines[1]
+  full, window = models.describe(models.cache_config(GEMMA3, num_pages=4096, **SIZES)).splitlines()
+  assert full.startswith("4 layers, all 8,192 tokens of a row: 4,096 pages")
+  assert window.startswith("22 layers, the last 512 tokens of a row: 560 pages")

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import paged_jax
-from paged_jax import jitted, models, testing
+from paged_jax import groups, jitted, models, testing
 from paged_jax.models import ropes
 
 CONFIG = models.DecoderConfig(
@@ -33,27 +33,26 @@ def layered(windows, **changes):
   return small(num_layers=len(windows), windows=windows, **changes)
 
 
-def caches_of(decoder, **changes):
-  """A cache per group."""
-  configs = models.cache_config(decoder.config, **{"dtype": jnp.float32} | SIZES | changes)
-  configs = configs if isinstance(configs, tuple) else (configs,)
-  return tuple(jitted.init(config) for config in configs)
+def cache_of(decoder, **changes):
+  """The cache of a decoder, or the tuple of its groups' caches."""
+  return paged_jax.init(
+    models.cache_config(decoder.config, **{"dtype": jnp.float32} | SIZES | changes)
+  )
 
 
-def step(decoder, caches, tokens, rows, positions):
+def step(decoder, cache, tokens, rows, positions):
   """The caches and hidden states after one ragged batch."""
-  counts = jnp.zeros(caches[0].lengths.shape, jnp.int32).at[rows].add(1, mode="drop")
-  caches = tuple(paged_jax.extend(cache, counts)[0] for cache in caches)
-  plans = tuple(paged_jax.plan(cache, rows, positions) for cache in caches)
-  x, caches = decoder(tokens, caches, plans)
-  return caches, x
+  counts = jnp.zeros(groups.each(cache)[0].lengths.shape, jnp.int32).at[rows].add(1, mode="drop")
+  cache, _ = paged_jax.extend(cache, counts)
+  x, cache = decoder(tokens, cache, paged_jax.plan(cache, rows, positions))
+  return cache, x
 
 
 def test_paged_equals_dense_for_ragged_rows_with_padding():
   decoder = small()
   lengths = np.int32([7, 0, 19])
   tokens = np.random.default_rng(0).integers(64, size=(3, 19), dtype=np.int32)
-  (cache,) = caches_of(decoder, uniform=True)
+  cache = cache_of(decoder, uniform=True)
   cache, _ = jitted.extend(cache, lengths)
   rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
   positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
@@ -79,11 +78,9 @@ def test_groups_of_caches_give_what_one_cache_gives(name):
   rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
   positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
   tokens = np.random.default_rng(0).integers(64, size=32, dtype=np.int32)
-  run = jax.jit(lambda caches: step(decoder, caches, tokens, rows, positions)[1])
-  grouped, dense = run(caches_of(decoder)), jax.jit(decoder.dense)(tokens[None, :19])[0]
-  (cache,) = caches_of(decoder, uniform=True)
-  cache, _ = jitted.extend(cache, np.int32([7, 0, 19]))
-  uniform, _ = jax.jit(decoder)(tokens, cache, jitted.plan(cache, rows, positions))
+  run = jax.jit(lambda cache: step(decoder, cache, tokens, rows, positions)[1])
+  grouped, uniform = run(cache_of(decoder)), run(cache_of(decoder, uniform=True))
+  dense = jax.jit(decoder.dense)(tokens[None, :19])[0]
   np.testing.assert_allclose(grouped, uniform, atol=1e-5)
   np.testing.assert_allclose(jax.jit(decoder.logits)(grouped)[:19], dense, atol=1e-5)
 
@@ -91,37 +88,31 @@ def test_groups_of_caches_give_what_one_cache_gives(name):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_layers_write_their_pools_in_place(grouped):
   decoder = layered((5, 5, None) * 2 + (5,))
-  caches = caches_of(decoder, uniform=not grouped, num_pages=64, num_rows=4)
+  cache = cache_of(decoder, uniform=not grouped, num_pages=64, num_rows=4)
   rows = jnp.arange(4, dtype=jnp.int32)
 
-  def steps(caches):
-    def body(caches, _):
-      lengths = caches[0].lengths
-      if grouped:
-        return step(decoder, caches, rows, rows, lengths)
-      (cache,) = caches
-      cache, _ = paged_jax.extend(cache, jnp.ones(4, jnp.int32))
-      x, cache = decoder(rows, cache, paged_jax.plan(cache, rows, lengths))
-      return (cache,), x
+  def steps(cache):
+    def body(cache, _):
+      return step(decoder, cache, rows, rows, groups.each(cache)[0].lengths)
 
-    return jax.lax.scan(body, caches, length=3)
+    return jax.lax.scan(body, cache, length=3)
 
-  testing.assert_in_place(steps, caches)
+  testing.assert_in_place(steps, cache)
 
 
 def test_program_does_not_grow_with_the_layers_of_a_pattern():
   def size(repeats):
     decoder = layered((5, 5, 5, None) * repeats + (5,))
     rows = jnp.zeros(4, jnp.int32)
-    call = jax.make_jaxpr(lambda caches: step(decoder, caches, rows, rows, jnp.arange(4)))
-    return str(call(caches_of(decoder))).count("dot_general")
+    call = jax.make_jaxpr(lambda cache: step(decoder, cache, rows, rows, jnp.arange(4)))
+    return str(call(cache_of(decoder))).count("dot_general")
 
   assert size(2) == size(8)
 
 
 def test_caches_of_another_model_are_refused():
   decoder = layered((5, None, None))
-  caches = caches_of(decoder)
+  caches = cache_of(decoder)
   rows = jnp.zeros(1, jnp.int32)
   plan = jitted.plan(caches[0], rows, rows)
   message = "groups of {} layers, got caches of {} layers and {} plans"
@@ -136,7 +127,7 @@ def test_caches_of_another_model_are_refused():
 
 def test_decoder_compiles_once_for_all_batches_of_a_size():
   decoder = small()
-  (cache,) = caches_of(decoder, num_rows=2, uniform=True)
+  cache = cache_of(decoder, num_rows=2, uniform=True)
 
   @jax.jit
   @chex.assert_max_traces(n=1)
@@ -153,7 +144,7 @@ def test_decoder_compiles_once_for_all_batches_of_a_size():
 def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
   decoder = small()
   nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(decoder)))
-  (cache,) = caches_of(decoder, dtype=jnp.bfloat16, num_rows=1, uniform=True)
+  cache = cache_of(decoder, dtype=jnp.bfloat16, num_rows=1, uniform=True)
   cache, _ = jitted.extend(cache, jnp.array([3], jnp.int32))
   plan = jitted.plan(cache, jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
   x, _ = jax.jit(decoder)(jnp.arange(3, dtype=jnp.int32), cache, plan)

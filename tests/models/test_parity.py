@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 import paged_jax
-from paged_jax import models
+from paged_jax import groups, models
 
 GOLDENS = Path(__file__).parent / "goldens"
 CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
@@ -21,9 +21,8 @@ def make_cache(config, platform="cpu", uniform=False):
   """The caches of a model: a tuple of them, or a uniform one."""
   sizes = {"num_pages": 40, "num_rows": NUM_ROWS, "page_size": 4, "max_length": 64}
   made = models.cache_config(config, dtype=jnp.float32, uniform=uniform, **sizes)
-  if isinstance(made, tuple):
-    return tuple(paged_jax.init(each.stored_for(platform)) for each in made)
-  return paged_jax.init(made.stored_for(platform))
+  stored = [each.stored_for(platform) for each in groups.each(made)]
+  return paged_jax.init(groups.like(made, stored))
 
 
 def prefill(decoder, cache, prompt):
@@ -41,22 +40,9 @@ def prefill(decoder, cache, prompt):
 def step(decoder, cache, tokens, rows, positions):
   """Logits of one ragged batch."""
   counts = jnp.zeros(NUM_ROWS, jnp.int32).at[rows].add(1)
-  grouped = isinstance(cache, tuple)
-  caches, ok = [], []
-  for each, group in zip(cache if grouped else (cache,), decoder.config.groups):
-    if grouped and group.window:  # no page behind the window
-      each, _ = paged_jax.slide(each, jnp.maximum(each.lengths - group.window + 1, 0))
-    each, info = paged_jax.extend(each, counts)
-    caches.append(each)
-    ok.append(info.ok)
-  plans = tuple(paged_jax.plan(each, rows, positions) for each in caches)
-  x, cache = decoder(tokens, *((tuple(caches), plans) if grouped else (caches[0], plans[0])))
-  return jnp.where(jnp.stack(ok).all(), decoder.logits(x), jnp.nan), cache
-
-
-def length_of(cache, row):
-  """Tokens that a row holds, in every group."""
-  return (cache[0] if isinstance(cache, tuple) else cache).lengths[row]
+  cache, info = paged_jax.extend(cache, counts)
+  x, cache = decoder(tokens, cache, paged_jax.plan(cache, rows, positions))
+  return jnp.where(info.ok.all(), decoder.logits(x), jnp.nan), cache
 
 
 def decode(decoder, cache, token, steps):
@@ -65,7 +51,7 @@ def decode(decoder, cache, token, steps):
   def body(carry, _):
     cache, token = carry
     rows = jnp.array([ROW], jnp.int32)
-    logits, cache = step(decoder, cache, token, rows, length_of(cache, rows))
+    logits, cache = step(decoder, cache, token, rows, groups.each(cache)[0].lengths[rows])
     chosen = logits.argmax(-1).astype(jnp.int32)
     return (cache, chosen), (token[0], logits[0])
 
