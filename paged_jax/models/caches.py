@@ -68,7 +68,7 @@ def cache_config(
     CacheConfig(
       num_layers=len(group.layers), num_kv_heads=group.num_kv_heads, head_dim=group.head_dim,
       page_size=page_size, num_pages=num_pages or 1, num_rows=num_rows, max_length=max_length,
-      dtype=jnp.dtype(dtype), window=group.window,
+      dtype=jnp.dtype(dtype), value_dim=group.value_dim, window=group.window,
     )
     for group in groups
   ]  # fmt: skip

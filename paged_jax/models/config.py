@@ -20,6 +20,7 @@ class Group(NamedTuple):
   num_kv_heads: int
   head_dim: int
   layers: tuple[int, ...]  # in order; layer `layers[i]` of the model is layer i of the cache
+  value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,24 @@ class Experts:
   per_token: int
   gain: float = 1.702  # of the sigmoid in the activation
   limit: float = 7.0  # of what the activation takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+  """Keys and values that are projections of one vector per token, which is cached (DeepSeek).
+
+  >>> from paged_jax import models
+  >>> latent = models.Latent(rank=512, key_dim=128, rope_dim=64, value_dim=128)
+  >>> latent.rank + latent.rope_dim  # what is cached of a token
+  576
+  """
+
+  rank: int  # size of that vector
+  key_dim: int  # of a head's key, what comes from the vector and is not rotated
+  rope_dim: int  # of a token's rotated key, one for all heads
+  value_dim: int  # of a head's value
+  query_rank: int | None = None  # size of the vector that queries are a projection of, if any
+  interleaved: bool = True  # ropes turn the pairs (2d, 2d + 1), not (d, d + D/2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +90,7 @@ class DecoderConfig:
   output_bias: bool = False  # of attention (gpt-oss)
   sinks: bool = False  # each head may attend to nothing, by a logit of its own (gpt-oss)
   experts: Experts | None = None  # in place of the MLP
+  latent: Latent | None = None  # then `num_kv_heads` and `head_dim` are those of what is cached
   tied: bool = False  # logits reuse the embedding
   embed_scale: float = 1.0
   attention_scale: float | None = None  # None = head_dim**-0.5
@@ -80,12 +100,23 @@ class DecoderConfig:
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}")
-    if self.head_dim % 2:
-      raise ValueError(f"{self.head_dim=} must be even")
+    if self.rope_dim % 2:
+      name = "head_dim" if self.latent is None else "latent.rope_dim"
+      raise ValueError(f"{name} must be even, got {self.rope_dim}")
+    if self.latent and (self.num_kv_heads, self.head_dim) != (1, self.latent.rank + self.rope_dim):
+      raise ValueError(
+        f"{self.num_kv_heads=} and {self.head_dim=} must be 1 and {self.latent.rank + self.rope_dim}"
+        " for this latent attention"
+      )
     if not len(self.windows) == len(self.ropes) == self.num_layers:
       raise ValueError(f"windows and ropes must have {self.num_layers=} entries")
     if self.experts and not 1 <= self.experts.per_token <= self.experts.num_experts:
       raise ValueError(f"{self.experts.per_token=} must be in [1, {self.experts.num_experts=}]")
+
+  @property
+  def rope_dim(self) -> int:
+    """Channels of a head that turn with the position."""
+    return self.head_dim if self.latent is None else self.latent.rope_dim
 
   @functools.cached_property
   def groups(self) -> tuple[Group, ...]:
@@ -102,10 +133,11 @@ class DecoderConfig:
     """
     windows = dict.fromkeys(self.windows)
     layers = {w: tuple(i for i, each in enumerate(self.windows) if each == w) for w in windows}
-    groups = [Group(w, self.num_kv_heads, self.head_dim, layers[w]) for w in windows]
+    groups = [self.uniform._replace(window=w, layers=layers[w]) for w in windows]
     return tuple(sorted(groups, key=lambda group: -(group.window or math.inf)))
 
   @functools.cached_property
   def uniform(self) -> Group:
     """All layers as one group, which keeps all tokens."""
-    return Group(None, self.num_kv_heads, self.head_dim, tuple(range(self.num_layers)))
+    layers, value_dim = tuple(range(self.num_layers)), self.latent.rank if self.latent else None
+    return Group(None, self.num_kv_heads, self.head_dim, layers, value_dim)

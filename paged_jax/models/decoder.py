@@ -98,6 +98,8 @@ class Decoder(nnx.Module):
 
     def attend(state, group, index, q, k, v, **options):
       del group, index
+      if v is None:
+        v = k[..., : self.config.uniform.value_dim]
       q, k, v = (x.reshape(m, c, *x.shape[1:]) for x in (q, k, v))
       heads = jax.vmap(partial(attention, **options))(q, k, v)
       return heads.reshape(m * c, *heads.shape[2:]), state
@@ -120,7 +122,7 @@ class Decoder(nnx.Module):
     number = {i: g for g, group in enumerate(groups) for i in group.layers}
     index = {i: j for group in groups for j, i in enumerate(group.layers)}
     distinct = list(dict.fromkeys(config.ropes))  # most models have one for all layers, or two
-    turns = ropes.turns(distinct, positions, config.head_dim, length)
+    turns = ropes.turns(distinct, positions, config.rope_dim, length)
     kinds = [distinct.index(rope) for rope in config.ropes]
     windows = [NO_WINDOW if window is None else window for window in config.windows]
     # what differs from layer to layer: its numbers in the stack and in the cache, window, rope

@@ -6,6 +6,7 @@ so the path of a parameter is the name of its tensor.
 Axis letters besides the cache's: E hidden size.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paged_jax.models import ropes
-from paged_jax.models.config import DecoderConfig, Experts
+from paged_jax.models.config import DecoderConfig, Experts, Latent
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -82,6 +83,59 @@ class Attention(nnx.Module):
     return self.o_proj(heads.reshape(len(heads), -1))
 
 
+class LatentAttention(nnx.Module):
+  """The projections around latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1).
+
+  Each head's key and value are projections of the token's vector c, the key with a part r that all
+  heads share. What is cached is c and r; the projections move to the queries and to the outputs:
+
+      # logit    (q, p) . (K c, r)  =  (K' q, p) . (c, r)       so queries have as many channels
+      # output   sum of w (V c)     =  V (sum of w c)           and a value is c itself
+  """
+
+  def __init__(self, config: DecoderConfig, latent: Latent, *, rngs: nnx.Rngs):
+    hidden, heads = config.hidden_size, config.num_heads
+    query_dim = heads * (latent.key_dim + latent.rope_dim)
+    inner = dataclasses.replace(config, norm_eps=1e-6)  # whatever the other norms have
+    if latent.query_rank is None:
+      self.q_proj = Linear(hidden, query_dim, rngs=rngs)
+    else:
+      self.q_a_proj = Linear(hidden, latent.query_rank, rngs=rngs)
+      self.q_a_layernorm = Norm(latent.query_rank, inner)
+      self.q_b_proj = Linear(latent.query_rank, query_dim, rngs=rngs)
+    self.kv_a_proj_with_mqa = Linear(hidden, latent.rank + latent.rope_dim, rngs=rngs)
+    self.kv_a_layernorm = Norm(latent.rank, inner)
+    self.kv_b_proj = Linear(latent.rank, heads * (latent.key_dim + latent.value_dim), rngs=rngs)
+    self.o_proj = Linear(heads * latent.value_dim, hidden, rngs=rngs)
+    self.sinks = None
+    self.sizes, self.num_heads = latent, heads
+
+  def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """Queries [B,Q,rank+rope_dim] for the keys [B,1,rank+rope_dim], whose first part is the value."""
+    sizes = self.sizes
+    if sizes.query_rank is None:
+      q = self.q_proj(x)
+    else:
+      q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    q, q_turning = jnp.split(q.reshape(len(x), self.num_heads, -1), [sizes.key_dim], axis=-1)
+    k, k_turning = jnp.split(self.kv_a_proj_with_mqa(x)[:, None], [sizes.rank], axis=-1)
+    if sizes.interleaved:
+      q_turning, k_turning = ropes.paired(q_turning), ropes.paired(k_turning)
+    q_turning, k_turning = (ropes.rotate(x, cos, sin) for x in (q_turning, k_turning))
+    q = jnp.einsum("bqd,qdc->bqc", q, self._up()[:, : sizes.key_dim])
+    q = jnp.concatenate([q, q_turning], axis=-1)
+    return q, jnp.concatenate([self.kv_a_layernorm(k), k_turning], axis=-1), None
+
+  def out(self, heads: jax.Array) -> jax.Array:
+    """[B,E] of what attention gives, `heads` [B,Q,rank]."""
+    heads = jnp.einsum("bqc,qdc->bqd", heads, self._up()[:, self.sizes.key_dim :])
+    return self.o_proj(heads.reshape(len(heads), -1))
+
+  def _up(self) -> jax.Array:
+    """[Q,key_dim+value_dim,rank] projections of the vector to each head's key and value."""
+    return self.kv_b_proj.weight[...].reshape(self.num_heads, -1, self.sizes.rank)
+
+
 class MLP(nnx.Module):
   """Gated MLP."""
 
@@ -143,7 +197,11 @@ class Layer(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.input_layernorm = Norm(config.hidden_size, config)
-    self.self_attn = Attention(config, rngs=rngs)
+    self.self_attn = (
+      Attention(config, rngs=rngs)
+      if config.latent is None
+      else LatentAttention(config, config.latent, rngs=rngs)
+    )
     self.post_attention_layernorm = Norm(config.hidden_size, config)
     self.pre_feedforward_layernorm = Norm(config.hidden_size, config) if config.post_norms else None
     self.post_feedforward_layernorm = (
@@ -157,7 +215,7 @@ class Layer(nnx.Module):
 
   def qkv(
     self, x: jax.Array, cos: jax.Array, sin: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Queries, keys and values of the residual stream `x` [B,E]; see `ropes.rotate`."""
     return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
 

@@ -153,8 +153,17 @@ def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
   assert np.isfinite(logits).all()
 
 
-def test_gradients_reach_every_parameter():
-  graph, params = nnx.split(small(qkv_bias=True, post_norms=True))
+LATENT = models.Latent(12, 8, 4, 6, query_rank=10)
+KINDS = {
+  "dense": {"qkv_bias": True, "post_norms": True},
+  "experts": {"experts": models.Experts(4, 2), "sinks": True, "output_bias": True},
+  "latent": {"latent": LATENT, "num_kv_heads": 1, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_reach_every_parameter(name):
+  graph, params = nnx.split(small(**KINDS[name]))
   tokens = np.arange(16, dtype=np.int32)[None]
 
   def loss(params):
@@ -184,8 +193,17 @@ def test_llama3_rope_keeps_fast_pairs_and_divides_slow_ones():
 
 
 @pytest.mark.parametrize(
-  "changes", [{"num_kv_heads": 3}, {"head_dim": 7}, {"windows": (None,)}], ids=str
+  "changes",
+  [
+    {"num_kv_heads": 3},
+    {"head_dim": 7},
+    {"windows": (None,)},
+    {"experts": models.Experts(4, 5)},
+    {"latent": models.Latent(4, 4, 3, 4)},
+    {"latent": models.Latent(4, 4, 4, 4)},
+  ],
+  ids=str,
 )
 def test_config_that_does_not_fit_together_is_refused(changes):
-  with pytest.raises(ValueError, match=next(iter(changes))):
+  with pytest.raises(ValueError, match=next(iter(changes)).removesuffix("s")):
     dataclasses.replace(CONFIG, **changes)

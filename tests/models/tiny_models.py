@@ -52,6 +52,11 @@ CONFIGS = {
   | {"model_type": "gpt_oss", "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 3}
   | {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
   | {"swiglu_limit": 0.7, "rope_parameters": YARN},
+  "deepseek_v3": SMALL
+  | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "first_k_dense_replace": 2}
+  | {"kv_lora_rank": 16, "q_lora_rank": 12, "v_head_dim": 10, "rms_norm_eps": 1e-5}
+  | {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
+  | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}},
 }
 SHARDED = "llama3"  # saved in several files
 PROMPT, STEPS = 24, 32  # tokens of the prompt, and decoded after it
