@@ -47,7 +47,7 @@ from paged_jax.models import decoder as decoder_lib
 NUM_ROWS = 32
 MAX_LENGTH = 8192
 POOLS = (2**31, 2**32)
-_ROPE = decoder_lib.Rope(scaling="llama3", base=500_000.0, factor=32.0, high_freq_factor=4.0)
+_ROPE = paged_jax.models.Rope(scaling="llama3", base=500_000.0, factor=32.0, high_freq_factor=4.0)
 MODELS = {
   "1B": decoder_lib.DecoderConfig(
     vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
@@ -62,7 +62,7 @@ MODELS = {
   "8B": decoder_lib.DecoderConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32,
     num_kv_heads=8, head_dim=128, max_length=MAX_LENGTH, windows=(None,) * 32,
-    ropes=(decoder_lib.Rope(base=500_000.0),) * 32,
+    ropes=(paged_jax.models.Rope(base=500_000.0),) * 32,
   ),
 }  # fmt: skip
 CONTEXT = 2048  # tokens of each row whose step is weighed

@@ -117,7 +117,7 @@ def layer_step(model: Model, mesh, num_tokens: int):
 
 def whole_step(mesh, page_size: int):
   """A decode step of a 3B Llama: allocation, all layers under `scan`, the next tokens."""
-  rope = decoder_lib.Rope(scaling="llama3", base=500_000.0, factor=32.0, high_freq_factor=4.0)
+  rope = paged_jax.models.Rope(scaling="llama3", base=500_000.0, factor=32.0, high_freq_factor=4.0)
   config = decoder_lib.DecoderConfig(
     vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24,
     num_kv_heads=8, head_dim=128, max_length=8192, windows=(None,) * 28, ropes=(rope,) * 28,

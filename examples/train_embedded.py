@@ -21,9 +21,8 @@ from matplotlib.figure import Figure
 from rich import progress
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from paged_jax.models import Decoder, DecoderConfig, Rope, loading
 from paged_jax.models import decoder as decoder_lib
-from paged_jax.models import loading
-from paged_jax.models.decoder import Decoder, DecoderConfig, Rope
 
 CARD = """# A small language model
 

@@ -45,9 +45,10 @@ TABLES = {
   "paged_jax.models": """
     __init__
     loading
-    families
-    decoder
-    added_tokens ropes tensors
+    decoder families
+    caches layers
+    config
+    added_tokens pattern ropes tensors
     fields
   """,
   "paged_jax.testing": """

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import rich.text
 import tokenizers
 from rich.console import Console, Group
@@ -12,6 +11,7 @@ from rich.live import Live
 from rich.panel import Panel
 
 from paged_jax import models, viz
+from paged_jax.cli import model as model_lib
 from paged_jax.cli import progress
 from paged_jax.cli.progress import Update
 from paged_jax.engine import Engine, EngineConfig, Sampling
@@ -66,7 +66,7 @@ def start(
   engine = Engine(
     decoder,
     EngineConfig(
-      config.stored_for(jax.default_backend()),
+      model_lib.stored(config),
       ManagerConfig(0, swapping=False, prefix_cache=False),
       num_steps=4,
       prompt_sizes=(128,),

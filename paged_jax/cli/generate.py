@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tokenizers
 import typer
 
@@ -232,16 +231,19 @@ def _engine(
   lengths = [len(prompt) - 1 + sampling.max_new_tokens for prompt, sampling in requests]
   shared = [(len(prompt) - 1) // page_size for prompt, _ in requests]  # by all samples
   needs = sorted(s + num_samples * (-(-n // page_size) - s) for n, s in zip(lengths, shared))
-  config = models.cache_config(
-    decoder.config,
-    num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
-    num_rows=at_once * num_samples,
-    page_size=page_size,
-    max_length=max(lengths),
-    dtype=decoder.embed_tokens.weight.dtype,
-  ).stored_for(jax.default_backend())
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
+  config = model_lib.stored(
+    models.cache_config(
+      decoder.config,
+      num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
+      num_rows=at_once * num_samples,
+      page_size=page_size,
+      max_length=max(lengths),
+      dtype=decoder.embed_tokens.weight.dtype,
+      step_tokens=budget,
+    )
+  )
   options = ManagerConfig(0, swapping=False, prefix_cache=len(requests) > 1)
   with model_lib.memory_for(config):
     return Engine(

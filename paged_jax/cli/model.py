@@ -2,13 +2,16 @@
 
 import contextlib
 import enum
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from paged_jax import models
+from paged_jax import groups, models
 from paged_jax.config import CacheConfig
+
+Configs = CacheConfig | tuple[CacheConfig, ...]
 
 
 class Dtype(enum.StrEnum):
@@ -33,13 +36,28 @@ def folder(model: Path | None) -> Path:
   return path
 
 
+def stored(config: Configs) -> Configs:
+  """The cache, or that of each group, as this platform stores it best."""
+  platform = jax.default_backend()
+  return groups.like(config, [each.stored_for(platform) for each in groups.each(config)])
+
+
+def free_bytes() -> int:
+  """Memory that a cache may take: most of what is free on the device, or half of a host's."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() if device.platform != "cpu" else None
+  if stats and "bytes_limit" in stats:
+    return int(0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+
+
 @contextlib.contextmanager
-def memory_for(config: CacheConfig) -> Iterator[None]:
+def memory_for(config: Configs) -> Iterator[None]:
   """Turns a failed allocation into an error that says how large the cache is."""
   try:
     yield
   except jax.errors.JaxRuntimeError:
-    size = config.num_pages * config.page_bytes
+    size = sum(each.num_pages * each.page_bytes for each in groups.each(config))
     raise ValueError(
       f"there is no memory for a cache of {size:,} bytes; --num-pages asks for a smaller one"
     ) from None

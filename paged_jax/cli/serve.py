@@ -1,15 +1,13 @@
 """`paged-jax serve`: answers requests over HTTP in OpenAI's format."""
 
-import dataclasses
 import gc
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import jax
 import typer
 
-from paged_jax import interrupts, models
+from paged_jax import groups, interrupts, models
 from paged_jax.cli import model as model_lib
 from paged_jax.cli import progress
 from paged_jax.engine import Engine, EngineConfig
@@ -25,7 +23,11 @@ def run(
   port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
   page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
   num_pages: Annotated[
-    int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
+    int | None, typer.Option(min=1, help="Pages in the pool, instead of --memory.")
+  ] = None,
+  memory: Annotated[
+    float | None,
+    typer.Option(min=0, help="Gigabytes for keys and values; default: enough, if there are."),
   ] = None,
   num_host_pages: Annotated[
     int, typer.Option(min=0, help="Pages in host memory, for samples that must wait.")
@@ -57,17 +59,15 @@ def run(
     with progress.status(f"loading {name}"):
       decoder = models.load(folder, dtype)
     max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
-    config = models.cache_config(
-      decoder.config, num_pages=num_pages or 1, num_rows=num_rows, page_size=page_size,
-      max_length=max_length, dtype=decoder.embed_tokens.weight.dtype,
-    )  # fmt: skip
-    if num_pages is None:
-      config = dataclasses.replace(config, num_pages=num_rows * config.pages_per_row)
+    sizes = dict(num_rows=num_rows, page_size=page_size, max_length=max_length,
+                 step_tokens=max(prompt_size))  # fmt: skip
+    config = model_lib.stored(_caches(decoder, num_pages, memory, sizes))
+    progress.say(models.describe(config))
     with model_lib.memory_for(config):
       engine = Engine(
         decoder,
         EngineConfig(
-          config.stored_for(jax.default_backend()),
+          config,
           ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
           prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
           implementation=attention,
@@ -86,6 +86,29 @@ def run(
     finally:
       engine.close()
   interrupts.end()
+
+
+def _caches(
+  decoder: models.Decoder, num_pages: int | None, memory: float | None, sizes: dict[str, Any]
+) -> model_lib.Configs:
+  """The caches: of so many pages, in so much memory, or for rows of full length if there is room.
+
+  Raises:
+    ValueError: Pages and memory are asked for, or the memory is too small for one text.
+  """
+  if num_pages is not None and memory is not None:
+    raise ValueError(f"give --num-pages or --memory, got {num_pages} and {memory}")
+  sizes = sizes | {"dtype": decoder.embed_tokens.weight.dtype}
+  if memory is not None:
+    return models.cache_config(decoder.config, memory_bytes=int(memory * 1e9), **sizes)
+  if num_pages is not None:
+    return models.cache_config(decoder.config, num_pages=num_pages, **sizes)
+  whole = sizes["num_rows"] * -(-sizes["max_length"] // sizes["page_size"])
+  config = models.cache_config(decoder.config, num_pages=whole, **sizes)
+  size = sum(each.num_pages * each.page_bytes for each in groups.each(model_lib.stored(config)))
+  if size <= (free := model_lib.free_bytes()):
+    return config
+  return models.cache_config(decoder.config, memory_bytes=free, **sizes)
 
 
 def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:

@@ -8,6 +8,7 @@ run dry. Numbers of pages are i64[G], one for each group of layers.
 
 import numpy as np
 
+from paged_jax.config import CacheConfig
 from paged_jax.engine.config import EngineConfig
 from paged_jax.engine.queue import Queue
 from paged_jax.host import Manager, errors
@@ -25,19 +26,15 @@ class Room:
   def __init__(self, manager: Manager, queue: Queue, config: EngineConfig):
     self._manager, self._queue, self._config = manager, queue, config
     self._sizes = np.array([cache.page_size for cache in config.caches])
-    # A row takes its text's pages at once, or with windows as it computes: then it also gives up.
-    self.step = max(config.prompt_sizes[-1], config.width) if config.windowed else None
-    self._most = np.array([self._most_of_row(cache) for cache in config.caches])
-
-  def _most_of_row(self, cache) -> int:
-    """Most pages of a group that a row has at once."""
-    if cache.window is None or self.step is None:
-      return cache.pages_per_row
-    return -(-(cache.window - 1 + self.step) // cache.page_size) + 1
+    # A row takes its text's pages at once, or with windows as it computes, and then gives up others.
+    self.step = config.width if config.windowed else None
+    self._most = np.array([_most(cache, config.width) for cache in config.caches])
+    budget = [cache.window is not None and config.prompt_sizes[-1] for cache in config.caches]
+    self._pieces = -(-np.array(budget, np.int64) // self._sizes)  # of the prompts of one call
 
   def pages(self, num_tokens: int) -> np.ndarray:
-    """Most pages that a row of so many tokens has."""
-    return np.minimum(-(-num_tokens // self._sizes), self._most)
+    """Most pages that a row of so many tokens has, those of a piece of its prompt not counted."""
+    return np.minimum(self.pages_of_text(num_tokens), self._most)
 
   def most_pages(self, prompt_length: int, num_beams: int, num_tokens: int) -> np.ndarray:
     """Most pages that a sample, or the beams of a search together, hold at so many tokens each."""
@@ -51,6 +48,7 @@ class Room:
 
   def check_size(self, needed: np.ndarray) -> None:
     """Raises ValueError if there are not so many pages at all."""
+    needed = needed + self._pieces
     for group, (pages, cache) in enumerate(zip(needed.tolist(), self._config.caches)):
       if pages > cache.num_pages:
         place = f" in group {group}" if len(needed) > 1 else ""
@@ -68,7 +66,7 @@ class Room:
 
   def needed(self, num_steps: int) -> np.ndarray:
     """Most pages that a call of so many steps, and the unread calls before it, may take."""
-    pages, width = np.zeros_like(self._sizes), self._config.width
+    pages, width = self._pieces, self._config.width
     lengths = np.zeros(self._config.num_rows, np.int32)
     for row, sample in self._queue.running.items():
       steps = sample.pending
@@ -105,6 +103,13 @@ class Room:
   def lack(self, needed: np.ndarray) -> errors.OutOfPages:
     """The error of the first group that has fewer free pages than needed."""
     return _lack(needed, self.free)
+
+
+def _most(cache: CacheConfig, step: int) -> int:
+  """Most pages that a row has at once, if it grows by `step` tokens at a time."""
+  if cache.window is None:
+    return cache.pages_per_row
+  return -(-(cache.window - 1 + step) // cache.page_size) + 1
 
 
 def _lack(needed: np.ndarray, there: np.ndarray) -> errors.OutOfPages:

@@ -156,11 +156,13 @@ class Scheduler:
     texts = [np.array(sample.text, np.int32) for sample in samples]
     requests = [self._request(x, text) for x, text in zip(samples, texts)]
     spare, pages = np.zeros_like(needed), self.room.pages
-    grown = np.sum([pages(len(text)) + 1 for text in texts], axis=0)
-    if not within(needed + grown, self.room.free):
+    taken = np.sum([pages(len(text)) for text in texts], axis=0)
+    if not within(needed + taken + len(texts), self.room.free):
       ahead = _CALLS_AHEAD * self.config.num_steps
       spare = self.room.needed(ahead) - needed + len(samples) * pages(ahead * self.config.width)
-    reserve = needed + grown if self.config.windowed else needed
+    reserve = needed
+    if self.config.windowed:  # part of a page may have to be copied
+      reserve = needed + taken + len(texts) * self.config.options.prefix_cache
     handles = self.manager.allocate_many(
       requests, reserve=given(reserve), spare=given(np.maximum(spare, 0)), wait=False
     )
@@ -392,23 +394,23 @@ class Scheduler:
     return pieces
 
   def prepare(self, pieces: list[Piece]) -> None:
-    """Before the call with these pieces: with windows, rows get pages for them, and give up others.
-
-    The prompts that they complete are stored now, as long as windows have not passed their tails. The
-    call writes them before any other could read them.
-    """
+    """Before the call with these pieces: with windows, rows get pages for them, and give up others."""
     growth = {x.sample.handle: x.num_tokens for x in pieces if x.num_tokens and x.sample.handle}
-    if not (self.config.windowed and growth):
-      return
-    self.manager.extend_many(growth, wait=False)
-    if self.config.options.prefix_cache:
-      each = [self._beginning(x.sample) for x in pieces if x.starts and x.num_tokens]
-      if prefixes := [prefix for several in each for prefix in several]:
-        self.manager.store_prefixes(prefixes, wait=False)
+    if self.config.windowed and growth:
+      self.manager.extend_many(growth, wait=False)
 
   def started(self, pieces: list[Piece]) -> None:
-    """These pieces are computed."""
-    self._unstored |= {piece.sample: None for piece in pieces if piece.sample.decoding}
+    """These pieces are computed.
+
+    With windows, prompts are stored at once: the next call lets the window pass some of their tokens.
+    """
+    begun = {piece.sample: None for piece in pieces if piece.sample.decoding}
+    if not self.config.windowed:
+      self._unstored |= begun
+    elif self.config.options.prefix_cache:
+      each = [prefix for sample in begun for prefix in self._beginning(sample)]
+      if each:
+        self.manager.store_prefixes(each, wait=False)
 
   # Afterwards
 

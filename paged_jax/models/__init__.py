@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+from paged_jax.models.caches import cache_config as cache_config
+from paged_jax.models.caches import describe as describe
+from paged_jax.models.config import DecoderConfig as DecoderConfig
+from paged_jax.models.config import Experts as Experts
+from paged_jax.models.config import Group as Group
+from paged_jax.models.config import Latent as Latent
 from paged_jax.models.decoder import Decoder as Decoder
-from paged_jax.models.decoder import DecoderConfig as DecoderConfig
-from paged_jax.models.loading import cache_config as cache_config
 from paged_jax.models.loading import eos_tokens as eos_tokens
 from paged_jax.models.loading import load as load
 from paged_jax.models.loading import save as save
@@ -12,7 +16,7 @@ from paged_jax.models.loading import tokenizer as tokenizer
 from paged_jax.models.ropes import Rope as Rope
 
 __all__ = [
-  "Decoder", "DecoderConfig", "Rope", "cache_config", "embedded", "eos_tokens", "load", "save",
+  "Decoder", "DecoderConfig", "Experts", "Group", "Latent", "Rope", "cache_config", "describe", "embedded", "eos_tokens", "load", "save",
   "tokenizer",
 ]  # fmt: skip
 

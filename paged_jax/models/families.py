@@ -6,7 +6,7 @@
 from typing import Any
 
 from paged_jax.models import fields, ropes
-from paged_jax.models.decoder import DecoderConfig
+from paged_jax.models.config import DecoderConfig, Experts, Latent
 from paged_jax.models.ropes import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -39,6 +39,10 @@ GEMMA = COMMON | {
   "sliding_window": 4096,
   "tie_word_embeddings": True,
 }
+GPT_OSS_ROPE = {  # if nothing is stated
+  "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+  "original_max_position_embeddings": 4096,
+}  # fmt: skip
 FAMILIES = {  # values of fields that a configuration leaves out
   "llama": LARGE
   | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
@@ -51,8 +55,19 @@ FAMILIES = {  # values of fields that a configuration leaves out
   | {"vocab_size": 256_000, "max_position_embeddings": 8192}
   | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
   "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
+  "gpt_oss": COMMON
+  | {"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "rms_norm_eps": 1e-5}
+  | {"num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+  | {"sliding_window": 128, "max_position_embeddings": 131_072, "num_local_experts": 128}
+  | {"num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "attention_bias": True},
+  "deepseek_v3": COMMON
+  | {"vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432}
+  | {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128}
+  | {"max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536}
+  | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+  | {"first_k_dense_replace": 3, "rope_interleave": True},
 }
-NULL_HEADS = ("llama", "qwen2", "qwen3")  # null KV heads: as many as query heads
+NULL_HEADS = ("llama", "qwen2", "qwen3", "deepseek_v3")  # null KV heads: as many as query heads
 NULL_HEAD_DIM = ("llama", "mistral")  # null head_dim: as where it is missing
 WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")  # heads must divide the hidden size in any case
 UNSUPPORTED = {  # fields that would change the model; other families do not have them
@@ -62,6 +77,8 @@ UNSUPPORTED = {  # fields that would change the model; other families do not hav
   "qwen3": ("attention_bias",),
   "gemma2": ("attention_bias", "use_bidirectional_attention"),
   "gemma3_text": ("attention_bias", "use_bidirectional_attention"),
+  "gpt_oss": (),
+  "deepseek_v3": ("attention_bias",),
 }
 MAX_LAYERS = 10_000
 
@@ -83,11 +100,14 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
   family = _family(raw)
   raw = _completed(raw, family)
   gemma = family.startswith("gemma")
-  num_heads, num_kv_heads, head_dim = _heads(raw, family)
+  latent = _latent(raw) if family == "deepseek_v3" else None
+  num_heads, num_kv_heads, head_dim = _heads(raw, family, latent)
   kinds = _layer_kinds(raw, family)
-  by_kind = {kind: _read_rope(raw, family, kind, head_dim) for kind in dict.fromkeys(kinds)}
+  rope_dim = latent.rope_dim if latent else head_dim
+  by_kind = {kind: _read_rope(raw, family, kind, rope_dim) for kind in dict.fromkeys(kinds)}
   limits = [rope.max_length for rope in by_kind.values() if rope.max_length]
   window = raw["sliding_window"] if SLIDING in kinds else None
+  biased = family == "gpt_oss" and fields.flag(raw, "attention_bias")
   return DecoderConfig(
     vocab_size=fields.whole(raw, "vocab_size"),
     hidden_size=fields.whole(raw, "hidden_size"),
@@ -102,12 +122,17 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     activation=_activation(raw, "hidden_activation" if gemma else "hidden_act"),
     norm_eps=fields.number(raw, "rms_norm_eps"),
     norm_offset=gemma,
+    norm_wide=gemma or family == "gpt_oss",
     post_norms=gemma,
     qk_norm=family in ("qwen3", "gemma3_text"),
-    qkv_bias=family == "qwen2",
+    qkv_bias=family == "qwen2" or biased,
+    output_bias=biased,
+    sinks=family == "gpt_oss",
+    experts=_experts(raw) if family == "gpt_oss" else None,
     tied=fields.flag(raw, "tie_word_embeddings"),
     embed_scale=fields.whole(raw, "hidden_size") ** 0.5 if gemma else 1.0,
-    attention_scale=fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None,
+    latent=latent,
+    attention_scale=_attention_scale(raw, latent, by_kind[kinds[0]]),
     # Gemma 3 has the field, but its attention ignores it
     attention_softcap=_cap(raw, "attn_logit_softcapping") if family == "gemma2" else None,
     logit_softcap=_cap(raw, "final_logit_softcapping") if gemma else None,
@@ -157,7 +182,10 @@ def _family(raw: dict[str, Any]) -> str:
 def _check_not_quantised(raw: dict[str, Any]) -> None:
   if quantised := fields.mapping(raw, "quantization_config"):
     method = quantised.get("quant_method")
-    raise ValueError(f"quantization_config: quantised checkpoints are not supported: {method!r}")
+    raise ValueError(
+      f"quantization_config: quantised checkpoints are not supported: {method!r}; save the weights"
+      " as bfloat16 first"
+    )
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +208,42 @@ def _completed(raw: dict[str, Any], family: str) -> dict[str, Any]:
   return completed
 
 
-def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
-  """Query heads, KV heads and head dim."""
+def _latent(raw: dict[str, Any]) -> Latent:
+  """The latent attention of a DeepSeek V3, all of whose layers must be dense."""
+  num_layers = fields.whole(raw, "num_hidden_layers")
+  if fields.whole(raw, "first_k_dense_replace", low=0) < num_layers:
+    wanted = f"at least num_hidden_layers={num_layers}, as layers of experts are not supported"
+    raise fields.wrong("first_k_dense_replace", wanted, raw["first_k_dense_replace"])
+  rope_dim = fields.whole(raw, "qk_rope_head_dim")
+  if rope_dim % 2:
+    raise fields.wrong("qk_rope_head_dim", "even", rope_dim)
+  return Latent(
+    rank=fields.whole(raw, "kv_lora_rank"),
+    key_dim=fields.whole(raw, "qk_nope_head_dim"),
+    rope_dim=rope_dim,
+    value_dim=fields.whole(raw, "v_head_dim"),
+    query_rank=None if raw["q_lora_rank"] is None else fields.whole(raw, "q_lora_rank"),
+    interleaved=raw["rope_interleave"] is not None and fields.flag(raw, "rope_interleave"),
+  )
+
+
+def _attention_scale(raw: dict[str, Any], latent: Latent | None, rope: Rope) -> float | None:
+  """Factor of the logits, None for that of the head dim."""
+  if latent is None:
+    gemma = raw["model_type"].startswith("gemma")
+    return fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None
+  scale = (latent.key_dim + latent.rope_dim) ** -0.5
+  every = _stated_once(raw).get("mscale_all_dim")
+  if rope.scaling == "default" or not every:
+    return scale
+  return (
+    scale
+    * ropes.mscale(rope.factor, fields.number({"mscale_all_dim": every}, "mscale_all_dim")) ** 2
+  )
+
+
+def _heads(raw: dict[str, Any], family: str, latent: Latent | None) -> tuple[int, int, int]:
+  """Query heads, KV heads and head dim; of what is cached, if that is a latent vector."""
   hidden_size = fields.whole(raw, "hidden_size")
   num_heads = num_kv_heads = fields.whole(raw, "num_attention_heads")
   if raw.get("num_key_value_heads") is not None or family not in NULL_HEADS:
@@ -189,6 +251,10 @@ def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
   if num_heads % num_kv_heads:
     wanted = f"a divisor of num_attention_heads={num_heads}"
     raise fields.wrong("num_key_value_heads", wanted, num_kv_heads)
+  if latent and num_kv_heads != num_heads:
+    raise fields.wrong("num_key_value_heads", f"num_attention_heads={num_heads}", num_kv_heads)
+  if latent:
+    return num_heads, 1, latent.rank + latent.rope_dim
   if family in WHOLE_HEADS and hidden_size % num_heads:
     raise fields.wrong("num_attention_heads", f"a divisor of {hidden_size=}", num_heads)
   if "head_dim" not in raw or (raw["head_dim"] is None and family in NULL_HEAD_DIM):
@@ -197,6 +263,20 @@ def _heads(raw: dict[str, Any], family: str) -> tuple[int, int, int]:
   if head_dim % 2:
     raise fields.wrong("head_dim", "even", head_dim)
   return num_heads, num_kv_heads, head_dim
+
+
+def _experts(raw: dict[str, Any]) -> Experts:
+  """The experts of a gpt-oss."""
+  num_experts = fields.whole(raw, "num_local_experts")
+  per_token = fields.whole(raw, "num_experts_per_tok")
+  if per_token > num_experts:
+    raise fields.wrong("num_experts_per_tok", f"at most num_local_experts={num_experts}", per_token)
+  return Experts(
+    num_experts,
+    per_token,
+    gain=fields.number(raw, "swiglu_alpha"),
+    limit=fields.number(raw, "swiglu_limit"),
+  )
 
 
 def _activation(raw: dict[str, Any], name: str) -> str:
@@ -216,7 +296,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
   """Sliding or full attention of each layer: as listed, or else by the family's rule."""
   layers = range(fields.whole(raw, "num_hidden_layers", high=MAX_LAYERS))
   match family:
-    case "llama":
+    case "llama" | "deepseek_v3":
       return [FULL for _ in layers]
     case "mistral":  # llama and mistral ignore layer_types
       return [_sliding(raw) if raw["sliding_window"] is not None else FULL for _ in layers]
@@ -226,7 +306,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
       first = fields.whole(raw, "max_window_layers", low=-fields.LARGEST)
       first = len(layers) if raw["sliding_window"] is None else first
       kinds = [SLIDING if i >= first else FULL for i in layers]
-    case "gemma2":
+    case "gemma2" | "gpt_oss":
       kinds = [FULL if i % 2 else SLIDING for i in layers]
     case _:
       pattern = fields.whole({"sliding_window_pattern": 6} | raw, "sliding_window_pattern")
@@ -262,7 +342,10 @@ def _read_rope(raw: dict[str, Any], family: str, kind: str, head_dim: int) -> Ro
 def _stated_once(raw: dict[str, Any]) -> dict[str, Any]:
   """The rope of all layers as stated; `rope_scaling`, the older name, wins."""
   new, old = fields.mapping(raw, "rope_parameters"), fields.mapping(raw, "rope_scaling")
-  stated = {"rope_theta": 10_000.0} | _top_level(raw, "rope_theta", "partial_rotary_factor")
+  theta = 10_000.0
+  if raw["model_type"] == "gpt_oss":
+    theta, new = 150_000.0, GPT_OSS_ROPE if raw.get("rope_parameters") is None else new
+  stated = {"rope_theta": theta} | _top_level(raw, "rope_theta", "partial_rotary_factor")
   stated |= old or new
   nested = [name for name in (FULL, SLIDING) if name in stated]
   if nested and raw["model_type"] in ("qwen2", "qwen3", "gemma2"):  # Llama and Mistral ignore it

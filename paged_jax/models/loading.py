@@ -13,9 +13,9 @@ import safetensors.numpy
 import tokenizers
 from flax import nnx
 
-from paged_jax.config import CacheConfig
 from paged_jax.models import added_tokens, families, fields, tensors
-from paged_jax.models.decoder import Decoder, DecoderConfig, abstract
+from paged_jax.models.config import DecoderConfig
+from paged_jax.models.decoder import Decoder, abstract
 
 DTYPES = {  # of weights, by the names that `torch` has for them
   "float32": "float32",
@@ -149,35 +149,6 @@ def eos_tokens(path: str | os.PathLike) -> tuple[int, ...]:
   if not all(type(i) is int and 0 <= i <= fields.LARGEST for i in listed):
     raise ValueError(f"{file}: {fields.wrong('eos_token_id', 'a token or a list of tokens', ids)}")
   return tuple(listed)
-
-
-def cache_config(
-  config: DecoderConfig, *, num_pages: int, num_rows: int, page_size: int = 16,
-  max_length: int | None = None, dtype: Any = jnp.bfloat16,
-) -> CacheConfig:  # fmt: skip
-  """A cache for this model; its rows hold `max_length` tokens, by default the model's longest text.
-
-  Raises:
-    ValueError: `max_length` is above the length where a `dynamic` or `longrope` scaling begins.
-      From there on keys turn by the length of the whole text, and those in a cache do not.
-
-  >>> from paged_jax import models
-  >>> decoder = models.load(models.embedded())
-  >>> models.cache_config(decoder.config, num_pages=64, num_rows=4).max_length
-  512
-  """
-  if max_length and max_length > config.max_length:
-    for rope in config.ropes:
-      if rope.max_length and max_length > rope.max_length:
-        raise ValueError(
-          f"max_length must be at most {rope.max_length} with rope scaling {rope.scaling!r},"
-          f" got {max_length}"
-        )
-  return CacheConfig(
-    num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-    page_size=page_size, num_pages=num_pages, num_rows=num_rows,
-    max_length=max_length or config.max_length, dtype=jnp.dtype(dtype),
-  )  # fmt: skip
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -114,6 +114,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def paired(x: jax.Array) -> jax.Array:
+  """`x` [...,D] with its pairs (2d, 2d + 1) at (d, d + D/2), where `rotate` takes them."""
+  return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
 def read(stated: dict[str, Any], max_length: int, head_dim: int) -> Rope:
   """The rope that `config.json` states.
 
@@ -181,10 +186,10 @@ def _read_yarn(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[s
   stated = stated | {name: stated.get(name) or None for name in names}
   original = fields.whole(stated, "original_max_position_embeddings")
   factor = _optional(stated, "factor") or max_length / original
-  mscale, mscale_all = _optional(stated, "mscale"), _optional(stated, "mscale_all_dim")
-  inferred = _mscale(factor, 1.0)
-  if mscale and mscale_all:
-    inferred = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+  one, every = _optional(stated, "mscale"), _optional(stated, "mscale_all_dim")
+  inferred = mscale(factor, 1.0)
+  if one and every:
+    inferred = mscale(factor, one) / mscale(factor, every)
   return {
     "factor": factor,
     "original_length": original,
@@ -213,7 +218,8 @@ def _optional(stated: dict[str, Any], name: str) -> float | None:
   return None if stated.get(name) is None else fields.number(stated, name)
 
 
-def _mscale(factor: float, mscale: float) -> float:
+def mscale(factor: float, mscale: float) -> float:
+  """What yarn multiplies queries and keys by, for texts longer by `factor`."""
   return 0.1 * mscale * max(0.0, math.log(factor)) + 1
 
 

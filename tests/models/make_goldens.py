@@ -2,7 +2,7 @@
 
 `goldens/odd.npz` has logits alone: the weights of these models come from a seed.
 
-python tests/models/make_goldens.py
+python tests/models/make_goldens.py [FAMILY ...]      all, and the odd ones, by default
 """
 
 import sys
@@ -27,8 +27,8 @@ def model(name: str, seed: int) -> torch.nn.Module:
   config._attn_implementation = "eager"
   module = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
   with torch.no_grad():
-    for parameter in module.parameters():
-      if parameter.ndim == 1:
+    for name, parameter in module.named_parameters():
+      if parameter.ndim == 1 or name.endswith("bias"):
         parameter.add_(0.3 * torch.randn_like(parameter))
   return module
 
@@ -47,9 +47,11 @@ def greedy(module: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
   return tokens
 
 
-def main() -> None:
-  """Writes all goldens."""
+def main(names: list[str]) -> None:
+  """Writes the goldens of these families."""
   for seed, name in enumerate(tiny_models.CONFIGS):
+    if name not in names:
+      continue
     module = model(name, seed)
     prompt = np.random.default_rng(seed).integers(128, size=tiny_models.PROMPT).tolist()
     tokens = greedy(module, prompt, tiny_models.STEPS)
@@ -72,5 +74,6 @@ def odd() -> None:
 
 
 if __name__ == "__main__":
-  main()
-  odd()
+  main(sys.argv[1:] or [*tiny_models.CONFIGS])
+  if not sys.argv[1:]:
+    odd()

@@ -15,11 +15,20 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 LLAMA = GROUPED | {"model_type": "llama"}
 GEMMA = GROUPED | {"head_dim": 16}
 GEMMA3 = GEMMA | {"model_type": "gemma3_text", "sliding_window": 7, "sliding_window_pattern": 2}
+OSS = GROUPED | {
+  "model_type": "gpt_oss",
+  "num_local_experts": 4,
+  "sliding_window": 7,
+  "head_dim": 8,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0}
 LONG |= {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 5.0, 8.0]}
 SHORT = LONG | {"original_max_position_embeddings": 16}  # our text is a long one
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+MLA = SIZES | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "first_k_dense_replace": 2}
+MLA |= {"kv_lora_rank": 12, "q_lora_rank": 10, "v_head_dim": 6, "qk_nope_head_dim": 4}
+MLA |= {"qk_rope_head_dim": 8}
 
 
 def llama(**rope):
@@ -52,6 +61,15 @@ CONFIGS = {
   "gemma3_sparse": GEMMA | {"model_type": "gemma3_text"},
   "gemma3_caps": GEMMA3 | {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
   "gemma3_untied": GEMMA3 | {"tie_word_embeddings": False},
+  "gpt_oss_sparse": OSS,
+  "gpt_oss_unbiased": OSS | {"attention_bias": False, "swiglu_limit": 0.5, "swiglu_alpha": 1.0},
+  "gpt_oss_old": OSS
+  | {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}, "rope_theta": 999.0}
+  | {"layer_types": ["full_attention", "sliding_attention"]},
+  "deepseek_plain": MLA | {"q_lora_rank": None, "rope_interleave": False},
+  "deepseek_null": MLA | {"num_key_value_heads": None, "rope_interleave": None},
+  "deepseek_linear": MLA | {"rope_scaling": LINEAR | {"mscale_all_dim": 0.5}},
+  "deepseek_yarn": MLA | {"rope_scaling": YARN | {"mscale": 0.7}, "rms_norm_eps": 1e-3},
   # what is said elsewhere
   "llama_flat": LLAMA | {"rope_parameters": LINEAR, "rope_theta": 77.0},
   "llama_old_type": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 77},

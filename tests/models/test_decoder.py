@@ -1,6 +1,7 @@
 """The decoder by itself: paged against dense, and its small parts by hand."""
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import paged_jax
-from paged_jax import jitted, models
+from paged_jax import groups, jitted, models, testing
 from paged_jax.models import ropes
 
 CONFIG = models.DecoderConfig(
@@ -19,16 +20,39 @@ CONFIG = models.DecoderConfig(
 )  # fmt: skip
 
 
+SIZES = {"num_pages": 16, "num_rows": 3, "page_size": 4, "max_length": 32}
+
+
 def small(**changes):
   return models.Decoder(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+
+
+def layered(windows, **changes):
+  """A decoder whose layers see these windows."""
+  changes |= {"ropes": tuple(models.Rope(base=1e4 if w is None else 1e2) for w in windows)}
+  return small(num_layers=len(windows), windows=windows, **changes)
+
+
+def cache_of(decoder, **changes):
+  """The cache of a decoder, or the tuple of its groups' caches."""
+  return paged_jax.init(
+    models.cache_config(decoder.config, **{"dtype": jnp.float32} | SIZES | changes)
+  )
+
+
+def step(decoder, cache, tokens, rows, positions):
+  """The caches and hidden states after one ragged batch."""
+  counts = jnp.zeros(groups.each(cache)[0].lengths.shape, jnp.int32).at[rows].add(1, mode="drop")
+  cache, _ = paged_jax.extend(cache, counts)
+  x, cache = decoder(tokens, cache, paged_jax.plan(cache, rows, positions))
+  return cache, x
 
 
 def test_paged_equals_dense_for_ragged_rows_with_padding():
   decoder = small()
   lengths = np.int32([7, 0, 19])
   tokens = np.random.default_rng(0).integers(64, size=(3, 19), dtype=np.int32)
-  sizes = {"num_pages": 16, "num_rows": 3, "page_size": 4, "max_length": 32}
-  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+  cache = cache_of(decoder, uniform=True)
   cache, _ = jitted.extend(cache, lengths)
   rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
   positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
@@ -42,10 +66,68 @@ def test_paged_equals_dense_for_ragged_rows_with_padding():
   assert np.isfinite(paged).all()
 
 
+LAYERS = {  # windows of the layers of a model
+  "a pattern of three groups, and a rest": (5, 5, None, 1) * 2 + (5,),
+  "no pattern": (None, 5, 9),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_groups_of_caches_give_what_one_cache_gives(name):
+  decoder = layered(LAYERS[name])
+  rows = np.repeat(np.int32([2, 0, 3]), [19, 7, 6])  # row 3 is padding
+  positions = np.concatenate([np.arange(19), np.arange(7), np.zeros(6)]).astype(np.int32)
+  tokens = np.random.default_rng(0).integers(64, size=32, dtype=np.int32)
+  run = jax.jit(lambda cache: step(decoder, cache, tokens, rows, positions)[1])
+  grouped, uniform = run(cache_of(decoder)), run(cache_of(decoder, uniform=True))
+  dense = jax.jit(decoder.dense)(tokens[None, :19])[0]
+  np.testing.assert_allclose(grouped, uniform, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(decoder.logits)(grouped)[:19], dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_layers_write_their_pools_in_place(grouped):
+  decoder = layered((5, 5, None) * 2 + (5,))
+  cache = cache_of(decoder, uniform=not grouped, num_pages=64, num_rows=4)
+  rows = jnp.arange(4, dtype=jnp.int32)
+
+  def steps(cache):
+    def body(cache, _):
+      return step(decoder, cache, rows, rows, groups.each(cache)[0].lengths)
+
+    return jax.lax.scan(body, cache, length=3)
+
+  testing.assert_in_place(steps, cache)
+
+
+def test_program_does_not_grow_with_the_layers_of_a_pattern():
+  def size(repeats):
+    decoder = layered((5, 5, 5, None) * repeats + (5,))
+    rows = jnp.zeros(4, jnp.int32)
+    call = jax.make_jaxpr(lambda cache: step(decoder, cache, rows, rows, jnp.arange(4)))
+    return str(call(cache_of(decoder))).count("dot_general")
+
+  assert size(2) == size(8)
+
+
+def test_caches_of_another_model_are_refused():
+  decoder = layered((5, None, None))
+  caches = cache_of(decoder)
+  rows = jnp.zeros(1, jnp.int32)
+  plan = jitted.plan(caches[0], rows, rows)
+  message = "groups of {} layers, got caches of {} layers and {} plans"
+  for cache, plans, numbers in (
+    (caches, (plan,), ([2, 1], [2, 1], 1)),
+    (caches[::-1], (plan, plan), ([2, 1], [1, 2], 2)),
+    (caches[0], plan, ([3], [2], 1)),
+  ):
+    with pytest.raises(ValueError, match=re.escape(message.format(*numbers))):
+      decoder(rows, cache, plans)
+
+
 def test_decoder_compiles_once_for_all_batches_of_a_size():
   decoder = small()
-  sizes = {"num_pages": 16, "num_rows": 2, "page_size": 4, "max_length": 32}
-  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.float32, **sizes))
+  cache = cache_of(decoder, num_rows=2, uniform=True)
 
   @jax.jit
   @chex.assert_max_traces(n=1)
@@ -62,8 +144,7 @@ def test_decoder_compiles_once_for_all_batches_of_a_size():
 def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
   decoder = small()
   nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(decoder)))
-  sizes = {"num_pages": 4, "num_rows": 1, "page_size": 4}
-  cache = jitted.init(models.cache_config(CONFIG, dtype=jnp.bfloat16, **sizes))
+  cache = cache_of(decoder, dtype=jnp.bfloat16, num_rows=1, uniform=True)
   cache, _ = jitted.extend(cache, jnp.array([3], jnp.int32))
   plan = jitted.plan(cache, jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
   x, _ = jax.jit(decoder)(jnp.arange(3, dtype=jnp.int32), cache, plan)
@@ -72,8 +153,17 @@ def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
   assert np.isfinite(logits).all()
 
 
-def test_gradients_reach_every_parameter():
-  graph, params = nnx.split(small(qkv_bias=True, post_norms=True))
+LATENT = models.Latent(12, 8, 4, 6, query_rank=10)
+KINDS = {
+  "dense": {"qkv_bias": True, "post_norms": True},
+  "experts": {"experts": models.Experts(4, 2), "sinks": True, "output_bias": True},
+  "latent": {"latent": LATENT, "num_kv_heads": 1, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_reach_every_parameter(name):
+  graph, params = nnx.split(small(**KINDS[name]))
   tokens = np.arange(16, dtype=np.int32)[None]
 
   def loss(params):
@@ -103,8 +193,17 @@ def test_llama3_rope_keeps_fast_pairs_and_divides_slow_ones():
 
 
 @pytest.mark.parametrize(
-  "changes", [{"num_kv_heads": 3}, {"head_dim": 7}, {"windows": (None,)}], ids=str
+  "changes",
+  [
+    {"num_kv_heads": 3},
+    {"head_dim": 7},
+    {"windows": (None,)},
+    {"experts": models.Experts(4, 5)},
+    {"latent": models.Latent(4, 4, 3, 4)},
+    {"latent": models.Latent(4, 4, 4, 4)},
+  ],
+  ids=str,
 )
 def test_config_that_does_not_fit_together_is_refused(changes):
-  with pytest.raises(ValueError, match=next(iter(changes))):
+  with pytest.raises(ValueError, match=next(iter(changes)).removesuffix("s")):
     dataclasses.replace(CONFIG, **changes)

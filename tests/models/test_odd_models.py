@@ -48,7 +48,8 @@ def test_dense_decoder_reads_odd_configuration_as_transformers(name, tmp_path):
 def test_paged_decoder_reads_odd_configuration_as_transformers(name, tmp_path):
   decoder = load(name, tmp_path)
   sizes = {"num_pages": 12, "num_rows": 1, "page_size": 4, "max_length": odd_models.LENGTH}
-  cache = paged_jax.init(models.cache_config(decoder.config, dtype=jnp.float32, **sizes))
+  config = models.cache_config(decoder.config, dtype=jnp.float32, uniform=True, **sizes)
+  cache = paged_jax.init(config)
 
   @jax.jit
   def run(cache, tokens):

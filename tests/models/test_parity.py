@@ -9,18 +9,20 @@ import pytest
 import tiny_models
 
 import paged_jax
-from paged_jax import models
+from paged_jax import groups, models
 
 GOLDENS = Path(__file__).parent / "goldens"
 CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
 ROW, OTHER, NUM_ROWS = 2, 0, 3
+GROUPED = ("qwen3", "gemma2", "gemma3", "gpt_oss")  # models of several groups
 
 
-def make_cache(config, platform="cpu"):
+def make_cache(config, platform="cpu", uniform=False):
+  """The caches of a model: a tuple of them, or a uniform one."""
   sizes = {"num_pages": 40, "num_rows": NUM_ROWS, "page_size": 4, "max_length": 64}
-  return paged_jax.init(
-    models.cache_config(config, dtype=jnp.float32, **sizes).stored_for(platform)
-  )
+  made = models.cache_config(config, dtype=jnp.float32, uniform=uniform, **sizes)
+  stored = [each.stored_for(platform) for each in groups.each(made)]
+  return paged_jax.init(groups.like(made, stored))
 
 
 def prefill(decoder, cache, prompt):
@@ -49,7 +51,7 @@ def decode(decoder, cache, token, steps):
   def body(carry, _):
     cache, token = carry
     rows = jnp.array([ROW], jnp.int32)
-    logits, cache = step(decoder, cache, token, rows, cache.lengths[rows])
+    logits, cache = step(decoder, cache, token, rows, groups.each(cache)[0].lengths[rows])
     chosen = logits.argmax(-1).astype(jnp.int32)
     return (cache, chosen), (token[0], logits[0])
 
@@ -60,13 +62,17 @@ def decode(decoder, cache, token, steps):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
-def test_paged_decoder_equals_transformers(name):
+@pytest.mark.parametrize(
+  ("name", "uniform"),
+  [(name, False) for name in tiny_models.CONFIGS] + [(x, True) for x in GROUPED],
+)
+def test_paged_decoder_equals_transformers(name, uniform):
   golden = np.load(GOLDENS / name / "golden.npz")
   decoder = models.load(GOLDENS / name)
   prompt = golden["tokens"][: tiny_models.PROMPT]
 
-  logits, cache = prefill(decoder, make_cache(decoder.config), prompt)
+  cache = make_cache(decoder.config, uniform=uniform)
+  logits, cache = prefill(decoder, cache, prompt)
   tokens, more = decode(decoder, cache, logits[-1].argmax(), tiny_models.STEPS)
 
   np.testing.assert_array_equal(tokens, golden["tokens"][tiny_models.PROMPT :])

@@ -24,6 +24,7 @@ DEFAULTS = {  # of each family that states nothing, by transformers 5.24: see th
   "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, False),
   "gemma2": (256000, 2304, 9216, 26, 8, 4, 256, 8192, True),
   "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256, 131072, True),
+  "gpt_oss": (201088, 2880, 2880, 36, 64, 8, 64, 131072, False),
 }
 
 
@@ -64,6 +65,14 @@ def sizes(config):
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_family_that_states_nothing_has_the_sizes_of_transformers(family):
   assert sizes(families.read({"model_type": family})) == DEFAULTS[family]
+
+
+def test_deepseek_that_states_nothing_has_the_sizes_of_transformers():
+  raw = {"model_type": "deepseek_v3", "first_k_dense_replace": 61}  # no layers of experts
+  config = families.read(raw)
+  assert sizes(config) == (129280, 7168, 18432, 61, 128, 1, 512 + 64, 4096, False)
+  assert config.latent == models.Latent(512, 128, 64, 128, query_rank=1536)
+  assert config.attention_scale == 192**-0.5
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
@@ -107,6 +116,26 @@ def test_multimodal_gemma3_is_tied_as_the_whole_says_and_has_no_cap():
     ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
     ({"model_type": "gemma2", "num_key_value_heads": None}, "num_key_value_heads must be"),
     ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads must be"),
+    ({"model_type": "gpt_oss", "head_dim": None}, "head_dim must be a positive integer, got None"),
+    ({"model_type": "gpt_oss", "num_experts_per_tok": 129}, "per_tok must be at most num_local_experts=128"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit must be a number above 0, got 0"),
+    (
+      {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+      "quantised checkpoints are not supported: 'mxfp4'; save the weights as bfloat16 first",
+    ),
+    (
+      {"model_type": "deepseek_v3"},
+      "first_k_dense_replace must be at least num_hidden_layers=61, as layers of experts are not "
+      "supported, got 3",
+    ),
+    (
+      {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_key_value_heads": 64},
+      "num_key_value_heads must be num_attention_heads=128, got 64",
+    ),
+    (
+      {"model_type": "deepseek_v3", "num_hidden_layers": 2, "qk_rope_head_dim": 7},
+      "qk_rope_head_dim must be even, got 7",
+    ),
     ({"model_type": "qwen2", "head_dim": None}, "head_dim must be a positive integer, got None"),
     (
       {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32},
@@ -326,6 +355,9 @@ WHOLE |= {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "hidden_act
 WHOLE |= {"final_logit_softcapping": 2.0, "hidden_activation": "gelu_pytorch_tanh"}
 WHOLE |= {"rope_parameters": None, "rope_local_base_freq": 1e3, "partial_rotary_factor": 1.0}
 WHOLE |= {"quantization_config": None, "attention_bias": False, "text_config": {}, "dtype": None}
+WHOLE |= {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_alpha": 1, "swiglu_limit": 7}
+WHOLE |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+WHOLE |= {"v_head_dim": 8, "first_k_dense_replace": 2, "rope_interleave": True}
 VALUES = strategies.one_of(
   strategies.none(),
   strategies.booleans(),
@@ -345,7 +377,7 @@ VALUES = strategies.one_of(
   name=strategies.sampled_from(sorted(WHOLE) + [("rope_scaling", name) for name in sorted(ROPE)]),
   value=VALUES,
 )
-@hypothesis.settings(max_examples=400, deadline=None)
+@hypothesis.settings(max_examples=500, deadline=None)
 def test_one_wrong_field_ends_in_one_line_that_names_it(
   family, scaling, name, value, tmp_path_factory
 ):
@@ -353,6 +385,8 @@ def test_one_wrong_field_ends_in_one_line_that_names_it(
   folder.mkdir(exist_ok=True)
   raw = copying.deepcopy(WHOLE) | {"model_type": family}
   raw["rope_scaling"]["rope_type"] = scaling
+  if family == "deepseek_v3":
+    raw["num_key_value_heads"] = raw["num_attention_heads"]
   place = raw["rope_scaling"] if isinstance(name, tuple) else raw
   name = name[1] if isinstance(name, tuple) else name
   place[name] = value

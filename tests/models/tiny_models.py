@@ -23,6 +23,13 @@ GEMMA3_ROPES = {
   "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
   "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
 }
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 1000.0,
+  "factor": 4.0,
+  "truncate": False,
+  "original_max_position_embeddings": 32,
+}
 CONFIGS = {
   "llama2": SMALL | {"model_type": "llama"},
   "llama3": SMALL | {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3},
@@ -41,6 +48,15 @@ CONFIGS = {
   "gemma3": SMALL
   | GEMMA
   | {"model_type": "gemma3_text", "num_hidden_layers": 6, "rope_parameters": GEMMA3_ROPES},
+  "gpt_oss": SMALL
+  | {"model_type": "gpt_oss", "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 3}
+  | {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+  | {"swiglu_limit": 0.7, "rope_parameters": YARN},
+  "deepseek_v3": SMALL
+  | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "first_k_dense_replace": 2}
+  | {"kv_lora_rank": 16, "q_lora_rank": 12, "v_head_dim": 10, "rms_norm_eps": 1e-5}
+  | {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
+  | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}},
 }
 SHARDED = "llama3"  # saved in several files
 PROMPT, STEPS = 24, 32  # tokens of the prompt, and decoded after it
