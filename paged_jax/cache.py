@@ -245,7 +245,9 @@ def write(
   if value_dim is None:
     v = arguments.floats("v", v, shape)
   elif v is not None:
-    raise ValueError(f"v must be None: with {value_dim=} a value is channels of its key, got {v!r}")
+    raise ValueError(
+      f"v must be None: with {value_dim=} a value is channels of its key, got {list(jnp.shape(v))}"
+    )
   index = arguments.layer(layer, num_layers)
   k = _poisoned(k, layer, index, num_layers)
   index = jnp.minimum(index, num_layers - 1)

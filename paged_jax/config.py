@@ -18,8 +18,9 @@ class CacheConfig:
   is the first n channels of the key, and only the key is stored. Multi-head latent attention
   (DeepSeek-V2, arXiv 2405.04434, §2.1) needs this, once the up-projections are part of queries and
   outputs: one KV head, whose key is the latent vector and then the rotated channels. `write` takes
-  no values, and `attend` returns n channels. Keys and values of different widths, stored apart, are
-  not supported.
+  no values, and `attend` returns n channels. Its default scale is still head_dim**-0.5: give it the
+  scale of the model's own heads. Keys and values of different widths, stored apart, are not
+  supported.
 
   Raises:
     ValueError: A field is out of range; the message names the field and its value.

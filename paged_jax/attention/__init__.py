@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from paged_jax import arguments
 from paged_jax import pages as pages_lib
+from paged_jax.attention import backend as backend_lib
 from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import options as options_lib
 from paged_jax.attention import proof
-from paged_jax.attention.backend import MAX_SHARED_BLOCK_SIZE
 from paged_jax.attention.backend import Backend as Backend
 from paged_jax.attention.options import Options as Options
 from paged_jax.attention.proof import Report as Report
@@ -100,7 +100,7 @@ def cut(
     part = slice(begin, begin + num_tokens)
     size = backend.block_size(num_tokens, min(most, num_rows), longest)
     if pages.value_dim is not None:
-      size = min(size, MAX_SHARED_BLOCK_SIZE)
+      size = min(size, backend_lib.MAX_SHARED_BLOCK_SIZE)
     each = rows[part], starts[part], last[part]
     blocks = blocks_lib.schedule(*each, num_rows, most, size)
     made.append(Part(*each, blocks, backend.windows(pages, slots[part], size), size))
@@ -139,8 +139,8 @@ def attend(
     lse: Whether the LSE is wanted.
 
   Returns:
-    [B,Q,D] in q's dtype, or as wide as values that are channels of keys, and the LSE f32[B,Q]; 0
-    and -inf for padding and tokens not ok. None in place of an LSE that is not wanted.
+    [B,Q,D] in q's dtype and the LSE f32[B,Q]; 0 and -inf for padding and tokens not ok. None in
+    place of an LSE that is not wanted. With a `value_dim` the output is that wide.
 
   Raises:
     ValueError: An argument has a wrong shape or dtype, or a static value out of range.

@@ -84,13 +84,14 @@ def pages_refusal(pages: Pages) -> str | None:
   # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 from 2 GiB to 4.
   if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     return f"dtype must be float32, bfloat16 or float16, not {pages.dtype}"
-  v, many = pages.value_dim, "a power of two from 16 to 256"
-  if v is None and d not in HEAD_DIMS:
-    return f"head_dim must be {many}, not {d} (CacheConfig.stored_for pads smaller ones)"
-  if v is not None and v not in (*HEAD_DIMS, 512):
-    return f"value_dim must be a power of two from 16 to 512, not {v}"
-  if v is not None and d - v not in (0, *HEAD_DIMS):
-    return f"head_dim must be value_dim, or {many} more, not {d} with {v=} (CacheConfig.stored_for pads it)"
+  size, many = pages.value_dim, "a power of two from 16 to 256"
+  pads = "(CacheConfig.stored_for pads smaller ones)"
+  if size is None:
+    return None if d in HEAD_DIMS else f"head_dim must be {many}, not {d} {pads}"
+  if size not in (*HEAD_DIMS, 512):
+    return f"value_dim must be a power of two from 16 to 512, not {size}"
+  if d - size not in (0, *HEAD_DIMS):
+    return f"head_dim must be value_dim={size} or {many} more, not {d} {pads}"
   return None
 
 

@@ -199,12 +199,11 @@ def _check(step: Step, case: cases.Case) -> Check:
   dtype = np.dtype(case.dtype)
   before = problem.kv.view(dtype).copy()
   d, stored = case.head_dim, case.storage_head_dim
-  k, v = np.full((2, len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
+  k = np.full((len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
+  v = k.copy() if case.value_dim is None else None
   k[live] = before[at][..., :d]
-  if case.value_dim is None:
+  if v is not None:
     v[live] = before[at][..., stored : stored + d]
-  else:
-    v = None
   before[at] = np.nan
   # A copy, made by the device: memory that NumPy has, too, would never be donated.
   kv = jnp.copy(jax.device_put(before.view(problem.kv.dtype)))

@@ -52,8 +52,7 @@ def attend(
   if sinks is not None:
     sinks = jnp.tile(sinks.reshape(h, group) / LN2, (1, part.block_size))[..., None]
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
-  two_chunks = tpu_limits.vmem_bytes() // 2
-  fitting = two_chunks // (2 * pages_lib.layer_bytes(pages))
+  fitting = tpu_limits.vmem_bytes() // (4 * pages_lib.layer_bytes(pages))  # two chunks, half of it
   chunk_tokens = SHARED_CHUNK_TOKENS if alone and pages.value_dim is not None else CHUNK_TOKENS
   c = max(1, min(chunk_tokens // t, fitting, tables.block_tables.shape[1]))
   # Logits are in base 2, as the processor has it: exp would multiply each of them once more.

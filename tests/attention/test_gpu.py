@@ -134,7 +134,7 @@ def pages(d, dtype="bfloat16", t=16, value_dim=None):
     (pages(576, value_dim=500), "value_dim must be a power of two from 16 to 512, not 500"),
     (
       pages(560, value_dim=512),
-      "head_dim must be value_dim, or a power of two from 16 to 256 more",
+      "head_dim must be value_dim=512 or a power of two from 16 to 256 more",
     ),
     (pages(128, "int8"), "dtype must be float32, bfloat16 or float16, not int8"),
   ],

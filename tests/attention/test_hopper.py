@@ -239,6 +239,7 @@ def pages(**fields):
      dict(head_dim=32)),
     ("page_size must be a multiple of 16 that divides 128, or one of 128, not 8", dict(page_size=8)),
     ("page_size must be .* not 48", dict(page_size=48)),
+    ("value_dim must be None, not 32: the kernel reads values beside keys", dict(value_dim=32)),
   ],
 )  # fmt: skip
 def test_it_says_why_it_refuses(why, fields):

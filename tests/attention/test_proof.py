@@ -198,13 +198,14 @@ def test_a_sound_backend_is_ok_in_place_and_its_table_says_where():
 
 
 @pytest.mark.once
-def test_the_tpu_kernel_agrees_in_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("fields", [dict(head_dim=64), dict(head_dim=128, value_dim=5)], ids=str)
+def test_the_tpu_kernel_agrees_in_the_interpreter(fields, monkeypatch):
   """Which has no place for pages: it copies them."""
   attend, write = (functools.partial(f, interpret=True) for f in (tpu.attend, tpu_write.write))
   monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
   monkeypatch.setattr(cases, "ESSENTIAL", FEW)
   monkeypatch.setattr(proof, "NUM_TOKENS", 16)
-  config = paged_jax.CacheConfig(num_kv_heads=2, head_dim=64, page_size=16, dtype="float32")
+  config = paged_jax.CacheConfig(num_kv_heads=2, page_size=16, dtype="float32", **fields)
   report = attention.verify("tpu", config, memory_bytes=0)
   copied = {"the pages were copied"}
   assert not [x for x in report.checks if {*x.faults(report.tolerances)} - copied], str(report)

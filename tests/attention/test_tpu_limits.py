@@ -35,6 +35,8 @@ MIB = 2**20
     ("page_size must be a multiple of 16 for bfloat16, not 8", dict(page_size=8), ""),
     ("head_dim must be a multiple of 64, not 80: CacheConfig.stored_for pads it",
      dict(head_dim=80), ""),
+    ("head_dim must be a multiple of 128, not 576: CacheConfig.stored_for pads it",
+     dict(head_dim=576, value_dim=512), ""),
     ("kept as float32 or bfloat16, not float16", dict(dtype="float16"), ""),
     ("kept as float32 or bfloat16, not uint16", dict(storage_dtype="uint16"), ""),
     ("a row must have at most 65536 pages, whose ids fit in SMEM, not 65537: take larger pages",
@@ -59,6 +61,8 @@ def test_the_tpu_kernel_says_why_it_refuses(why, fields, kind):
   "fields, kind",
   [
     (dict(head_dim=80, storage_head_dim=128), ""),
+    (dict(head_dim=576, storage_head_dim=640, value_dim=512), ""),
+    (dict(head_dim=128, value_dim=5, page_size=6144), ""),
     (dict(max_length=2**20), ""),
     (dict(page_size=3072), ""),
     (dict(page_size=768), "TPU v4"),
@@ -78,6 +82,15 @@ def test_blocks_of_prompts_are_small_where_vmem_is(kind, size):
   with on(kind):
     (part,) = attention.cut("tpu", *tokens, None)
   assert part.block_size == size
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 8), (70, 16)])
+def test_blocks_are_small_where_all_query_heads_share_a_key(count, size):
+  p = cases.build(cases.Case("", (70,), (count,), value_dim=4, spare_rows=0))
+  tokens = p.plan.rows, p.plan.positions, p.plan.slots, p.plan.ok, p.pages, p.tables
+  for implementation in ("xla", "tpu", "gpu"):
+    (part,) = attention.cut(implementation, *tokens, ((count, 1),))
+    assert part.block_size == (count if (implementation, count) == ("xla", 5) else size)
 
 
 @pytest.mark.parametrize(
