@@ -12,16 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import checkify
 from story import config, empty, extend, ids, pages_of, read, write
+from tracing import host_calls
 
 import paged_jax
-from paged_jax import jitted
+from paged_jax import groups, jitted
 from paged_jax.testing import assert_in_place, invariants, replay
 
 ROWS = jnp.arange(3, dtype=jnp.int32)
-
-
-def shapes(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 # Bad arguments.
@@ -340,23 +337,30 @@ def test_a_verb_that_reads_traces_once_for_all_values():
 def story(cache, verbs=paged_jax):
   """Fork, copy on write, a full pool, swap and back: every verb that moves something."""
   cache, a = verbs.extend(cache, ids(6, 0, 3))
-  plan = verbs.plan(cache, ids(0, 0, 2), ids(0, 5, 1))
   k = jnp.arange(12, dtype=jnp.float32).reshape(3, 2, 2)
-  cache = verbs.write(cache, jnp.int32(1), k, -k, plan)
+  plan = verbs.plan(cache, ids(0, 0, 2), ids(0, 5, 1))
+  both = zip(groups.each(cache), groups.each(plan))
+  written = [verbs.write(each, jnp.int32(1), k, -k, its_plan) for each, its_plan in both]
+  cache = groups.like(cache, written)
   cache, b = verbs.fork(cache, ids(0), ids(1))
   cache, c = verbs.extend(cache, ids(1, 9, 24))
   cache, d = verbs.unshare(cache, ids(0, 16, 3))
   cache, image, e = verbs.swap_out(cache, jnp.int32(2))
   cache, f = verbs.reorder(cache, ids(0, 0, 3))
   cache, g = verbs.swap_in(cache, jnp.int32(2), image)
-  cache, h = verbs.trim(cache, cache.lengths // 2)
-  out = verbs.attend(cache, 1, k, verbs.plan(cache, ids(0, 2, 3), ids(1, 0, 0)))
-  return cache, (a, b, c, d, e, f, g, h), image, out
+  cache, h = verbs.trim(cache, groups.each(cache)[0].lengths // 2)
+  plan = verbs.plan(cache, ids(0, 2, 3), ids(1, 0, 0))
+  both = zip(groups.each(cache), groups.each(plan))
+  outs = [verbs.attend(each, 1, k, its_plan) for each, its_plan in both]
+  return cache, (a, b, c, d, e, f, g, h), image, outs
 
 
-def test_a_program_of_verbs_means_the_same_under_every_transform():
-  cache = empty()
-  plain = story(empty(), jitted)
+@pytest.mark.parametrize(
+  "sizes", [config(), (config(), config(page_size=2, window=3))], ids=["one", "groups"]
+)
+def test_a_program_of_verbs_means_the_same_under_every_transform(sizes):
+  cache = jitted.init(sizes)
+  plain = story(jitted.init(sizes), jitted) if sizes == config() else jax.jit(story)(cache)
   invariants.check(plain[0])
   batch = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
   batched = jax.jit(jax.vmap(story))(batch)
@@ -370,7 +374,8 @@ def test_a_program_of_verbs_means_the_same_under_every_transform():
     return jax.lax.scan(step, cache, None, length=1)
 
   last, scanned = scan(cache)
-  chex.assert_trees_all_equal(plain[0].ledger, last.ledger)
+  for one, other in zip(groups.each(plain[0]), groups.each(last)):
+    chex.assert_trees_all_equal(one.ledger, other.ledger)
   chex.assert_trees_all_close(plain[0], last, rtol=1e-6)
   for many, wanted, n in ((batched, plain, 2), (scanned, plain[1:], 1)):
     for i in range(n):
@@ -421,23 +426,6 @@ def decode(cache, num_steps):
 
   start = (cache, jnp.ones(3, jnp.bool_), jnp.zeros(3, jnp.int32), jnp.zeros((3, 2, 2)))
   return jax.lax.while_loop(more, step, start)
-
-
-def primitives(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation.primitive.name
-    for value in equation.params.values():
-      for inner in value if isinstance(value, tuple | list) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from primitives(inner)
-
-
-def host_calls(fn, *args):
-  """Names of primitives that talk to the host. Tracing from shapes cannot read any value."""
-  found = set(primitives(jax.make_jaxpr(fn)(*shapes(args)).jaxpr))
-  assert "while" in found, "the walk did not go in"
-  return {name for name in found if re.search("callback|infeed|outfeed|device_put|debug", name)}
 
 
 def test_hundreds_of_steps_across_pages_a_fork_and_a_full_pool_are_one_program():
