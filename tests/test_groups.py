@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,24 @@ def test_no_verb_copies_a_pool_of_the_tuple_also_under_vmap(verb):
     lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (abstract(BIG), ROWS)
   )
   assert_in_place(jax.vmap(verb), caches, operand)
+
+
+def test_tuples_of_a_batch_that_need_different_work_do_not_disturb_each_other():
+  def story(caches, counts):
+    caches, a = paged_jax.extend(caches, counts)
+    caches, b = paged_jax.fork(caches, ids(0), ids(2))
+    caches, c = paged_jax.extend(caches, counts)  # copies pages, passes some, lacks others
+    return caches, (a, b, c)
+
+  counts = jnp.array([[3, 6, 0], [5, 1, 9]], jnp.int32)
+  batch = jax.tree.map(lambda x: jnp.stack([x, x]), paged_jax.init(BOTH))
+  together = jax.jit(jax.vmap(story))(batch, counts)
+  run = jax.jit(story)
+  alone = [run(paged_jax.init(BOTH), each) for each in counts]
+  oks = [[info.ok.tolist() for info in infos] for _, infos in alone]
+  short = [True, True, False]
+  assert oks == [[[True] * 3, [True], [True] * 3], [short, [True], short]]
+  chex.assert_trees_all_equal(together, jax.tree.map(lambda *x: jnp.stack(x), *alone))
 
 
 def test_all_caches_of_a_donated_tuple_are_gone():
