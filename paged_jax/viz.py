@@ -92,7 +92,9 @@ def page_map(cache: Caches, columns: int = 24) -> "Text":
   from rich.text import Text
 
   if groups.several(cache):
-    parts = [Text(title(each) + "\n").append(page_map(each, columns)) for each in cache]
+    parts = [
+      Text(title(each) + "\n").append(page_map(each, columns)) for each in groups.each(cache)
+    ]
     return Text("\n\n").join(parts)
   text = Text()
   for index, page in enumerate(pages(cache)):
