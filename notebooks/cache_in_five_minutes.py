@@ -27,6 +27,8 @@ except ImportError:
   # %pip install -q "/content/paged_jax[demo,train]"
   import paged_jax
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -160,6 +162,24 @@ film({
   "rows 2 and 3 adopt them": hit,
   "rows 2 and 3 go on, the host drops its holds": dropped,
 })  # fmt: skip
+
+# %% [markdown]
+# ## Layers that differ
+#
+# In many models most layers see only the last tokens, and a few see all. Each such group of layers
+# has a cache of its own, and every verb takes a tuple of caches with the same rows. A row gets room
+# in all of them or in none. In a cache with a `window`, `extend` first releases the pages that no
+# later token sees: below, the first pages of rows 0 and 1 are free again.
+
+# %%
+windows = dataclasses.replace(config, num_layers=5, num_pages=12, window=6)
+caches, _ = extend(paged_jax.init((config, windows)), ids(14, 10, 3, 0))
+after, info = extend(caches, ids(1, 1, 1, 0))
+print("pages free before", [int(each.num_free) for each in caches])
+print("after", [int(count) for count in info.num_free], "ok", info.ok)
+for each in (caches, after):
+  viz.draw(each, columns=config.num_pages)
+  plt.show()
 
 # %% [markdown]
 # ## Your own decode loop

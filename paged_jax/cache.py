@@ -45,10 +45,8 @@ def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   >>> int(pj.init(config).num_free)
   8
   """
-  made = [
-    Cache(ledger=ledger_lib.init(each), pages=pages_lib.init(each)) for each in groups.each(config)
-  ]
-  return groups.like(config, made)
+  made = zip(groups.each(ledger_lib.init(config)), map(pages_lib.init, groups.each(config)))
+  return groups.like(config, [Cache(*each) for each in made])
 
 
 def pages_needed(cache: Caches, num_tokens: jax.Array) -> Any:

@@ -43,6 +43,17 @@ def values_for(name: str, value: Any, whole: Any) -> tuple[Any, ...]:
   raise ValueError(f"{name} must be {wanted}, as the cache is, got {got}")
 
 
+def check_rows(values: Sequence[Any]) -> None:
+  """Raises unless these configs, ledgers or books of all groups have what groups must share.
+
+  Raises:
+    ValueError: There is none, or they differ.
+  """
+  shared = list(dict.fromkeys((each.num_rows, each.copy_on_write) for each in values))
+  if len(shared) != 1:
+    raise ValueError(f"caches must have the same num_rows and copy_on_write, got {shared}")
+
+
 def all_of(flags: Iterable[T]) -> T:
   """Where every group agrees: the logical "and" of arrays of flags."""
   return functools.reduce(operator.and_, flags)

@@ -1,11 +1,16 @@
-"""Pictures of a cache: the rows of each page, in a terminal (rich) and as a plot (matplotlib)."""
+"""Pictures of a cache: the rows of each page, in a terminal (rich) and as a plot (matplotlib).
+
+All take a tuple of caches too, and show one below the other in their order.
+"""
 
 import colorsys
 import string
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from paged_jax import groups
+from paged_jax.cache import Caches
 from paged_jax.types import Cache
 
 if TYPE_CHECKING:
@@ -24,8 +29,8 @@ class Page(NamedTuple):
   fill: float  # part of its slots that hold a token
 
 
-def pages(cache: Cache) -> list[Page]:
-  """Every page of the pool, in order of id.
+def pages(cache: Caches) -> Any:
+  """Every page of the pool, in order of id: a list of `Page`, or a tuple of one for each cache.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> from paged_jax import viz
@@ -34,6 +39,10 @@ def pages(cache: Cache) -> list[Page]:
   >>> viz.pages(cache)[1]
   Page(rows=(0,), refcount=1, fill=0.5)
   """
+  return groups.like(cache, [_pages(each) for each in groups.each(cache)])
+
+
+def _pages(cache: Cache) -> list[Page]:
   size, tables = cache.ledger.page_size, np.asarray(cache.block_tables)
   lengths, refcounts = np.asarray(cache.lengths), np.asarray(cache.ledger.pool.refcount)
   rows: list[list[int]] = [[] for _ in refcounts]
@@ -67,11 +76,11 @@ def label(row: int) -> str:
   return string.ascii_letters[row % len(string.ascii_letters)]
 
 
-def page_map(cache: Cache, columns: int = 24) -> "Text":
+def page_map(cache: Caches, columns: int = 24) -> "Text":
   """The pool as rich text, legible without colours too.
 
   A letter is a page of that row. A number is a page with that many holders. `*` is a page that
-  only the host holds, and a dot is a free page.
+  only the host holds, and a dot is a free page. Each cache of a tuple has a title.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> from paged_jax import viz
@@ -82,6 +91,11 @@ def page_map(cache: Cache, columns: int = 24) -> "Text":
   """
   from rich.text import Text
 
+  if groups.several(cache):
+    parts = [
+      Text(title(each) + "\n").append(page_map(each, columns)) for each in groups.each(cache)
+    ]
+    return Text("\n\n").join(parts)
   text = Text()
   for index, page in enumerate(pages(cache)):
     mark, style = _cell(page)
@@ -89,6 +103,22 @@ def page_map(cache: Cache, columns: int = 24) -> "Text":
     text.append("\n" if (index + 1) % columns == 0 else " ")
   text.rstrip()
   return text
+
+
+def title(cache: Cache) -> str:
+  """What layers one cache of a tuple is for, and how full it is.
+
+  >>> import paged_jax as pj
+  >>> from paged_jax import viz
+  >>> config = pj.CacheConfig(5, 1, 4, page_size=4, num_pages=8, num_rows=2, window=6)
+  >>> viz.title(pj.init(config))
+  '5 layers, the last 6 tokens: 0 of 8 pages taken'
+  """
+  num_layers, window = cache.pages.kv.shape[1], cache.ledger.window
+  layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
+  seen = "all tokens" if window is None else f"the last {window} tokens"
+  total = cache.ledger.pool.num_pages
+  return f"{layers}, {seen}: {total - int(cache.num_free)} of {total} pages taken"
 
 
 def _cell(page: Page) -> tuple[str, str]:
@@ -102,11 +132,22 @@ def _cell(page: Page) -> tuple[str, str]:
   return " ·", "dim"
 
 
-def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
+def draw(cache: Caches, ax: Any = None, columns: int = 16) -> Any:
   """The pool as a plot: a cell for each page, filled by the part that holds tokens.
 
   A shared page has a stripe for each row that maps it, and shows the number of its holders. A page
   that only the host holds is grey.
+
+  Args:
+    cache: The cache, or a tuple of caches: then each has a plot with a title, one below the other.
+    ax: Where to draw, a new figure by default; for a tuple of caches a tuple of as many.
+    columns: Pages in a line.
+
+  Returns:
+    The matplotlib `Axes`, or a tuple of them.
+
+  Raises:
+    ValueError: `ax` is not one of each cache.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> from paged_jax import viz
@@ -115,15 +156,38 @@ def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
   >>> viz.draw(cache).figure.savefig("/dev/null", format="png")
   """
   from matplotlib import pyplot as plt
-  from matplotlib.patches import Patch
 
-  cells = pages(cache)
-  num_lines = -(-len(cells) // columns)
-  size = (0.5 * columns, 0.5 * num_lines + 0.5)
-  axes = plt.figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
+  caches = groups.each(cache)
+  if ax is None:
+    lines = [-(-each.ledger.pool.num_pages // columns) for each in caches]
+    titles = 0.3 * len(caches) if groups.several(cache) else 0
+    figure = plt.figure(
+      figsize=(0.5 * columns, 0.5 * sum(lines) + 0.5 + titles), layout="constrained"
+    )
+    axes = figure.subplots(len(caches), height_ratios=lines, squeeze=False)[:, 0]
+    ax = groups.like(cache, list(axes))
+  axes = groups.values_for("ax", ax, cache)
+  for each, its_axes in zip(caches, axes):
+    _draw_pool(each, its_axes, columns)
+    if groups.several(cache):
+      its_axes.set_title(title(each), loc="left", fontsize=9)
+  _draw_legend(np.asarray(caches[0].lengths), axes[-1])
+  return ax
+
+
+def _draw_pool(cache: Cache, axes: "Axes", columns: int) -> None:
+  """Draws all pages of one cache."""
+  cells = _pages(cache)
   for index, page in enumerate(cells):
     _draw_page(axes, index % columns, index // columns, page)
-  lengths = np.asarray(cache.lengths)
+  axes.set(xlim=(0, columns), ylim=(-(-len(cells) // columns), 0), aspect="equal")
+  axes.set_axis_off()
+
+
+def _draw_legend(lengths: np.ndarray, axes: "Axes") -> None:
+  """Names the rows that hold tokens, below the plot."""
+  from matplotlib.patches import Patch
+
   busy = np.flatnonzero(lengths).tolist()
   handles = [Patch(color=colour(row), label=f"row {row}: {lengths[row]} tokens") for row in busy]
   if handles:
@@ -131,9 +195,6 @@ def draw(cache: Cache, ax: "Axes | None" = None, columns: int = 16) -> "Axes":
       handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False,
       fontsize=8, handlelength=1, handleheight=1,
     )  # fmt: skip
-  axes.set(xlim=(0, columns), ylim=(num_lines, 0), aspect="equal")
-  axes.set_axis_off()
-  return axes
 
 
 def _draw_page(axes: "Axes", x: int, y: int, page: Page) -> None:

@@ -12,16 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import checkify
 from story import config, empty, extend, ids, pages_of, read, write
+from tracing import host_calls
 
 import paged_jax
 from paged_jax import jitted
 from paged_jax.testing import assert_in_place, invariants, replay
 
 ROWS = jnp.arange(3, dtype=jnp.int32)
-
-
-def shapes(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 # Bad arguments.
@@ -433,23 +430,6 @@ def decode(cache, num_steps):
 
   start = (cache, jnp.ones(3, jnp.bool_), jnp.zeros(3, jnp.int32), jnp.zeros((3, 2, 2)))
   return jax.lax.while_loop(more, step, start)
-
-
-def primitives(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation.primitive.name
-    for value in equation.params.values():
-      for inner in value if isinstance(value, tuple | list) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from primitives(inner)
-
-
-def host_calls(fn, *args):
-  """Names of primitives that talk to the host. Tracing from shapes cannot read any value."""
-  found = set(primitives(jax.make_jaxpr(fn)(*shapes(args)).jaxpr))
-  assert "while" in found, "the walk did not go in"
-  return {name for name in found if re.search("callback|infeed|outfeed|device_put|debug", name)}
 
 
 def test_hundreds_of_steps_across_pages_a_fork_and_a_full_pool_are_one_program():

@@ -1,6 +1,7 @@
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 from rich.console import Console
 
 import paged_jax
@@ -68,3 +69,45 @@ def test_draw_of_an_empty_cache_has_no_legend():
   assert axes is given
   assert axes.get_legend() is None
   matplotlib.pyplot.close(axes.figure)
+
+
+def both():
+  """Rows a and b of 7 and 3 tokens in two groups: all tokens, and the last 3 in pages of 2."""
+  sizes = dict(num_kv_heads=1, head_dim=4, num_rows=2, max_length=8, dtype="float32")
+  full = paged_jax.CacheConfig(num_layers=1, page_size=4, num_pages=6, **sizes)
+  window = paged_jax.CacheConfig(num_layers=5, page_size=2, num_pages=8, window=3, **sizes)
+  caches, _ = jitted.extend(jitted.init((full, window)), np.array([6, 2], np.int32))
+  return jitted.extend(caches, np.array([1, 1], np.int32))[0]
+
+
+def test_pages_of_a_tuple_are_a_list_of_each_cache():
+  caches = both()
+  assert viz.pages(caches) == tuple(map(viz.pages, caches))
+  assert [[page.rows for page in pages if page.rows] for pages in viz.pages(caches)] == [
+    [(0,), (0,), (1,)],
+    [(0,), (1,), (0,), (1,)],
+  ]
+
+
+def test_page_map_of_a_tuple_has_a_title_for_each_cache():
+  assert viz.page_map(both(), columns=4).plain.split("\n") == [
+    "1 layer, all tokens: 3 of 6 pages taken",
+    " a  a  b  ·",
+    " ·  ·",
+    "",
+    "5 layers, the last 3 tokens: 4 of 8 pages taken",
+    " ·  ·  a  b",
+    " a  b  ·  ·",
+  ]
+
+
+def test_draw_of_a_tuple_is_a_plot_of_each_cache_with_one_legend():
+  axes = viz.draw(both(), columns=8)
+  assert [each.get_title(loc="left")[:7] for each in axes] == ["1 layer", "5 layer"]
+  assert axes[0].get_position().y0 > axes[1].get_position().y0
+  assert [each.get_legend() is not None for each in axes] == [False, True]
+  given = tuple(plt.subplots(2)[1])
+  assert viz.draw(both(), given) is given
+  with pytest.raises(ValueError, match="ax must be a tuple of 2, as the cache is, got Axes"):
+    viz.draw(both(), given[0])
+  plt.close("all")

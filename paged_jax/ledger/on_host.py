@@ -48,9 +48,13 @@ class HostLedger:
 
   Args:
     config: Sizes of the cache, or of each cache of a tuple.
+
+  Raises:
+    ValueError: The caches of a tuple differ in `num_rows` or `copy_on_write`.
   """
 
   def __init__(self, config: CacheConfig | tuple[CacheConfig, ...]):
+    groups.check_rows(groups.each(config))
     self.groups = tuple(map(Book, groups.each(config)))
     self._several = groups.several(config)
     self.copy_on_write = self.groups[0].copy_on_write

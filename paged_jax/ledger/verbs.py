@@ -23,6 +23,7 @@ Ledgers = TypeVar("Ledgers", Ledger, tuple[Ledger, ...])
 
 def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   """A ledger whose pages are all free, and whose rows are all empty. A tuple of configs: a tuple."""
+  groups.check_rows(groups.each(config))
   made = [
     Ledger(
       pool=pool_lib.init(each.num_pages),
@@ -43,9 +44,7 @@ def each(ledger: Ledgers) -> tuple[Ledger, ...]:
     ValueError: They are none, or differ in what all groups must share.
   """
   ledgers = groups.each(ledger)
-  shared = list(dict.fromkeys((one.num_rows, one.copy_on_write) for one in ledgers))
-  if len(shared) != 1:
-    raise ValueError(f"caches must have the same num_rows and copy_on_write, got {shared}")
+  groups.check_rows(ledgers)
   return ledgers
 
 
