@@ -46,11 +46,9 @@ class Scheduler:
     self.swap_seconds = 0.0  # per page and way
     self.prompt_seconds = 0.0  # per token
     self._unstored: dict[Sample, None] = {}  # their prompt is computed, not in the prefix index
-    nothing = np.zeros(len(config.caches), np.int64)
-    self._refused: tuple[Sample | None, np.ndarray] = (
-      None,
-      nothing,
-    )  # and the pages available then
+    self._begun: dict[Sample, None] = {}  # with windows: their prompt is computed by the last call
+    # The last sample refused, and the pages available then.
+    self._refused: tuple[Sample | None, np.ndarray] = (None, np.zeros(len(config.caches), np.int64))
     self.refusal: errors.CacheError | None = None  # what the manager said to the last one refused
     self._ids = itertools.count()
 
@@ -394,23 +392,29 @@ class Scheduler:
     return pieces
 
   def prepare(self, pieces: list[Piece]) -> None:
-    """Before the call with these pieces: with windows, rows get pages for them, and give up others."""
+    """Before the call with these pieces: with windows, rows get pages for them, and give up others.
+
+    The prompts that the last call has completed are stored: their pages are known now, and this call
+    lets windows pass some of them.
+    """
+    if not self.config.windowed:
+      return
+    if self.config.options.prefix_cache:
+      prefixes = [x for sample in self._begun if sample.decoding for x in self._beginning(sample)]
+      if prefixes:
+        self.manager.store_prefixes(prefixes, wait=False)
+    self._begun.clear()
     growth = {x.sample.handle: x.num_tokens for x in pieces if x.num_tokens and x.sample.handle}
-    if self.config.windowed and growth:
+    if growth:
       self.manager.extend_many(growth, wait=False)
 
   def started(self, pieces: list[Piece]) -> None:
-    """These pieces are computed.
-
-    With windows, prompts are stored at once: the next call lets the window pass some of their tokens.
-    """
+    """These pieces are computed."""
     begun = {piece.sample: None for piece in pieces if piece.sample.decoding}
-    if not self.config.windowed:
+    if self.config.windowed:
+      self._begun = begun
+    else:
       self._unstored |= begun
-    elif self.config.options.prefix_cache:
-      each = [prefix for sample in begun for prefix in self._beginning(sample)]
-      if each:
-        self.manager.store_prefixes(each, wait=False)
 
   # Afterwards
 

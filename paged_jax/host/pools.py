@@ -180,7 +180,7 @@ class Pools:
     to `drop`.
     """
     whole = all(
-      self.books[group].starts[row] <= self._first_page(group, key) * config.page_size
+      self.books[group].starts[row] // config.page_size <= self._first_page(group, key)
       for group, config in enumerate(self.configs)
     )
     if not whole or not self._make_place(namespace, key, gone):

@@ -138,9 +138,9 @@ class Prefixes:
   def _key(self, prefix: Prefix) -> bytes:
     """The encoded tokens of a prefix; raises unless its sequence holds them."""
     row, ttl = self._sequences.running(prefix.handle), prefix.ttl
-    start, length = self._sequences.bounds(row)
+    length = self._sequences.length(prefix.handle)
     tokens = self._sequences.known(row, length) if prefix.tokens is None else prefix.tokens
-    if len(tokens) > length or start:
+    if len(tokens) > length or self._sequences.slid(row):
       raise self._sequences.unmapped(prefix.handle, len(tokens))
     if ttl is not None and (
       isinstance(ttl, bool) or not isinstance(ttl, int | float) or not ttl >= 0

@@ -307,9 +307,10 @@ class Sequences:
     """First live token of a row in each group."""
     return tuple(int(book.starts[row]) for book in self.ledger.groups)
 
-  def bounds(self, row: int) -> tuple[int, int]:
-    """First token of a row that some group has, and the row's length."""
-    return min(self.starts(row)), int(self.ledger.lengths[row])
+  def slid(self, row: int) -> bool:
+    """Whether a row has lost tokens, other than those that windows have passed."""
+    starts = zip(self.starts(row), self.configs)
+    return any(start > 0 for start, config in starts if config.window is None)
 
   def begins(self, row: int, num_tokens: int) -> bool:
     """Whether the first `num_tokens` tokens of a row can go on alone, as after a trim."""
