@@ -32,11 +32,12 @@ jax.devices()  # the flags are read
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-gc.set_threshold(20_000, 20, 20)  # of what jax and its traces hold little is garbage
+# jax and its traces make many objects, and few of them are garbage: do not look often.
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_finish():
-  gc.freeze()  # nor is any of all these modules: they need not be looked through again and again
+  gc.freeze()  # what the modules hold stays
 
 
 MAPS = pathlib.Path("/proc/self/maps")

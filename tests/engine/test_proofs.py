@@ -25,14 +25,14 @@ def swaps_heads(q, pages, layer, tables, part, options):
 RIGHT, WRONG = Backend(xla.attend), Backend(swaps_heads)
 
 
+verify = attention.verify
+
+
 @functools.cache
 def report(name, shape, backend):
-  """What `backend`, which is that of this name now, is found to do: tests share it."""
+  """The report on `backend`, which "tpu" is now: tests share it."""
   assert tpu.BACKEND is backend
   return verify(name, shape, memory_bytes=2**20)
-
-
-verify = attention.verify
 
 
 @pytest.fixture
