@@ -1,5 +1,6 @@
 """Settings of the whole test run; they must be made before jax is imported."""
 
+import gc
 import os
 import pathlib
 from importlib import metadata
@@ -30,6 +31,14 @@ import pytest  # noqa: E402
 jax.devices()  # the flags are read
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# jax and its traces make many objects, and few of them are garbage: do not look often.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish():
+  gc.freeze()  # what the modules hold stays
+
 
 MAPS = pathlib.Path("/proc/self/maps")
 MANY = 30_000  # Linux allows a process 65,530 by default; every compiled program takes some

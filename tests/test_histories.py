@@ -3,7 +3,6 @@
 The same histories in every run; the sweep draws others each time.
 """
 
-import dataclasses
 import types
 
 import chex
@@ -32,12 +31,13 @@ CONFIGS = {
   "tight": config(page_size=4, num_pages=7, num_rows=4, max_length=14, dtype="float32"),
   "bits": config(page_size=3, num_pages=33, num_rows=5, max_length=14, dtype="bfloat16",
                  storage_dtype="uint16"),
-  "tokens": config(page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16"),
-  "long": config(page_size=2, num_pages=5, num_rows=3, max_length=20, dtype="float32",
-                 storage_head_dim=5),
+  "tokens": config(page_size=1, num_pages=32, num_rows=3, max_length=9, dtype="float16",
+                   storage_head_dim=5),
   "keys": config(page_size=3, num_pages=9, num_rows=4, max_length=14, dtype="bfloat16",
                  storage_dtype="uint16", storage_head_dim=3, value_dim=1),
   "single": config(page_size=4, num_pages=1, num_rows=1, max_length=8, dtype="float32"),
+  "long, whole pages only": config(page_size=4, num_pages=5, num_rows=4, max_length=24,
+                                   dtype="float32", copy_on_write=False),
 }  # fmt: skip
 CONFIGS["window"] = dataclasses.replace(CONFIGS["tight"], window=5)
 CONFIGS["groups"] = (  # of one model: pages, windows and shapes differ, rows do not
@@ -47,7 +47,6 @@ CONFIGS["groups"] = (  # of one model: pages, windows and shapes differ, rows do
 CONFIGS["whole groups"] = tuple(
   dataclasses.replace(each, copy_on_write=False) for each in CONFIGS["groups"]
 )
-CONFIGS["whole"] = dataclasses.replace(CONFIGS["tight"], copy_on_write=False)
 
 
 def traced_once(config):

@@ -25,7 +25,7 @@ def pictures(notebook):
 def test_notebook_runs_without_errors(source, tmp_path, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(paged_jax.__file__).parent.parent))
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # nobody's startup files
-  monkeypatch.setenv("PAGED_JAX_NOTEBOOK_STEPS", "12")
+  monkeypatch.setenv("PAGED_JAX_NOTEBOOK_STEPS", "4")
   monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
   notebook = render["execute"](source)
   assert pictures(notebook) == pictures(nbformat.read(source.with_suffix(".ipynb"), 4))

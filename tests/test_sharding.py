@@ -32,13 +32,12 @@ def step(cache, q, k):
   cache, _ = paged_jax.fork(cache, ids(0), ids(1))
   cache, info = paged_jax.extend(cache, ids(1, 1, 1))
   plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
-  outs = []
   for layer in range(2):
     cache = paged_jax.write(cache, layer, k + layer, k - layer, plan)
-    outs.append(paged_jax.attend(cache, layer, q, plan))
+  out = paged_jax.attend(cache, 1, q, plan)
   cache, image, _ = paged_jax.swap_out(cache, jnp.int32(1))
   cache, _ = paged_jax.swap_in(cache, jnp.int32(1), image)
-  return cache, jnp.stack(outs), info
+  return cache, out, info
 
 
 def operands():
@@ -62,7 +61,7 @@ def test_plain_jit_splits_heads_without_collectives(alone):
   split = NamedSharding(where, PartitionSpec(None, "model"))
   cache = jax.device_put(jitted.init(HEADS), shardings(HEADS, where))
   q, k = (jax.device_put(x, split) for x in operands())
-  out = (shardings(HEADS, where), NamedSharding(where, PartitionSpec(None, None, "model")), None)
+  out = (shardings(HEADS, where), split, None)
   compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(cache, q, k).compile()
   assert not re.search(COLLECTIVES, compiled.as_text())
   got = compiled(cache, q, k)
@@ -79,7 +78,7 @@ def test_shard_map_runs_the_same_program_on_every_part_of_the_heads(alone, kind)
     step,
     mesh=where,
     in_specs=(spec, heads, heads),
-    out_specs=(spec, PartitionSpec(None, None, "model"), PartitionSpec()),
+    out_specs=(spec, heads, PartitionSpec()),
     check_vma=False,
   )
   cache = jax.device_put(jitted.init(HEADS), shardings(HEADS, where))

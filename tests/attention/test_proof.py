@@ -16,7 +16,7 @@ from paged_jax.attention.backend import scatter
 CONFIG = paged_jax.CacheConfig(num_kv_heads=2, head_dim=8, page_size=4, dtype="float32")
 FEW = tuple(case for case in cases.ESSENTIAL if case.name in
             ("decode", "window and start", "sinks, padding, refused"))  # fmt: skip
-ALL = [*(case.name for case in FEW), "decode, heads 2 over 2", "decode, heads 16 over 2"]
+ALL = [*(case.name for case in FEW), "decode, heads 2 over 2"]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def verify(monkeypatch):
   def run(config=CONFIG, **changes):
     monkeypatch.setattr(xla, "BACKEND", xla.BACKEND._replace(**changes))
     monkeypatch.setattr(cases, "ESSENTIAL", FEW)
-    return attention.verify("xla", config, memory_bytes=2**20)
+    return attention.verify("xla", config, num_heads=16, memory_bytes=2**20)
 
   return run
 
@@ -125,7 +125,7 @@ FAULTS = [  # what is wrong, the words that name it, and the cases that show it
   (dict(attend=sees_too_little), "differs by", ALL),
   (dict(attend=sees_too_much), "NaN: memory that holds no token was read", ALL),
   (dict(attend=swaps_heads), "output differs by", ALL),
-  (dict(attend=mistakes_the_group), "differs by", [*ALL[:3], ALL[4]]),
+  (dict(attend=mistakes_the_group), "differs by", ALL[:3]),
   (dict(attend=ignores_the_window), "differs by", [ALL[1]]),
   (dict(attend=ignores_sinks), "differs by", [ALL[2]]),
   (dict(attend=reads_the_other_layer), "NaN", ALL),
@@ -151,7 +151,7 @@ def test_a_fault_is_found_and_named(verify, changes, words, names):
     assert any(words in fault for fault in found[name])
     [line] = [line for line in str(report).splitlines() if line.startswith(f"{name}  ")]
     assert words in line
-  assert f"{len(names)} of 5 cases disagree" in str(report)
+  assert f"{len(names)} of 4 cases disagree" in str(report)
 
 
 def test_a_copy_of_the_pages_is_found_by_the_memory_that_it_takes(verify):
@@ -165,7 +165,9 @@ def test_a_copy_of_the_pages_is_found_by_the_memory_that_it_takes(verify):
   ("implementation", "dtype"),
   [("reference", "float32"), ("xla", "bfloat16"), ("xla", "float16")],
 )
-def test_a_sound_backend_agrees(implementation, dtype):
+def test_a_sound_backend_agrees(implementation, dtype, monkeypatch):
+  if dtype == "float16":  # of bfloat16 all cases
+    monkeypatch.setattr(cases, "ESSENTIAL", FEW)
   config = dataclasses.replace(CONFIG, page_size=16, dtype=dtype).stored_for("cpu")
   report = attention.verify(implementation, config, memory_bytes=2**20)
   assert not [check for check in report.checks if check.faults(report.tolerances)]
@@ -191,7 +193,7 @@ def test_a_sound_backend_is_ok_in_place_and_its_table_says_where():
   text = str(report)
   for words in (
     "device: cpu", f"jax {jax.__version__}", "paged_jax ", "attention: xla, 8 query heads over 2",
-    "pages of 4 x 8, float32", "peak of the device not reported",
+    "pages of 4 x 8, float32", "peak of the device not reported", "decode, heads 16 over 2",
   ):  # fmt: skip
     assert words in text
   assert text.isascii() and max(map(len, text.splitlines())) <= 110

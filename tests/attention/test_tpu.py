@@ -20,17 +20,18 @@ from paged_jax.attention import tpu, tpu_write
 from paged_jax.types import Pages
 
 # what another case covers, too, on this backend; run by the sweep
-COVERED = ("prefill of two rows", "chunked prefill", "heads MHA", "head dim 5", "page size 8",
-           "window 1", "window traced, none", "scale", "softcap")  # fmt: skip
-SERVED = [
-  pytest.param(c, marks=pytest.mark.sweep if c.name in COVERED else ())
-  for c in cases.CASES
-  if not c.bits and c.dtype != "float16"
-]
+COVERED = ("prefill", "prefill of two rows", "chunked prefill", "padding between rows", "heads MHA",
+           "head dim 5", "page size 8", "page size 16", "window 1", "window traced",
+           "window traced, none", "scale", "softcap", "softcap traced", "sinks")  # fmt: skip
 # of every kind one, small: the interpreter that knows of races and uninitialised memory is slow
 STRICT = ("decode", "mixed", "empty rows", "tokens refused", "window and start", "everything",
           "parts, drafts and a prompt, idle rows", "bfloat16, page size 1", "values in keys",
           "values in keys, prompts")  # fmt: skip
+SERVED = [
+  pytest.param(c, marks=pytest.mark.sweep if c.name in COVERED else ())
+  for c in cases.CASES
+  if not c.bits and c.dtype != "float16" and c.name not in STRICT
+]
 races = functools.partial(
   pltpu.InterpretParams, detect_races=True, uninitialized_memory="nan", random_seed=0
 )
@@ -168,7 +169,8 @@ SHORT = ("decode", "decode, more rows than slots of the ring", "several tokens p
 LONG = ("prefill across pages and windows", "padding", "nothing but padding", "odd page size",
         "page size 128", "whole pages, and rows that begin and end within one", "skipped places",
         "tokens refused", "bfloat16 prefill", "bfloat16, skipped and refused")  # fmt: skip
-BLOCKS = [(name, 4) for name in WRITES] + [(n, 1) for n in SHORT] + [(n, 64) for n in LONG]
+# What a write in blocks of 4 holds is checked where its copies may not race.
+BLOCKS = [(n, 1) for n in SHORT] + [(n, 64) for n in LONG]
 
 
 def writer(block_size, interpret):
@@ -220,10 +222,10 @@ def test_no_copy_of_a_write_races(name, mode):
   assert not races_found()
 
 
-@pytest.mark.parametrize("most", [1, 7, 16])
+@pytest.mark.parametrize("most", [1, 4, 7])
 def test_more_tokens_than_a_kernel_takes_are_written_by_several(most, monkeypatch):
   monkeypatch.setattr(tpu_write, "MAX_TOKENS", most)
-  check_write(writes((17, 4), (1, 6), page_size=16, padding=1), 4, True)
+  check_write(writes((6, 2), (13, 6), page_size=16, padding=1), 4, True)
 
 
 def test_a_layer_that_is_not_there_is_not_written():

@@ -244,7 +244,7 @@ def test_nothing_is_compiled_while_the_clock_runs(paged_jax, folder, compiled, m
 
   monkeypatch.setattr(progress, "follow", watched)
   jax.clear_caches()  # so this is the last test here: the others share their programs
-  options = ("--model", folder, "--num-pages", 12, "--max-new-tokens", 30, "--num-samples", 3)
-  code, *_ = paged_jax("generate", "To be", "or not to be " * 2, *options, "--temperature", 1)
+  options = ("--model", folder, *SIZES, "--num-samples", 2, "--temperature", 1)
+  code, *_ = paged_jax("generate", "To be", *options)
   assert (code, during) == (0, [0])
   assert compiled

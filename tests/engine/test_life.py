@@ -323,7 +323,7 @@ def test_a_model_with_leaves_that_are_no_arrays_is_served():
   def same(x):
     return x if isinstance(x, jax.Array) else None
 
-  e = engine(model=Module(tiny.MODEL, same, 1.0))
+  e = engine(model=Module(tiny.MODEL, same, 1.0), num_steps=1)
   assert e.generate([PROMPTS[0]], wanted(8))[0][0].tokens == tiny.greedy(PROMPTS[0], 8)
   finish(e)
 
@@ -345,7 +345,7 @@ class Equinox(eqx.Module):
 
 
 def test_a_module_of_equinox_is_served():
-  e = engine(model=Equinox(tiny.MODEL, lambda x: x, 1.0, 4))
+  e = engine(model=Equinox(tiny.MODEL, lambda x: x, 1.0, 4), num_steps=1)
   assert e.generate([PROMPTS[2]], wanted(8))[0][0].tokens == tiny.greedy(PROMPTS[2], 8)
   finish(e)
 
@@ -397,7 +397,7 @@ jax.tree_util.register_dataclass(Narrow, ["inner", "squash", "scale"], [])
 
 
 def test_beams_for_which_there_is_no_text_say_so():
-  e = engine(model=Narrow(tiny.MODEL, lambda x: x, 1.0), max_beams=5)
+  e = engine(model=Narrow(tiny.MODEL, lambda x: x, 1.0), max_beams=5, num_steps=1)
   (found,) = e.generate([(1, 2)], Sampling(max_new_tokens=1, num_beams=5))
   assert [beam.reason for beam in found] == ["length"] * 3 + ["surplus"] * 2
   assert [(x.tokens, x.text, x.error) for x in found[3:]] == [([], "", None)] * 2

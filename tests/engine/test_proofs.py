@@ -1,6 +1,7 @@
 """An engine uses a kernel if it is right on this device. Here "tpu" is what "xla" computes."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -21,20 +22,33 @@ def swaps_heads(q, pages, layer, tables, part, options):
   return out[:, ::-1], lse
 
 
+RIGHT, WRONG = Backend(xla.attend), Backend(swaps_heads)
+
+
+verify = attention.verify
+
+
+@functools.cache
+def report(name, shape, backend):
+  """The report on `backend`, which "tpu" is now: tests share it."""
+  assert tpu.BACKEND is backend
+  return verify(name, shape, memory_bytes=2**20)
+
+
 @pytest.fixture
 def verified(monkeypatch, tmp_path):
   """Lets the backend be this platform's kernel; returns the names of what is verified."""
-  names, verify = [], attention.verify
+  names = []
 
   def counted(name, shape, **_):
     names.append(name)
-    return verify(name, shape, memory_bytes=2**20)
+    return report(name, shape, tpu.BACKEND)
 
   settings = dict(jax_compilation_cache_dir=str(tmp_path), jax_enable_compilation_cache=True)
   monkeypatch.setattr(attention, "_KERNELS", {"cpu": ("tpu",)})
   monkeypatch.setattr(attention, "verify", counted)
   monkeypatch.setattr(cases, "ESSENTIAL", cases.ESSENTIAL[:1])
-  monkeypatch.setattr(tpu, "BACKEND", Backend(xla.attend))
+  monkeypatch.setattr(tpu, "BACKEND", RIGHT)
   monkeypatch.setattr(proofs, "_settings", types.SimpleNamespace(**settings))
   proofs._disproof.cache_clear()
   yield names
@@ -43,7 +57,7 @@ def verified(monkeypatch, tmp_path):
 
 @pytest.fixture
 def wrong(monkeypatch, verified):
-  monkeypatch.setattr(tpu, "BACKEND", Backend(swaps_heads))
+  monkeypatch.setattr(tpu, "BACKEND", WRONG)
   return verified
 
 
@@ -121,8 +135,9 @@ def test_nothing_is_proven_of_what_xla_compiles(verified):
 def test_an_engine_warms_up_with_the_backend_that_is_right(wrong):
   """Its texts are right though the kernel swaps heads."""
   engine = Engine(tiny.MODEL, CONFIG)
-  engine.warm_up()
-  [[done]] = engine.generate([[1, 2, 3]], Sampling(max_new_tokens=4))
+  wanted = Sampling(max_new_tokens=4)
+  engine.warm_up(samplings=[wanted])
+  [[done]] = engine.generate([[1, 2, 3]], wanted)
   assert done.tokens == tiny.greedy([1, 2, 3], 4)
 
 

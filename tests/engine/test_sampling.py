@@ -47,24 +47,24 @@ def test_seen_tokens_of_prompt_and_text_are_penalised():
 @pytest.mark.parametrize("drafter", [None, PromptLookup(3)])
 def test_requests_that_change_logits_come_and_go_beside_plain_ones(preemption, drafter):
   """Programs with and without `seen` take turns; a row that needs it has it after each change."""
-  e = engine(preemption=preemption, drafter=drafter, num_steps=2)
+  e = engine(preemption=preemption, drafter=drafter)
   plain = e.submit(PROMPTS[0], Sampling(max_new_tokens=40))
   e.step()
   for nth, prompt in enumerate(PROMPTS[1:]):
-    other = e.submit(prompt, Sampling(max_new_tokens=9, repetition_penalty=3.0))
+    other = e.submit(prompt, Sampling(max_new_tokens=14, repetition_penalty=3.0))
     e.step()
     e.step()
     if nth % 2:
       force_preemption(e)
-    elif len(other.tokens[0]) < 9:
+    elif len(other.tokens[0]) < 14:
       (branch,) = other.fork(1)
       while not branch.done:
         e.step()
-      assert branch.tokens == [penalised(prompt, 9)]
+      assert branch.tokens == [penalised(prompt, 14)]
       other.rollback(1)
     while not other.done:
       e.step()
-    assert other.tokens == [penalised(prompt, 9)]
+    assert other.tokens == [penalised(prompt, 14)]
     e.step()
   finish(e)
   assert plain.tokens == [tiny.greedy(PROMPTS[0], 40)]

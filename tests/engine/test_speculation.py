@@ -21,10 +21,10 @@ class Stubborn:
     return jnp.full((texts.shape[0], self.num_drafts), self.token, jnp.int32)
 
 
-@pytest.mark.parametrize("drafter", [PromptLookup(3), Stubborn(2, 3)])
+@pytest.mark.parametrize("drafter, num_steps", [(PromptLookup(3), 4), (Stubborn(2, 3), 1)])
 @pytest.mark.parametrize("num_pages", [9, 24])
-def test_text_is_that_of_plain_decoding(drafter, num_pages):
-  e = engine(drafter=drafter, num_pages=num_pages)
+def test_text_is_that_of_plain_decoding(drafter, num_steps, num_pages):
+  e = engine(drafter=drafter, num_steps=num_steps, num_pages=num_pages)
   got = e.generate(PROMPTS, Sampling(max_new_tokens=12))
   assert [c[0].tokens for c in got] == [tiny.greedy(p, 12) for p in PROMPTS]
   finish(e)

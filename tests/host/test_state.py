@@ -141,11 +141,7 @@ def abstract_verbs():
   """The compiled verbs, on shapes alone."""
 
   def shapes_only(verb, static):
-    def call(*args, **kwargs):
-      kept = {name: kwargs.pop(name) for name in static if name in kwargs}
-      return jax.eval_shape(functools.partial(verb, **kept), *args, **kwargs)
-
-    return call
+    return jax.jit(verb, static_argnames=static).eval_shape  # traced once per shape
 
   names = ("extend", "fork", "unshare", "trim", "slide", "free", "hold", "drop", "adopt", "plan",
            "write", "offload", "restore", "gather", "scrub", "audit")  # fmt: skip
