@@ -3,6 +3,7 @@
 The same histories in every run; the sweep draws others each time.
 """
 
+import dataclasses
 import types
 
 import chex
