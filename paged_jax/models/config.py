@@ -136,7 +136,7 @@ class DecoderConfig:
     if self.experts and not 1 <= self.experts.per_token <= self.experts.num_experts:
       raise ValueError(f"{self.experts.per_token=} must be in [1, {self.experts.num_experts=}]")
     for i, source in enumerate(self.sources):
-      if source is None or self.layers[source][:2] != self.layers[i][:2]:
+      if self.layers[source][:2] != self.layers[i][:2]:
         raise ValueError(f"shapes: layer {i} has no layer before it whose keys it could read")
 
   @functools.cached_property
@@ -147,8 +147,14 @@ class DecoderConfig:
 
   @functools.cached_property
   def stacks(self) -> tuple[tuple[int, ...], ...]:
-    """The layers whose parameters have one shape, which are stacked."""
+    """The layers of each shape, whose parameters are stacked."""
     return tuple(_alike(self.layers).values())
+
+  @functools.cached_property
+  def stacked(self) -> tuple[tuple[int, int], ...]:
+    """Of each layer, the number of its stack and its place in there."""
+    found = _numbered(self.stacks)
+    return tuple(found[i] for i in range(self.num_layers))
 
   @functools.cached_property
   def rope_dims(self) -> tuple[int, ...]:
@@ -156,13 +162,15 @@ class DecoderConfig:
     return tuple(self.latent.rope_dim if self.latent else x.head_dim for x in self.layers)
 
   @functools.cached_property
-  def sources(self) -> tuple[int | None, ...]:
+  def sources(self) -> tuple[int, ...]:
     """Of each layer, the layer whose keys and values it reads: itself, or one before it."""
     last, found = {}, []
     for i, (window, shape) in enumerate(zip(self.windows, self.layers)):
       if shape.own:
         last[window] = i
-      found.append(last.get(window))
+      if window not in last:
+        raise ValueError(f"shapes: layer {i} has no layer before it whose keys it could read")
+      found.append(last[window])
     return tuple(found)
 
   @functools.cached_property
@@ -195,9 +203,9 @@ class DecoderConfig:
     return groups[0]
 
   def places(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
-    """Of each layer, the number of the group and the layer of its cache that it reads."""
-    own = {i: (g, j) for g, group in enumerate(groups) for j, i in enumerate(group.layers)}
-    return [own[source] for source in self.sources if source is not None]
+    """Of each layer, the number of the group that it reads, and the layer of that group's cache."""
+    found = _numbered([group.layers for group in groups])
+    return [found[source] for source in self.sources]
 
   def _groups(self, windows: Sequence[int | None]) -> list[Group]:
     """Groups of layers with these windows, in the order of their first layers."""
@@ -213,3 +221,8 @@ T = TypeVar("T", bound=Hashable)
 def _alike(kinds: Sequence[T]) -> dict[T, tuple[int, ...]]:
   """The layers of each kind."""
   return {kind: tuple(i for i, each in enumerate(kinds) if each == kind) for kind in kinds}
+
+
+def _numbered(lists: Sequence[Sequence[int]]) -> dict[int, tuple[int, int]]:
+  """Of each layer in `lists`, the number of its list and its place in there."""
+  return {i: (n, j) for n, each in enumerate(lists) for j, i in enumerate(each)}

@@ -104,7 +104,6 @@ class Decoder(nnx.Module):
     Returns:
       f32[M,C,V] logits.
     """
-
     m, c = tokens.shape
     config, places, state = self.config, [(0, i) for i in range(self.config.num_layers)], ()
     if not all(shape.own for shape in config.layers):  # keep what later layers read
@@ -140,70 +139,66 @@ class Decoder(nnx.Module):
     `places` are each layer's (group, index).
     """
     config = self.config
-    stacks = list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
-    stacks = [nnx.split(stack) for stack in stacks]
-    stacked = {i: (s, j) for s, layers in enumerate(config.stacks) for j, i in enumerate(layers)}
-    distinct, turns = {}, {}  # ropes of a head size: most models have one for all layers, or two
-    for dim in config.rope_dims:
-      distinct[dim] = list(
-        dict.fromkeys(r for r, d in zip(config.ropes, config.rope_dims) if d == dim)
-      )
-      turns[dim] = ropes.turns(distinct[dim], positions, dim, length)
     x = self.embed_tokens(tokens, config.embed_scale)
     inputs = self._layer_inputs(tokens, x)
-
-    def layer(run, carry, xs):
-      """The layers of `run` are alike in all but the numbers `row`."""
-      (x, state), (row, params) = carry, xs
-      number, at, index, window, rope = row
-      first = run[0, 0]
-      graph, stack = stacks[stacked[first][0]]
-      layer = nnx.merge(
-        graph, jax.tree.map(lambda x: _at(x, at), stack) if params is None else params
-      )
-      cos, sin = (_at(turn, rope) for turn in turns[config.rope_dims[first]])
-      seen, sinks = {config.windows[i] for i in run.flat}, layer.self_attn.sinks
-      heads, state = attend(
-        state, places[first][0], index, *layer.qkv(x, cos, sin),
-        scale=config.attention_scale, softcap=config.attention_softcap,
-        window=window if len(seen) > 1 else seen.pop(),
-        sinks=None if sinks is None else sinks[...].astype(jnp.float32),
-      )  # fmt: skip
-      extra = None if inputs is None else jax.lax.dynamic_index_in_dim(inputs, number, 1, False)
-      return layer.finish(x, heads, extra), state
-
-    def block(runs, carry, rows):
-      for run, each in zip(runs, rows):
-        stack = stacked[run[0, 0]][0]
-        # A loop over a whole stack takes its slices from the loop, so that its gradient needs no sum.
-        params = stacks[stack][1] if run.size == len(config.stacks[stack]) else None
-        carry = _loop(partial(layer, run), carry, (each, params))
-      return carry
-
-    table = np.array(
-      [
-        (i, stacked[i][1], places[i][1], NO_WINDOW if window is None else window,
-         distinct[dim].index(rope))
-        for i, (window, rope, dim) in enumerate(zip(config.windows, config.ropes, config.rope_dims))
-      ],
-      np.int32,
-    )  # fmt: skip
     carry = x, state
-    kinds = [(stacked[i][0], places[i][0]) for i in range(config.num_layers)]
+    kinds = [(stack, group) for (stack, _), (group, _) in zip(config.stacked, places)]
     for runs in pattern.loops(kinds):
-      carry = _loop(partial(block, runs), carry, [table[run] for run in runs])
+      bodies, rows = zip(
+        *(self._alike(run, positions, places, attend, inputs, length) for run in runs)
+      )
+      carry = _loop(partial(_in_turn, bodies), carry, rows)
     x, state = carry
     return self.norm(x), state
 
+  def _alike(self, run, positions, places, attend, inputs, length):
+    """What runs the layers `run` i32[R,C], which are of one stack and one group.
+
+    Returns:
+      A function of the carry and C rows, and rows i32[R,C,5]: the numbers in which they differ.
+    """
+    config = self.config
+    first = run[0, 0]
+    number, group, rope_dim = config.stacked[first][0], places[first][0], config.rope_dims[first]
+    stacks = self.layers if isinstance(self.layers, nnx.List) else [self.layers]
+    graph, stack = nnx.split(stacks[number])
+    windows = {config.windows[i] for i in run.flat}
+    kinds = list(dict.fromkeys(config.ropes[i] for i in run.flat))
+    turns = ropes.turns(kinds, positions, rope_dim, length)
+
+    def row(i):
+      window = NO_WINDOW if config.windows[i] is None else config.windows[i]
+      return i, config.stacked[i][1], places[i][1], window, kinds.index(config.ropes[i])
+
+    def layer(carry, xs):
+      (x, state), ((i, place, index, window, kind), params) = carry, xs
+      if params is None:
+        params = jax.tree.map(lambda x: _at(x, place), stack)
+      layer = nnx.merge(graph, params)
+      cos, sin = (_at(turn, kind) for turn in turns)
+      sinks = layer.self_attn.sinks
+      heads, state = attend(
+        state, group, index, *layer.qkv(x, cos, sin),
+        scale=config.attention_scale, softcap=config.attention_softcap,
+        window=window if len(windows) > 1 else min(windows),
+        sinks=None if sinks is None else sinks[...].astype(jnp.float32),
+      )  # fmt: skip
+      return layer.finish(x, heads, None if inputs is None else _at(inputs, i)), state
+
+    # A loop over a whole stack takes its slices from the loop, so that its gradient needs no sum.
+    params = stack if run.size == len(config.stacks[number]) else None
+    rows = np.array([[row(i) for i in each] for each in run.tolist()], np.int32)
+    return lambda carry, rows: _loop(layer, carry, (rows, params)), rows
+
   def _layer_inputs(self, tokens: jax.Array, x: jax.Array) -> jax.Array | None:
-    """What the layers get of each token beside the residual stream, [B,L,P], if anything."""
+    """What the layers get of each token beside the residual stream, [L,B,P], if anything."""
     config = self.config
     if not config.layer_input_size:
       return None
     shape = (len(tokens), config.num_layers, config.layer_input_size)
     own = self.embed_tokens_per_layer(tokens, config.layer_input_size**0.5).reshape(shape)
     seen = (self.per_layer_model_projection(x) * config.hidden_size**-0.5).reshape(shape)
-    return (self.per_layer_projection_norm(seen) + own) * 2**-0.5
+    return ((self.per_layer_projection_norm(seen) + own) * 2**-0.5).swapaxes(0, 1)
 
 
 def _stack(config: DecoderConfig, layers: Sequence[int], rngs: nnx.Rngs) -> Layer:
@@ -227,6 +222,13 @@ def _loop(body: Callable, carry: Any, xs: Any) -> Any:
   if len(jax.tree.leaves(xs)[0]) == 1:
     return body(carry, jax.tree.map(lambda x: x[0], xs))
   return jax.lax.scan(lambda carry, x: (body(carry, x), None), carry, xs)[0]
+
+
+def _in_turn(bodies: Sequence[Callable], carry: Any, xs: Sequence[Any]) -> Any:
+  """`carry` after each body with its x."""
+  for body, x in zip(bodies, xs):
+    carry = body(carry, x)
+  return carry
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

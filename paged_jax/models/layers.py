@@ -16,7 +16,8 @@ from flax import nnx
 from paged_jax.models import ropes
 from paged_jax.models.config import DecoderConfig, Experts, Latent, Shape
 
-QKV = tuple[jax.Array, jax.Array | None, jax.Array | None]  # None: of another layer; in the keys
+# Queries, keys and values. No keys: those of another layer. No values: they are in the keys.
+QKV = tuple[jax.Array, jax.Array | None, jax.Array | None]
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
