@@ -8,6 +8,7 @@ from paged_jax.models.config import DecoderConfig as DecoderConfig
 from paged_jax.models.config import Experts as Experts
 from paged_jax.models.config import Group as Group
 from paged_jax.models.config import Latent as Latent
+from paged_jax.models.config import Shape as Shape
 from paged_jax.models.decoder import Decoder as Decoder
 from paged_jax.models.loading import eos_tokens as eos_tokens
 from paged_jax.models.loading import load as load
@@ -16,7 +17,7 @@ from paged_jax.models.loading import tokenizer as tokenizer
 from paged_jax.models.ropes import Rope as Rope
 
 __all__ = [
-  "Decoder", "DecoderConfig", "Experts", "Group", "Latent", "Rope", "cache_config", "describe", "embedded", "eos_tokens", "load", "save",
+  "Decoder", "DecoderConfig", "Experts", "Group", "Latent", "Rope", "Shape", "cache_config", "describe", "embedded", "eos_tokens", "load", "save",
   "tokenizer",
 ]  # fmt: skip
 

@@ -25,14 +25,21 @@ NO_WINDOW = np.iinfo(np.int32).max
 class Embedding(nnx.Module):
   """A vector per token."""
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, vocab_size: int, size: int, *, rngs: nnx.Rngs):
     init = nnx.initializers.normal(0.02)
-    shape = (config.vocab_size, config.hidden_size)
-    self.weight = nnx.Param(init(rngs.params(), shape, jnp.float32))
+    self.weight = nnx.Param(init(rngs.params(), (vocab_size, size), jnp.float32))
+
+  def __call__(self, tokens: jax.Array, scale: float) -> jax.Array:
+    """[B,size] vectors of `tokens` i32[B], NaN if there is no such token, times `scale`."""
+    x = self.weight.at[tokens].get(mode="fill")
+    return x * jnp.asarray(scale, x.dtype)  # rounded as the weights are (Gemma)
 
 
 class Decoder(nnx.Module):
-  """A decoder-only language model. `layers` holds the parameters of all layers, [L, ...].
+  """A decoder-only language model.
+
+  `layers` holds the parameters of all layers, [L, ...]; a list of such stacks, one per
+  `config.stacks`, if the layers have several shapes.
 
   >>> import jax.numpy as jnp
   >>> from paged_jax import models
@@ -42,16 +49,17 @@ class Decoder(nnx.Module):
   """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap
-    def stack(rngs):
-      return Layer(config, rngs=rngs)
-
     self.config = config
-    self.embed_tokens = Embedding(config, rngs=rngs)
-    self.layers = stack(rngs)
+    self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+    stacks = [_stack(config, layers, rngs) for layers in config.stacks]
+    self.layers = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
     self.norm = Norm(config.hidden_size, config)
     self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+    if config.layer_input_size:
+      size = config.num_layers * config.layer_input_size
+      self.embed_tokens_per_layer = Embedding(config.layer_input_vocab_size, size, rngs=rngs)
+      self.per_layer_model_projection = Linear(config.hidden_size, size, rngs=rngs)
+      self.per_layer_projection_norm = Norm(config.layer_input_size, config)
 
   def __call__(
     self, tokens: jax.Array, cache: Cache | tuple[Cache, ...], plan: Plan | tuple[Plan, ...]
@@ -76,11 +84,14 @@ class Decoder(nnx.Module):
     _check(caches, plans, groups)
 
     def attend(caches, group, index, q, k, v, **options):
-      cache = cache_lib.write(caches[group], index, k, v, plans[group])
+      cache = caches[group]
+      if k is not None:
+        cache = cache_lib.write(cache, index, k, v, plans[group])
       heads = cache_lib.attend(cache, index, q, plans[group], **options)
       return heads, (*caches[:group], cache, *caches[group + 1 :])
 
-    x, caches = self._run(tokens, plans[0].positions, groups, attend, caches)
+    places = self.config.places(groups)
+    x, caches = self._run(tokens, plans[0].positions, places, attend, caches)
     return x, groups_lib.like(cache, caches)
 
   def dense(self, tokens: jax.Array) -> jax.Array:
@@ -93,19 +104,26 @@ class Decoder(nnx.Module):
     Returns:
       f32[M,C,V] logits.
     """
-
     m, c = tokens.shape
+    config, places, state = self.config, [(0, i) for i in range(self.config.num_layers)], ()
+    if not all(shape.own for shape in config.layers):  # keep what later layers read
+      places, dtype = config.places(config.groups), self.embed_tokens.weight.dtype
+      shapes = [(m * c, group.num_kv_heads, group.head_dim) for group in config.groups]
+      state = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
 
     def attend(state, group, index, q, k, v, **options):
-      del group, index
-      if v is None:
-        v = k[..., : self.config.uniform.value_dim]
+      del index
+      if k is None:
+        k, v = state[group]
+      elif state:
+        state = (*state[:group], (k, v), *state[group + 1 :])
+      v = k[..., : config.uniform.value_dim] if v is None else v
       q, k, v = (x.reshape(m, c, *x.shape[1:]) for x in (q, k, v))
       heads = jax.vmap(partial(attention, **options))(q, k, v)
       return heads.reshape(m * c, *heads.shape[2:]), state
 
-    groups, positions = (self.config.uniform,), jnp.tile(jnp.arange(c), m)
-    x, _ = self._run(tokens.reshape(-1), positions, groups, attend, None, length=c)
+    positions = jnp.tile(jnp.arange(c), m)
+    x, _ = self._run(tokens.reshape(-1), positions, places, attend, state, length=c)
     return self.logits(x).reshape(m, c, -1)
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -115,53 +133,83 @@ class Decoder(nnx.Module):
     cap = self.config.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-  def _run(self, tokens, positions, groups, attend, state, length=0):
-    """Embeds, runs the layers with `attend(state, group, index, q, k, v, ...)`, normalises."""
+  def _run(self, tokens, positions, places, attend, state, length=0):
+    """Embeds, runs the layers with `attend(state, group, index, q, k, v, ...)`, normalises.
+
+    `places` are each layer's (group, index).
+    """
     config = self.config
-    graph, stack = nnx.split(self.layers)
-    number = {i: g for g, group in enumerate(groups) for i in group.layers}
-    index = {i: j for group in groups for j, i in enumerate(group.layers)}
-    distinct = list(dict.fromkeys(config.ropes))  # most models have one for all layers, or two
-    turns = ropes.turns(distinct, positions, config.rope_dim, length)
-    kinds = [distinct.index(rope) for rope in config.ropes]
-    windows = [NO_WINDOW if window is None else window for window in config.windows]
-    # what differs from layer to layer: its numbers in the stack and in the cache, window, rope
-    layers = range(config.num_layers)
-    table = np.array([(i, index[i], windows[i], kinds[i]) for i in layers], np.int32)
-
-    def layer(run, carry, xs):
-      (x, state), (row, params) = carry, xs
-      i, index, window, kind = row
-      if params is None:
-        params = jax.tree.map(lambda x: _at(x, i), stack)
-      cos, sin = (_at(turn, kind) for turn in turns)
-      layer = nnx.merge(graph, params)
-      seen = {config.windows[i] for i in run.flat}
-      window = window if len(seen) > 1 else seen.pop()
-      sinks = layer.self_attn.sinks
-      heads, state = attend(
-        state, number[run[0, 0]], index, *layer.qkv(x, cos, sin), window=window,
-        scale=config.attention_scale, softcap=config.attention_softcap,
-        sinks=None if sinks is None else sinks[...].astype(jnp.float32),
-      )  # fmt: skip
-      return layer.finish(x, heads), state
-
-    def block(runs, carry, rows):
-      for run, each in zip(runs, rows):
-        # A loop over a whole stack takes its slices from the loop, so that its gradient needs no sum.
-        params = stack if run.size == config.num_layers else None
-        carry = _loop(partial(layer, run), carry, (each, params))
-      return carry
-
-    x = self.embed_tokens.weight.at[tokens].get(mode="fill")  # no such token: NaN
-    carry = (
-      x * jnp.asarray(config.embed_scale, x.dtype),
-      state,
-    )  # rounded as the weights are (Gemma)
-    for runs in pattern.loops([number[i] for i in layers]):
-      carry = _loop(partial(block, runs), carry, [table[run] for run in runs])
+    x = self.embed_tokens(tokens, config.embed_scale)
+    inputs = self._layer_inputs(tokens, x)
+    carry = x, state
+    kinds = [(stack, group) for (stack, _), (group, _) in zip(config.stacked, places)]
+    for runs in pattern.loops(kinds):
+      bodies, rows = zip(
+        *(self._alike(run, positions, places, attend, inputs, length) for run in runs)
+      )
+      carry = _loop(partial(_in_turn, bodies), carry, rows)
     x, state = carry
     return self.norm(x), state
+
+  def _alike(self, run, positions, places, attend, inputs, length):
+    """What runs the layers `run` i32[R,C], which are of one stack and one group.
+
+    Returns:
+      A function of the carry and C rows, and rows i32[R,C,5]: the numbers in which they differ.
+    """
+    config = self.config
+    first = run[0, 0]
+    number, group, rope_dim = config.stacked[first][0], places[first][0], config.rope_dims[first]
+    stacks = self.layers if isinstance(self.layers, nnx.List) else [self.layers]
+    graph, stack = nnx.split(stacks[number])
+    windows = {config.windows[i] for i in run.flat}
+    kinds = list(dict.fromkeys(config.ropes[i] for i in run.flat))
+    turns = ropes.turns(kinds, positions, rope_dim, length)
+
+    def row(i):
+      window = NO_WINDOW if config.windows[i] is None else config.windows[i]
+      return i, config.stacked[i][1], places[i][1], window, kinds.index(config.ropes[i])
+
+    def layer(carry, xs):
+      (x, state), ((i, place, index, window, kind), params) = carry, xs
+      if params is None:
+        params = jax.tree.map(lambda x: _at(x, place), stack)
+      layer = nnx.merge(graph, params)
+      cos, sin = (_at(turn, kind) for turn in turns)
+      sinks = layer.self_attn.sinks
+      heads, state = attend(
+        state, group, index, *layer.qkv(x, cos, sin),
+        scale=config.attention_scale, softcap=config.attention_softcap,
+        window=window if len(windows) > 1 else min(windows),
+        sinks=None if sinks is None else sinks[...].astype(jnp.float32),
+      )  # fmt: skip
+      return layer.finish(x, heads, None if inputs is None else _at(inputs, i)), state
+
+    # A loop over a whole stack takes its slices from the loop, so that its gradient needs no sum.
+    params = stack if run.size == len(config.stacks[number]) else None
+    rows = np.array([[row(i) for i in each] for each in run.tolist()], np.int32)
+    return lambda carry, rows: _loop(layer, carry, (rows, params)), rows
+
+  def _layer_inputs(self, tokens: jax.Array, x: jax.Array) -> jax.Array | None:
+    """What the layers get of each token beside the residual stream, [L,B,P], if anything."""
+    config = self.config
+    if not config.layer_input_size:
+      return None
+    shape = (len(tokens), config.num_layers, config.layer_input_size)
+    own = self.embed_tokens_per_layer(tokens, config.layer_input_size**0.5).reshape(shape)
+    seen = (self.per_layer_model_projection(x) * config.hidden_size**-0.5).reshape(shape)
+    return ((self.per_layer_projection_norm(seen) + own) * 2**-0.5).swapaxes(0, 1)
+
+
+def _stack(config: DecoderConfig, layers: Sequence[int], rngs: nnx.Rngs) -> Layer:
+  """The parameters of layers of one shape, each [len(layers), ...]."""
+
+  @nnx.split_rngs(splits=len(layers))
+  @nnx.vmap
+  def make(rngs):
+    return Layer(config, config.layers[layers[0]], rngs=rngs)
+
+  return make(rngs)
 
 
 def abstract(config: DecoderConfig) -> Decoder:
@@ -174,6 +222,13 @@ def _loop(body: Callable, carry: Any, xs: Any) -> Any:
   if len(jax.tree.leaves(xs)[0]) == 1:
     return body(carry, jax.tree.map(lambda x: x[0], xs))
   return jax.lax.scan(lambda carry, x: (body(carry, x), None), carry, xs)[0]
+
+
+def _in_turn(bodies: Sequence[Callable], carry: Any, xs: Sequence[Any]) -> Any:
+  """`carry` after each body with its x."""
+  for body, x in zip(bodies, xs):
+    carry = body(carry, x)
+  return carry
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -3,10 +3,11 @@
 `transformers` decides what a field means, and which value a missing or null field has.
 """
 
+import itertools
 from typing import Any
 
 from paged_jax.models import fields, ropes
-from paged_jax.models.config import DecoderConfig, Experts, Latent
+from paged_jax.models.config import DecoderConfig, Experts, Latent, Shape
 from paged_jax.models.ropes import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -55,6 +56,11 @@ FAMILIES = {  # values of fields that a configuration leaves out
   | {"vocab_size": 256_000, "max_position_embeddings": 8192}
   | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
   "gemma3_text": GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072},
+  "gemma4_text": GEMMA
+  | {"vocab_size": 262_144, "num_hidden_layers": 30, "max_position_embeddings": 131_072}
+  | {"sliding_window": 512, "global_head_dim": 512, "num_kv_shared_layers": 0}
+  | {"use_double_wide_mlp": False, "attention_k_eq_v": False}
+  | {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144},
   "gpt_oss": COMMON
   | {"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "rms_norm_eps": 1e-5}
   | {"num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
@@ -77,8 +83,13 @@ UNSUPPORTED = {  # fields that would change the model; other families do not hav
   "qwen3": ("attention_bias",),
   "gemma2": ("attention_bias", "use_bidirectional_attention"),
   "gemma3_text": ("attention_bias", "use_bidirectional_attention"),
+  "gemma4_text": ("attention_bias", "enable_moe_block"),
   "gpt_oss": (),
   "deepseek_v3": ("attention_bias",),
+}
+GEMMA4_ROPES = {  # if nothing is stated
+  SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+  FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
 }
 MAX_LAYERS = 10_000
 
@@ -95,7 +106,7 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     ValueError: The model is not one of ours, or a field is wrong; the message names the field.
   """
   _check_not_quantised(raw)
-  if raw.get("model_type") == "gemma3":
+  if raw.get("model_type") in ("gemma3", "gemma4"):
     return read(_text_part(raw))
   family = _family(raw)
   raw = _completed(raw, family)
@@ -103,8 +114,12 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
   latent = _latent(raw) if family == "deepseek_v3" else None
   num_heads, num_kv_heads, head_dim = _heads(raw, family, latent)
   kinds = _layer_kinds(raw, family)
-  rope_dim = latent.rope_dim if latent else head_dim
-  by_kind = {kind: _read_rope(raw, family, kind, rope_dim) for kind in dict.fromkeys(kinds)}
+  shapes = _shapes(raw, kinds) if family == "gemma4_text" else ()
+  rope_dims = [shape.head_dim for shape in shapes] or [latent.rope_dim if latent else head_dim]
+  by_kind = {
+    kind: _read_rope(raw, family, kind, rope_dim)
+    for kind, rope_dim in zip(kinds, itertools.cycle(rope_dims))
+  }
   limits = [rope.max_length for rope in by_kind.values() if rope.max_length]
   window = raw["sliding_window"] if SLIDING in kinds else None
   biased = family == "gpt_oss" and fields.flag(raw, "attention_bias")
@@ -119,12 +134,17 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     max_length=min(fields.whole(raw, "max_position_embeddings"), *limits, fields.LARGEST),
     windows=tuple(window if kind == SLIDING else None for kind in kinds),
     ropes=tuple(by_kind[kind] for kind in kinds),
+    shapes=shapes,
     activation=_activation(raw, "hidden_activation" if gemma else "hidden_act"),
     norm_eps=fields.number(raw, "rms_norm_eps"),
-    norm_offset=gemma,
+    norm_offset=gemma and not shapes,
     norm_wide=gemma or family == "gpt_oss",
     post_norms=gemma,
-    qk_norm=family in ("qwen3", "gemma3_text"),
+    qk_norm=family in ("qwen3", "gemma3_text", "gemma4_text"),
+    value_norm=bool(shapes),
+    layer_scalars=bool(shapes),
+    layer_input_size=fields.whole(raw, "hidden_size_per_layer_input", low=0) if shapes else 0,
+    layer_input_vocab_size=fields.whole(raw, "vocab_size_per_layer_input") if shapes else 0,
     qkv_bias=family == "qwen2" or biased,
     output_bias=biased,
     sinks=family == "gpt_oss",
@@ -189,13 +209,13 @@ def _check_not_quantised(raw: dict[str, Any]) -> None:
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
-  """The configuration of the language model in a multimodal Gemma 3."""
+  """The configuration of the language model in a multimodal Gemma."""
   tied = raw.get("tie_word_embeddings", True)
-  return fields.mapping(raw, "text_config") | {
-    "model_type": "gemma3_text",
+  text = fields.mapping(raw, "text_config") | {
+    "model_type": f"{raw['model_type']}_text",
     "tie_word_embeddings": False if tied is None else tied,
-    "final_logit_softcapping": None,
   }
+  return text | {"final_logit_softcapping": None} if raw["model_type"] == "gemma3" else text
 
 
 def _completed(raw: dict[str, Any], family: str) -> dict[str, Any]:
@@ -206,6 +226,58 @@ def _completed(raw: dict[str, Any], family: str) -> dict[str, Any]:
   if "num_key_value_heads" not in raw and num_heads % num_kv_heads:  # no such model can run
     completed["num_key_value_heads"] = num_heads
   return completed
+
+
+def _shapes(raw: dict[str, Any], kinds: list[str]) -> tuple[Shape, ...]:
+  """The sizes of the layers of a Gemma 4.
+
+  Those that see all tokens have other heads, as `per_layer_config` says or two older fields. The
+  last layers read the keys and values of layers before them.
+  """
+  if (bidirectional := raw.get("use_bidirectional_attention")) not in (None, "vision"):
+    raise fields.wrong("use_bidirectional_attention", "null or 'vision'", bidirectional)
+  same = fields.flag(raw, "attention_k_eq_v")
+  other = same and raw.get("num_global_key_value_heads") is not None
+  heads = {
+    SLIDING: _kv_heads(raw),
+    FULL: _kv_heads(
+      raw, "num_global_key_value_heads" if other else "num_key_value_heads", "global_head_dim"
+    ),
+  }
+  num_own = len(kinds) - fields.whole(raw, "num_kv_shared_layers", low=0)
+  if num_own < 1 or {*kinds[:num_own]} != {*kinds}:
+    wanted = "so few that a layer of each kind keeps its own keys and values"
+    raise fields.wrong("num_kv_shared_layers", wanted, raw["num_kv_shared_layers"])
+  wide = 2 if fields.flag(raw, "use_double_wide_mlp") else 1
+  shapes = []
+  for i, kind in enumerate(kinds):
+    own, sizes = i < num_own, _stated_of_layer(raw, i)
+    num_kv_heads, head_dim = _kv_heads(sizes) if "per_layer_config" in raw else heads[kind]
+    width = fields.whole(sizes, "intermediate_size") * (1 if own else wide)
+    values = not (own and same and kind == FULL)
+    shapes.append(Shape(num_kv_heads, head_dim, width, own, values))
+  return tuple(shapes)
+
+
+def _stated_of_layer(raw: dict[str, Any], layer: int) -> dict[str, Any]:
+  """The configuration with what `per_layer_config` says about a layer."""
+  stated = fields.mapping(fields.mapping(raw, "per_layer_config"), str(layer))
+  if unknown := {*stated} - {"head_dim", "num_key_value_heads", "intermediate_size"}:
+    raise ValueError(f"per_layer_config: {min(unknown)} of layer {layer} is not supported")
+  return raw | stated
+
+
+def _kv_heads(
+  raw: dict[str, Any], number: str = "num_key_value_heads", size: str = "head_dim"
+) -> tuple[int, int]:
+  """KV heads and head dim, from the fields of these names."""
+  num_heads, num_kv_heads = fields.whole(raw, "num_attention_heads"), fields.whole(raw, number)
+  if num_heads % num_kv_heads:
+    raise fields.wrong(number, f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
+  head_dim = fields.whole(raw, size)
+  if head_dim % 2:
+    raise fields.wrong(size, "even", head_dim)
+  return num_kv_heads, head_dim
 
 
 def _latent(raw: dict[str, Any]) -> Latent:
@@ -229,6 +301,8 @@ def _latent(raw: dict[str, Any]) -> Latent:
 
 def _attention_scale(raw: dict[str, Any], latent: Latent | None, rope: Rope) -> float | None:
   """Factor of the logits, None for that of the head dim."""
+  if raw["model_type"] == "gemma4_text":
+    return 1.0
   if latent is None:
     gemma = raw["model_type"].startswith("gemma")
     return fields.number(raw, "query_pre_attn_scalar") ** -0.5 if gemma else None
@@ -245,24 +319,19 @@ def _attention_scale(raw: dict[str, Any], latent: Latent | None, rope: Rope) -> 
 def _heads(raw: dict[str, Any], family: str, latent: Latent | None) -> tuple[int, int, int]:
   """Query heads, KV heads and head dim; of what is cached, if that is a latent vector."""
   hidden_size = fields.whole(raw, "hidden_size")
-  num_heads = num_kv_heads = fields.whole(raw, "num_attention_heads")
-  if raw.get("num_key_value_heads") is not None or family not in NULL_HEADS:
-    num_kv_heads = fields.whole(raw, "num_key_value_heads")
-  if num_heads % num_kv_heads:
-    wanted = f"a divisor of num_attention_heads={num_heads}"
-    raise fields.wrong("num_key_value_heads", wanted, num_kv_heads)
-  if latent and num_kv_heads != num_heads:
-    raise fields.wrong("num_key_value_heads", f"num_attention_heads={num_heads}", num_kv_heads)
-  if latent:
-    return num_heads, 1, latent.rank + latent.rope_dim
+  num_heads = fields.whole(raw, "num_attention_heads")
+  if raw.get("num_key_value_heads") is None and family in NULL_HEADS:
+    raw = raw | {"num_key_value_heads": num_heads}
   if family in WHOLE_HEADS and hidden_size % num_heads:
     raise fields.wrong("num_attention_heads", f"a divisor of {hidden_size=}", num_heads)
+  if latent:
+    num_kv_heads = fields.whole(raw, "num_key_value_heads")
+    if num_kv_heads != num_heads:
+      raise fields.wrong("num_key_value_heads", f"num_attention_heads={num_heads}", num_kv_heads)
+    return num_heads, 1, latent.rank + latent.rope_dim
   if "head_dim" not in raw or (raw["head_dim"] is None and family in NULL_HEAD_DIM):
     raw = raw | {"head_dim": hidden_size // num_heads}
-  head_dim = fields.whole(raw, "head_dim")
-  if head_dim % 2:
-    raise fields.wrong("head_dim", "even", head_dim)
-  return num_heads, num_kv_heads, head_dim
+  return num_heads, *_kv_heads(raw)
 
 
 def _experts(raw: dict[str, Any]) -> Experts:
@@ -308,10 +377,14 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
       kinds = [SLIDING if i >= first else FULL for i in layers]
     case "gemma2" | "gpt_oss":
       kinds = [FULL if i % 2 else SLIDING for i in layers]
+    case "gemma4_text":
+      kinds = [SLIDING if (i + 1) % 6 else FULL for i in layers]
     case _:
       pattern = fields.whole({"sliding_window_pattern": 6} | raw, "sliding_window_pattern")
       kinds = [SLIDING if (i + 1) % pattern else FULL for i in layers]
   kinds = kinds if raw.get("layer_types") is None else _listed_kinds(raw, len(layers))
+  if family == "gemma4_text":
+    kinds[-1] = FULL
   if SLIDING in kinds or family.startswith("gemma"):
     _sliding(raw)
   return kinds
@@ -335,7 +408,13 @@ def _sliding(raw: dict[str, Any]) -> str:
 
 def _read_rope(raw: dict[str, Any], family: str, kind: str, head_dim: int) -> Rope:
   """The rotary embedding of the layers of a kind; Gemma 3 has another one for sliding layers."""
-  stated = _stated_per_kind(raw, kind) if family == "gemma3_text" else _stated_once(raw)
+  match family:
+    case "gemma3_text":
+      stated = _stated_per_kind(raw, kind)
+    case "gemma4_text":
+      stated = _stated_in(raw, kind)
+    case _:
+      stated = _stated_once(raw)
   return ropes.read(stated, fields.whole(raw, "max_position_embeddings"), head_dim)
 
 
@@ -367,6 +446,15 @@ def _stated_per_kind(raw: dict[str, Any], kind: str) -> dict[str, Any]:
   else:
     theta = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
   stated = theta | _top_level(raw, "partial_rotary_factor") | stated
+  return stated | {"truncate": nested.get("truncate", True)}
+
+
+def _stated_in(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+  """The rope of one kind of layers as a Gemma 4 states it, nested in `rope_parameters`."""
+  nested = raw.get("rope_parameters")
+  nested = GEMMA4_ROPES if nested is None else fields.mapping(raw, "rope_parameters")
+  if not (stated := fields.mapping(nested, kind)):
+    raise fields.wrong("rope_parameters", f"an object with {kind}", nested)
   return stated | {"truncate": nested.get("truncate", True)}
 
 

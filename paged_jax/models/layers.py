@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paged_jax.models import ropes
-from paged_jax.models.config import DecoderConfig, Experts, Latent
+from paged_jax.models.config import DecoderConfig, Experts, Latent, Shape
 
+# Queries, keys and values. No keys: those of another layer. No values: they are in the keys.
+QKV = tuple[jax.Array, jax.Array | None, jax.Array | None]
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -42,8 +44,7 @@ class Norm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """`x` [...,size], normalised and weighted."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    wide = _normalised(x, self.eps)
     weight = jnp.broadcast_to(self.weight[...], x.shape)
     if self.wide:
       weight = weight.astype(jnp.float32)
@@ -51,32 +52,43 @@ class Norm(nnx.Module):
     return wide.astype(x.dtype) * weight
 
 
+def _normalised(x: jax.Array, eps: float) -> jax.Array:
+  """`x` in float32, with a mean square of 1 over the last axis."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 class Attention(nnx.Module):
   """The projections around attention."""
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    hidden, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
-    self.q_proj = Linear(hidden, config.num_heads * dim, bias=bias, rngs=rngs)
-    self.k_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
-    self.v_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
+  def __init__(self, config: DecoderConfig, shape: Shape, *, rngs: nnx.Rngs):
+    hidden, dim = config.hidden_size, shape.head_dim
+    linear = partial(Linear, hidden, bias=config.qkv_bias, rngs=rngs)
+    self.q_proj = linear(config.num_heads * dim)
+    self.k_proj = linear(shape.num_kv_heads * dim) if shape.own else None
+    self.v_proj = linear(shape.num_kv_heads * dim) if shape.own and shape.values else None
     self.o_proj = Linear(config.num_heads * dim, hidden, bias=config.output_bias, rngs=rngs)
     self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.sinks else None
     self.q_norm = Norm(dim, config) if config.qk_norm else None
-    self.k_norm = Norm(dim, config) if config.qk_norm else None
+    self.k_norm = Norm(dim, config) if config.qk_norm and shape.own else None
     self.head_dim = dim
+    self.value_eps = config.norm_eps if config.value_norm else None
 
-  def qkv(
-    self, x: jax.Array, cos: jax.Array, sin: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> QKV:
     """Rotated queries [B,Q,D] and keys [B,H,D], and values [B,H,D]."""
-    projections = (self.q_proj, self.k_proj, self.v_proj)
+    projections = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each]
     # Without the barrier XLA on TPU moves the reshape to the weights, and copies them out of the
     # stack of all layers first: 0.80 instead of 0.66 million cycles for a layer of Llama-3-8B.
-    q, k, v = jax.lax.optimization_barrier(tuple(project(x) for project in projections))
-    q, k, v = (x.reshape(len(x), -1, self.head_dim) for x in (q, k, v))
-    if self.q_norm and self.k_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    return ropes.rotate(q, cos, sin), ropes.rotate(k, cos, sin), v
+    q, *kv = jax.lax.optimization_barrier([project(x) for project in projections])
+    q, *kv = (x.reshape(len(x), -1, self.head_dim) for x in (q, *kv))
+    q = ropes.rotate(self.q_norm(q) if self.q_norm else q, cos, sin)
+    if not kv:
+      return q, None, None
+    k, v = kv[0], kv[-1]  # one and the same if there is no `v_proj`
+    k = ropes.rotate(self.k_norm(k) if self.k_norm else k, cos, sin)
+    if self.value_eps is not None:
+      v = _normalised(v, self.value_eps).astype(v.dtype)
+    return q, k, v
 
   def out(self, heads: jax.Array) -> jax.Array:
     """[B,E] of what attention gives, `heads` [B,Q,D]."""
@@ -110,7 +122,7 @@ class LatentAttention(nnx.Module):
     self.sinks = None
     self.sizes, self.num_heads = latent, heads
 
-  def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+  def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> QKV:
     """Queries [B,Q,rank+rope_dim] for the keys [B,1,rank+rope_dim], whose first part is the value."""
     sizes = self.sizes
     if sizes.query_rank is None:
@@ -139,10 +151,10 @@ class LatentAttention(nnx.Module):
 class MLP(nnx.Module):
   """Gated MLP."""
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-    self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-    self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+  def __init__(self, config: DecoderConfig, size: int, *, rngs: nnx.Rngs):
+    self.gate_proj = Linear(config.hidden_size, size, rngs=rngs)
+    self.up_proj = Linear(config.hidden_size, size, rngs=rngs)
+    self.down_proj = Linear(size, config.hidden_size, rngs=rngs)
     self.activation = config.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -195,35 +207,44 @@ class ExpertMLP(nnx.Module):
 class Layer(nnx.Module):
   """One layer without its attention, which the caller puts between `qkv` and `finish`."""
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    self.input_layernorm = Norm(config.hidden_size, config)
-    self.self_attn = (
-      Attention(config, rngs=rngs)
-      if config.latent is None
-      else LatentAttention(config, config.latent, rngs=rngs)
-    )
-    self.post_attention_layernorm = Norm(config.hidden_size, config)
-    self.pre_feedforward_layernorm = Norm(config.hidden_size, config) if config.post_norms else None
-    self.post_feedforward_layernorm = (
-      Norm(config.hidden_size, config) if config.post_norms else None
-    )
-    self.mlp = (
-      MLP(config, rngs=rngs)
-      if config.experts is None
-      else ExpertMLP(config, config.experts, rngs=rngs)
-    )
+  def __init__(self, config: DecoderConfig, shape: Shape, *, rngs: nnx.Rngs):
+    hidden, size = config.hidden_size, config.layer_input_size
+    norm = partial(Norm, hidden, config)
+    self.input_layernorm = norm()
+    if config.latent:
+      self.self_attn = LatentAttention(config, config.latent, rngs=rngs)
+    else:
+      self.self_attn = Attention(config, shape, rngs=rngs)
+    self.post_attention_layernorm = norm()
+    self.pre_feedforward_layernorm = norm() if config.post_norms else None
+    self.post_feedforward_layernorm = norm() if config.post_norms else None
+    if config.experts:
+      self.mlp = ExpertMLP(config, config.experts, rngs=rngs)
+    else:
+      self.mlp = MLP(config, shape.intermediate_size, rngs=rngs)
+    self.per_layer_input_gate = Linear(hidden, size, rngs=rngs) if size else None
+    self.per_layer_projection = Linear(size, hidden, rngs=rngs) if size else None
+    self.post_per_layer_input_norm = norm() if size else None
+    self.layer_scalar = nnx.Variable(jnp.ones(1)) if config.layer_scalars else None
+    self.activation = config.activation
 
-  def qkv(
-    self, x: jax.Array, cos: jax.Array, sin: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> QKV:
     """Queries, keys and values of the residual stream `x` [B,E]; see `ropes.rotate`."""
     return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
 
-  def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-    """The residual stream after this layer, whose attention gave `heads` [B,Q,D]."""
+  def finish(self, x: jax.Array, heads: jax.Array, extra: jax.Array | None = None) -> jax.Array:
+    """The residual stream after this layer.
+
+    `heads` [B,Q,D] are what its attention gave, `extra` [B,P] are its inputs of the tokens.
+    """
     out = self.self_attn.out(heads)
     if self.pre_feedforward_layernorm and self.post_feedforward_layernorm:
       x = x + self.post_attention_layernorm(out)
-      return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-    x = x + out  # here "post attention" names the norm before the MLP
-    return x + self.mlp(self.post_attention_layernorm(x))
+      x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    else:  # here "post attention" names the norm before the MLP
+      x = x + out
+      x = x + self.mlp(self.post_attention_layernorm(x))
+    if self.per_layer_input_gate and self.per_layer_projection and self.post_per_layer_input_norm:
+      out = ACTIVATIONS[self.activation](self.per_layer_input_gate(x)) * extra
+      x = x + self.post_per_layer_input_norm(self.per_layer_projection(out))
+    return x if self.layer_scalar is None else x * self.layer_scalar[...][None]

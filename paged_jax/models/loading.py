@@ -54,14 +54,14 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
     raise ValueError(f"{path / 'config.json'}: {error}") from None
   found = tensors.find(path)
   wanted = wanted or stated or _dtype("dtype of the weights", tensors.dtype(path, found))
-  config, found = _untied(config, found)
+  config, found = _untied(config, _needed(config, found))
   graph, state = nnx.split(abstract(config))
   leaves = dict(nnx.to_flat_state(state))
   shapes = {name: np.broadcast_to(np.int8(0), leaf.shape) for name, leaf in leaves.items()}
-  shapes = {name: part.shape for name, part in _parts(shapes, config.num_layers).items()}
+  shapes = {name: part.shape for name, part in parts(shapes, config).items()}
   tensors.check(found, shapes, path)
   arrays = {name: np.empty(leaf.shape, wanted) for name, leaf in leaves.items()}
-  tensors.fill(_parts(arrays, config.num_layers), found)
+  tensors.fill(parts(arrays, config), found)
   for name, leaf in leaves.items():  # one at a time: never a second copy of all weights
     leaves[name] = leaf.replace(jnp.asarray(arrays.pop(name)))
   return nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
@@ -88,8 +88,8 @@ def save(decoder: Decoder, path: str | os.PathLike) -> None:
   dtype = next(iter(arrays.values())).dtype.name
   raw = families.write(decoder.config) | {"dtype": dtype}
   (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-  parts = _parts(arrays, decoder.config.num_layers)
-  safetensors.numpy.save_file(parts, path / "model.safetensors", {"format": "pt"})
+  named = parts(arrays, decoder.config)
+  safetensors.numpy.save_file(named, path / "model.safetensors", {"format": "pt"})
 
 
 def tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer | None:
@@ -176,6 +176,17 @@ def _dtype(name: str, stated: Any) -> np.dtype:
   return jnp.dtype(DTYPES[known])
 
 
+def _needed(config: DecoderConfig, found: dict[str, tensors.Stored]) -> dict[str, tensors.Stored]:
+  """The tensors without those of keys and values that layers have but do not use (Gemma 4)."""
+  unused = tuple(
+    f"model.layers.{i}.self_attn.{name}."
+    for i, shape in enumerate(config.layers)
+    if not shape.own
+    for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+  )
+  return {name: tensor for name, tensor in found.items() if not name.startswith(unused)}
+
+
 def _untied(
   config: DecoderConfig, found: dict[str, tensors.Stored]
 ) -> tuple[DecoderConfig, dict[str, tensors.Stored]]:
@@ -189,16 +200,20 @@ def _untied(
   return config, {name: tensor for name, tensor in found.items() if name != head}
 
 
-def _parts(arrays: Mapping[Any, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
+def parts(arrays: Mapping[Any, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
   """Views of the stacked `arrays` (by path), one per tensor of a checkpoint, by its name."""
-  parts = {}
+  found = {}
   for path, array in arrays.items():
-    name = ".".join(path[1:])
-    match path[0]:
-      case "layers":
-        parts |= {f"model.layers.{i}.{name}": array[i] for i in range(num_layers)}
-      case "lm_head":
-        parts[f"lm_head.{name}"] = array
-      case module:
-        parts[f"model.{module}.{name}"] = array
-  return parts
+    match path:
+      case ("layers", int(stack), *names):  # several stacks
+        layers = config.stacks[stack]
+      case ("layers", *names):
+        (layers,) = config.stacks
+      case ("lm_head", *names):
+        found[".".join(path)] = array
+        continue
+      case _:
+        found[".".join(("model", *path))] = array
+        continue
+    found |= {f"model.layers.{i}.{'.'.join(names)}": array[j] for j, i in enumerate(layers)}
+  return found

@@ -17,6 +17,7 @@ from paged_jax.models import fields
 NAMES = {  # fields of each scaling: their names in `config.json` and ours
   "default": {},
   "linear": {"factor": "factor"},
+  "proportional": {"factor": "factor", "partial_rotary_factor": "part"},
   "dynamic": {"factor": "factor"},
   "llama3": {
     "factor": "factor",
@@ -46,7 +47,7 @@ NEEDED = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long
 class Rope:
   """Rotary embedding of a layer.
 
-  `linear` slows all pairs, `llama3` and `yarn` only those that turn slowly. `dynamic` and
+  `linear` slows all pairs, `proportional` turns only the first ones, `llama3` and `yarn` only those that turn slowly. `dynamic` and
   `longrope` turn differently in texts longer than `original_length`. The keys in a cache turn at
   one speed, so such a cache must end at that length (see `max_length`). `Decoder.dense` knows the
   length of its texts and takes longer ones.
@@ -56,7 +57,7 @@ class Rope:
   [1.0, 0.10000000149011612]
   """
 
-  scaling: str = "default"  # default, linear, llama3, yarn, dynamic or longrope
+  scaling: str = "default"  # default, linear, proportional, llama3, yarn, dynamic or longrope
   base: float = 10_000.0
   factor: float = 1.0
   low_freq_factor: float = 1.0  # llama3
@@ -68,6 +69,7 @@ class Rope:
   truncate: bool = True  # these bounds are rounded to whole pairs
   short_factors: tuple[float, ...] = ()  # longrope: per pair, in texts of the original length
   long_factors: tuple[float, ...] = ()  # and in longer ones
+  part: float = 1.0  # proportional: of the pairs, that turn
 
   @property
   def max_length(self) -> int | None:
@@ -79,6 +81,9 @@ class Rope:
     match self.scaling:
       case "llama3":
         frequencies = _llama3(self, head_dim)
+      case "proportional":
+        turning = np.arange(head_dim // 2) < int(self.part * head_dim // 2)
+        frequencies = np.where(turning, _plain(self.base, head_dim), 0) / self.factor
       case "yarn":
         frequencies = _yarn(self, head_dim)
       case "dynamic":
@@ -134,6 +139,8 @@ def read(stated: dict[str, Any], max_length: int, head_dim: int) -> Rope:
   if not isinstance(scaling, str) or scaling not in NAMES:
     known = ", ".join(NAMES)
     raise ValueError(f"rope_type: rope scaling {scaling!r} is not supported, only {known}")
+  if scaling == "proportional":
+    stated = {"factor": 1.0} | stated
   for name in NEEDED:
     if name in NAMES[scaling] and name not in stated:
       raise ValueError(f"rope scaling {scaling!r} needs {name}")
@@ -141,7 +148,7 @@ def read(stated: dict[str, Any], max_length: int, head_dim: int) -> Rope:
   if scaling == "default":
     return rope
   part = fields.number({"partial_rotary_factor": 1} | stated, "partial_rotary_factor")
-  if int(head_dim * part) != head_dim:
+  if scaling != "proportional" and int(head_dim * part) != head_dim:
     raise fields.wrong("partial_rotary_factor", f"1 with rope scaling {scaling!r}", part)
   stated = {"original_max_position_embeddings": max_length} | stated
   return dataclasses.replace(rope, **READERS[scaling](stated, max_length, head_dim))
@@ -157,6 +164,14 @@ def write(rope: Rope) -> dict[str, Any]:
 def _read_linear(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
   del max_length, head_dim
   return {"factor": fields.number(stated, "factor")}
+
+
+def _read_proportional(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
+  del max_length, head_dim
+  part = fields.number({"partial_rotary_factor": 1} | stated, "partial_rotary_factor")
+  if part > 1:
+    raise fields.wrong("partial_rotary_factor", "at most 1", part)
+  return {"factor": fields.number(stated, "factor"), "part": part}
 
 
 def _read_dynamic(stated: dict[str, Any], max_length: int, head_dim: int) -> dict[str, Any]:
@@ -265,6 +280,7 @@ def _stretched_base(rope: Rope, head_dim: int, length: int) -> float:
 
 READERS = {
   "linear": _read_linear,
+  "proportional": _read_proportional,
   "dynamic": _read_dynamic,
   "llama3": _read_llama3,
   "yarn": _read_yarn,

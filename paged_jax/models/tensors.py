@@ -163,6 +163,12 @@ def _text_name(name: str) -> str:
 
 
 def _ignored(name: str) -> bool:
-  """Whether a tensor is not part of the decoder: a buffer, or the vision part."""
-  vision = ("vision_tower.", "multi_modal_projector.")
-  return name.endswith("rotary_emb.inv_freq") or name.removeprefix("model.").startswith(vision)
+  """Whether a tensor is not part of the decoder: a buffer, or of images and sounds."""
+  others = (
+    "vision_tower.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+    "multi_modal_projector.",
+  )
+  return name.endswith("rotary_emb.inv_freq") or name.removeprefix("model.").startswith(others)

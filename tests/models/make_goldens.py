@@ -21,7 +21,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 
 def model(name: str, seed: int) -> torch.nn.Module:
-  """A random model whose norms and biases do something too."""
+  """A random model whose norms, biases and scalars do something too."""
   torch.manual_seed(seed)
   config = transformers.AutoConfig.for_model(**tiny_models.CONFIGS[name])
   config._attn_implementation = "eager"
@@ -30,6 +30,9 @@ def model(name: str, seed: int) -> torch.nn.Module:
     for name, parameter in module.named_parameters():
       if parameter.ndim == 1 or name.endswith("bias"):
         parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, buffer in module.named_buffers():
+      if name.endswith("layer_scalar"):
+        buffer.add_(0.3 * torch.randn_like(buffer))
   return module
 
 

@@ -21,6 +21,15 @@ OSS = GROUPED | {
   "sliding_window": 7,
   "head_dim": 8,
 }
+PART = {
+  "rope_type": "proportional",
+  "partial_rotary_factor": 0.6,
+  "factor": 2.0,
+  "rope_theta": 50.0,
+}
+SLOW = {"rope_type": "linear", "factor": 4.0, "rope_theta": 77.0}
+GEMMA4 = GEMMA | {"model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16}
+GEMMA4 |= {"sliding_window": 5, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0}
 LONG |= {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 5.0, 8.0]}
@@ -70,6 +79,21 @@ CONFIGS = {
   "deepseek_null": MLA | {"num_key_value_heads": None, "rope_interleave": None},
   "deepseek_linear": MLA | {"rope_scaling": LINEAR | {"mscale_all_dim": 0.5}},
   "deepseek_yarn": MLA | {"rope_scaling": YARN | {"mscale": 0.7}, "rms_norm_eps": 1e-3},
+  "gemma4_sparse": GEMMA4,
+  "gemma4_keys_are_values": GEMMA4
+  | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+  "gemma4_shared": GEMMA4
+  | {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6}
+  | {
+    "num_kv_shared_layers": 3,
+    "tie_word_embeddings": False,
+    "use_bidirectional_attention": "vision",
+  },
+  "gemma4_last_is_full": GEMMA4 | {"layer_types": ["full_attention", "sliding_attention"]},
+  "gemma4_per_layer": GEMMA4
+  | {"per_layer_config": {"1": {"head_dim": 12, "num_key_value_heads": 4}}},
+  "gemma4_ropes": GEMMA4 | {"rope_parameters": {"full_attention": PART, "sliding_attention": SLOW}},
+  "llama_proportional": llama(rope_type="proportional", partial_rotary_factor=0.5),
   # what is said elsewhere
   "llama_flat": LLAMA | {"rope_parameters": LINEAR, "rope_theta": 77.0},
   "llama_old_type": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 77},
@@ -142,7 +166,8 @@ def judged(name, folder):
   config = transformers.AutoConfig.from_pretrained(folder)
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(config)
-  shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+  stored = [*model.named_parameters(), *model.named_buffers()]
+  shapes = {n: tuple(x.shape) for n, x in stored if n in model.state_dict()}
   write(folder, CONFIGS[name], shapes)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
   with torch.no_grad():

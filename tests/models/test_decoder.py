@@ -66,6 +66,12 @@ def test_paged_equals_dense_for_ragged_rows_with_padding():
   assert np.isfinite(paged).all()
 
 
+WIDE = models.Shape(1, 16, 24, values=False)
+READS = (models.Shape(2, 8, 32, own=False), models.Shape(1, 16, 32, own=False))
+DIFFERENT = {  # a small Gemma 4: some layers have other heads, and the last ones no keys
+  "shapes": (models.Shape(2, 8, 24), WIDE) * 2 + READS * 2,
+  "value_norm": True, "layer_scalars": True, "layer_input_size": 6, "layer_input_vocab_size": 64,
+}  # fmt: skip
 LAYERS = {  # windows of the layers of a model
   "a pattern of three groups, and a rest": (5, 5, None, 1) * 2 + (5,),
   "no pattern": (None, 5, 9),
@@ -98,6 +104,18 @@ def test_layers_write_their_pools_in_place(grouped):
     return jax.lax.scan(body, cache, length=3)
 
   testing.assert_in_place(steps, cache)
+
+
+def test_layers_of_several_shapes_read_what_they_should():
+  decoder = layered((5, None) * 4, **DIFFERENT)
+  assert decoder.config.sources == (0, 1, 2, 3, 2, 3, 2, 3)
+  tokens = np.random.default_rng(0).integers(64, size=23, dtype=np.int32)
+  rows, positions = np.zeros(23, np.int32), np.arange(23, dtype=np.int32)
+  _, x = jax.jit(lambda cache: step(decoder, cache, tokens, rows, positions))(cache_of(decoder))
+  paged, dense = jax.jit(decoder.logits)(x), jax.jit(decoder.dense)(tokens[None])[0]
+  np.testing.assert_allclose(paged, dense, atol=1e-5)
+  with pytest.raises(ValueError, match="the layers need a cache per group: they have 2 shapes"):
+    cache_of(decoder, uniform=True)
 
 
 def test_program_does_not_grow_with_the_layers_of_a_pattern():
@@ -158,6 +176,7 @@ KINDS = {
   "dense": {"qkv_bias": True, "post_norms": True},
   "experts": {"experts": models.Experts(4, 2), "sinks": True, "output_bias": True},
   "latent": {"latent": LATENT, "num_kv_heads": 1, "head_dim": 16},
+  "shapes": {"num_layers": 8, "windows": (5, None) * 4, "ropes": (models.Rope(),) * 8} | DIFFERENT,
 }
 
 
@@ -201,6 +220,8 @@ def test_llama3_rope_keeps_fast_pairs_and_divides_slow_ones():
     {"experts": models.Experts(4, 5)},
     {"latent": models.Latent(4, 4, 3, 4)},
     {"latent": models.Latent(4, 4, 4, 4)},
+    {"shapes": (models.Shape(2, 8, 48),)},
+    {"shapes": (models.Shape(2, 8, 48, own=False),) + (models.Shape(2, 8, 48),) * 2},
   ],
   ids=str,
 )

@@ -16,6 +16,7 @@ from paged_jax import models
 
 GOLDENS = Path(__file__).parent / "goldens"
 LLAMA, SHARDED, GEMMA3 = GOLDENS / "llama2", GOLDENS / "llama3", GOLDENS / "gemma3"
+GEMMA4 = GOLDENS / "gemma4"
 
 
 @pytest.fixture
@@ -81,6 +82,24 @@ def test_buffers_and_the_copy_of_a_tied_head_are_ignored(copy):
   extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
   spoil(folder, **extra)
   assert models.load(folder).lm_head is None
+
+
+def test_layers_of_several_shapes_are_stacked_by_shape_in_order():
+  decoder, stored = models.load(GEMMA4), tensors(GEMMA4)
+  assert decoder.config.stacks == ((0, 1, 3), (2,), (4,), (5, 6))
+  for stack, layers in zip(decoder.layers, decoder.config.stacks):
+    for j, i in enumerate(layers):
+      name = f"model.layers.{i}.self_attn.q_proj.weight"
+      np.testing.assert_array_equal(stack.self_attn.q_proj.weight[j], stored[name])
+
+
+def test_keys_of_a_layer_that_reads_those_of_another_are_ignored(copy):
+  folder = copy(GEMMA4)
+  spoil(folder, **{"model.layers.5.self_attn.k_proj.weight": np.zeros(3, np.float32)})
+  assert models.load(folder).config.sources[5] == 2
+  spoil(folder, **{"model.layers.3.self_attn.k_proj.weight": np.zeros(3, np.float32)})
+  with pytest.raises(ValueError, match=r"shape of 'model\.layers\.3\.self_attn\.k_proj\.weight'"):
+    models.load(folder)
 
 
 def test_loading_allocates_little_more_than_the_weights(tmp_path):

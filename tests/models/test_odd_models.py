@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import odd_models
 import pytest
+from flax import nnx
 
 import paged_jax
 from paged_jax import models
 from paged_jax.models import decoder as decoder_lib
-from paged_jax.models import families
+from paged_jax.models import families, loading
 
 GOLDENS = np.load(Path(__file__).parent / "goldens" / "odd.npz")
 PAGED = ("mistral_sparse", "qwen2_window", "gemma3_yarn", "yarn_deepseek", "dynamic", "longrope")
@@ -19,16 +20,9 @@ PAGED = ("mistral_sparse", "qwen2_window", "gemma3_yarn", "yarn_deepseek", "dyna
 
 def shapes(config):
   """Shapes of a checkpoint's tensors, as we understand its configuration."""
-  decoder = decoder_lib.abstract(config)
-  names = {}
-  for path, leaf in decoder_lib.nnx.to_flat_state(decoder_lib.nnx.state(decoder)):
-    module, name = path[0], ".".join(path[1:])
-    if module == "layers":
-      layers = {f"model.layers.{i}.{name}": leaf.shape[1:] for i in range(config.num_layers)}
-      names |= layers
-    else:
-      names[f"{'' if module == 'lm_head' else 'model.'}{module}.{name}"] = leaf.shape
-  return names
+  leaves = nnx.to_flat_state(nnx.state(decoder_lib.abstract(config)))
+  arrays = {path: np.broadcast_to(np.int8(0), leaf.shape) for path, leaf in leaves}
+  return {name: part.shape for name, part in loading.parts(arrays, config).items()}
 
 
 def load(name, folder):

@@ -14,7 +14,7 @@ from paged_jax import groups, models
 GOLDENS = Path(__file__).parent / "goldens"
 CHUNK = 6  # tokens of the prompt fed at once, across pages of 4
 ROW, OTHER, NUM_ROWS = 2, 0, 3
-GROUPED = ("qwen3", "gemma2", "gemma3", "gpt_oss")  # models of several groups
+UNIFORM = ("qwen3", "gemma2", "gemma3", "gpt_oss")  # of several groups, but one shape
 
 
 def make_cache(config, platform="cpu", uniform=False):
@@ -64,7 +64,7 @@ def decode(decoder, cache, token, steps):
 @pytest.mark.once
 @pytest.mark.parametrize(
   ("name", "uniform"),
-  [(name, False) for name in tiny_models.CONFIGS] + [(x, True) for x in GROUPED],
+  [(name, False) for name in tiny_models.CONFIGS] + [(x, True) for x in UNIFORM],
 )
 def test_paged_decoder_equals_transformers(name, uniform):
   golden = np.load(GOLDENS / name / "golden.npz")

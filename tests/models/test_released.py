@@ -24,6 +24,7 @@ DEFAULTS = {  # of each family that states nothing, by transformers 5.24: see th
   "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, False),
   "gemma2": (256000, 2304, 9216, 26, 8, 4, 256, 8192, True),
   "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256, 131072, True),
+  "gemma4_text": (262144, 2304, 9216, 30, 8, 4, 256, 131072, True),
   "gpt_oss": (201088, 2880, 2880, 36, 64, 8, 64, 131072, False),
 }
 
@@ -80,6 +81,7 @@ def test_deepseek_that_states_nothing_has_the_sizes_of_transformers():
 def test_sizes_are_those_of_transformers_now(family):
   transformers = pytest.importorskip("transformers", reason="the live comparison needs it")
   config = transformers.AutoConfig.for_model(family)
+  config.allow_global_per_layer_attribute_access = True  # Gemma 4: these of layers with a window
   head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
   assert DEFAULTS[family] == (
     config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
@@ -108,9 +110,46 @@ def test_multimodal_gemma3_is_tied_as_the_whole_says_and_has_no_cap():
   assert families.read({"model_type": "gemma3", "text_config": None}).hidden_size == 2304
 
 
+def test_gemma4_that_states_nothing_has_other_heads_where_all_tokens_are_seen():
+  config = families.read({"model_type": "gemma4_text"})
+  assert {shape[:3] for shape in config.shapes} == {(4, 256, 9216), (4, 512, 9216)}
+  full, window = config.groups
+  assert (full.head_dim, full.layers) == (512, (5, 11, 17, 23, 29))
+  assert (window.head_dim, window.window, len(window.layers)) == (256, 512, 25)
+  assert config.ropes[5] == models.Rope("proportional", 1e6, part=0.25)
+  assert (config.layer_input_size, config.layer_input_vocab_size) == (256, 262_144)
+
+
+def test_multimodal_gemma4_keeps_its_cap():
+  text = {"tie_word_embeddings": False, "final_logit_softcapping": 2.0}
+  config = families.read({"model_type": "gemma4", "text_config": text})
+  assert config.tied and config.logit_softcap == 2
+
+
 @pytest.mark.parametrize(
   ("raw", "message"),
   [
+    ({"model_type": "gemma4_text", "enable_moe_block": True}, "enable_moe_block is not supported"),
+    (
+      {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+      "use_bidirectional_attention must be null or 'vision', got 'all'",
+    ),
+    (
+      {"model_type": "gemma4_text", "num_kv_shared_layers": 25},
+      "num_kv_shared_layers must be so few that a layer of each kind keeps",
+    ),
+    (
+      {"model_type": "gemma4_text", "rope_parameters": {"sliding_attention": {"rope_theta": 5}}},
+      "rope_parameters must be an object with full_attention",
+    ),
+    (
+      {"model_type": "gemma4_text", "per_layer_config": {"5": {"head_dim": 7}}},
+      "head_dim must be even, got 7",
+    ),
+    (
+      {"model_type": "gemma4_text", "per_layer_config": {"5": {"rms_norm_eps": 1}}},
+      "per_layer_config: rms_norm_eps of layer 5 is not supported",
+    ),
     ({"model_type": "gemma2", "sliding_window": None}, "sliding_window must be a positive"),
     ({"model_type": "gemma3_text", "layer_types": []}, "layer_types must say"),
     ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
@@ -358,6 +397,9 @@ WHOLE |= {"quantization_config": None, "attention_bias": False, "text_config": {
 WHOLE |= {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_alpha": 1, "swiglu_limit": 7}
 WHOLE |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 WHOLE |= {"v_head_dim": 8, "first_k_dense_replace": 2, "rope_interleave": True}
+WHOLE |= {"global_head_dim": 8, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0}
+WHOLE |= {"use_double_wide_mlp": False, "attention_k_eq_v": True, "enable_moe_block": False}
+WHOLE |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8}
 VALUES = strategies.one_of(
   strategies.none(),
   strategies.booleans(),
@@ -372,7 +414,7 @@ VALUES = strategies.one_of(
 
 
 @hypothesis.given(
-  family=strategies.sampled_from([*families.FAMILIES, "gemma3"]),
+  family=strategies.sampled_from([*families.FAMILIES, "gemma3", "gemma4"]),
   scaling=strategies.sampled_from(["yarn", "linear", "dynamic", "longrope", "llama3"]),
   name=strategies.sampled_from(sorted(WHOLE) + [("rope_scaling", name) for name in sorted(ROPE)]),
   value=VALUES,
@@ -390,7 +432,7 @@ def test_one_wrong_field_ends_in_one_line_that_names_it(
   place = raw["rope_scaling"] if isinstance(name, tuple) else raw
   name = name[1] if isinstance(name, tuple) else name
   place[name] = value
-  if family == "gemma3":
+  if family in ("gemma3", "gemma4"):
     raw = {"model_type": family, "text_config": raw, "eos_token_id": raw["eos_token_id"]}
   try:
     content = json.dumps(raw)

@@ -30,6 +30,7 @@ YARN = {
   "truncate": False,
   "original_max_position_embeddings": 32,
 }
+WINDOW, FULL = "sliding_attention", "full_attention"
 CONFIGS = {
   "llama2": SMALL | {"model_type": "llama"},
   "llama3": SMALL | {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3},
@@ -57,6 +58,12 @@ CONFIGS = {
   | {"kv_lora_rank": 16, "q_lora_rank": 12, "v_head_dim": 10, "rms_norm_eps": 1e-5}
   | {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
   | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}},
+  "gemma4": SMALL
+  | {"model_type": "gemma4_text", "num_hidden_layers": 7, "intermediate_size": 24}
+  | {"layer_types": [WINDOW, WINDOW, FULL, WINDOW, WINDOW, FULL, FULL], "sliding_window": 4}
+  | {"head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+  | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+  | {"final_logit_softcapping": 4.0},
 }
 SHARDED = "llama3"  # saved in several files
 PROMPT, STEPS = 24, 32  # tokens of the prompt, and decoded after it
