@@ -24,7 +24,8 @@ WIDTH, HEIGHT, INK, PALE = 0.92, 0.62, "#202020", "#9aa0aa"
 
 def main() -> None:
   """Writes the picture beside this file."""
-  axes = plt.figure(figsize=(9, 3.2), layout="constrained").add_subplot()
+  figure = plt.figure(figsize=(9, 3.2), layout="constrained")
+  axes = figure.add_subplot()
   axes.set(xlim=(-0.8, PLACES[1] + CONFIGS[1].num_pages), ylim=(len(MOMENTS) - 0.35, -0.8))
   axes.set_axis_off()
   for place, config, title in zip(PLACES, CONFIGS, TITLES):
@@ -41,7 +42,7 @@ def main() -> None:
       axes.text(-0.12, y, f"{length} tokens", ha="right", va="center", fontsize=9, color=INK)
       for place, cache in zip(PLACES, caches):
         draw_pool(axes, place, line, cache)
-  axes.figure.savefig(pathlib.Path(__file__).with_suffix(".png"), dpi=160)
+  figure.savefig(pathlib.Path(__file__).with_suffix(".png"), dpi=160)
 
 
 def draw_pool(axes: Axes, place: float, line: int, cache: paged_jax.Cache) -> None:

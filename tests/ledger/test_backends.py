@@ -357,6 +357,12 @@ GROUPS = {
     (["567...", "......", "......"], ["..234.......", "............", "............"]),
     ("11111111", "00111000"),
   ),
+  "a row that needs a page in one pool only is refused for want of it": (
+    [extend(2, 0, 0, ok="TTT"), take_held((0, 7), True), extend(1, 0, 0, ok="FTT"),
+     in_each("drop", ([], ""), ([4], "T")), extend(1, 0, 0, ok="TTT")],
+    (["0.....", "......", "......"], ["04..........", "............", "............"]),
+    ("10000000", "11111111"),
+  ),
   "of sharers, one that is refused in one pool is a holder in all": (
     [extend(3, 0, 0, ok="TTT"), fork((0, 1, 3), (0, 2, 3), ok="TT"), take_held((5, 5), True),
      extend(1, 1, 1, ok="TFF")],
@@ -401,6 +407,13 @@ GROUPS = {
     ("21111111", "22111110"),
   ),
 }  # fmt: skip
+UNEQUAL = {  # of two groups, one with room for 24 tokens in a row and one for 8
+  "a row grows as far as every group has room": (
+    [extend(9, 8, 0, ok="FTT"), extend(0, 1, 1, ok="TFT")],
+    (["......", "01....", "2....."], ["..", "01", "2."]),
+    ("11100000", "11100000"),
+  ),
+}  # fmt: skip
 WHOLE_GROUPS = {  # without copies on write
   "only what is whole pages in all groups is shared": (
     [extend(6, 0, 0, ok="TTT"), fork((0, 1, 6), (0, 2, 4), ok="FT"),
@@ -410,12 +423,13 @@ WHOLE_GROUPS = {  # without copies on write
     ("21100000", "11111100"),
   ),
 }  # fmt: skip
-ALONE, TOGETHER = {}, (dict(page_size=4), dict(page_size=2, window=3))
+ALONE, TOGETHER = {}, ({}, dict(page_size=2, window=3))
 TABLES = [
   (CASES, ALONE, True),
   (WHOLE, ALONE, False),
   *((cases, dict(window=window), True) for window, cases in WINDOWS.items()),
   (GROUPS, TOGETHER, True),
+  (UNEQUAL, ({}, dict(max_length=8)), True),
   (WHOLE_GROUPS, TOGETHER, False),
 ]
 

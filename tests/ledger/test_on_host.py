@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from story import config
 
 import paged_jax
+from paged_jax import groups
 from paged_jax.ledger import HostLedger
 from paged_jax.ledger import log as log_lib
 from paged_jax.testing import replay, strategies
@@ -25,13 +26,21 @@ def run(ledger, history):
 
 @contextlib.contextmanager
 def hearing(ledger):
-  before = ledger.snapshot().pool
-  ledger.groups[0].touched.clear()
+  before = groups.each(ledger.snapshot())
+  for book in ledger.groups:
+    book.touched.clear()
   yield
-  after = ledger.snapshot().pool
-  held = (before.holds > 0) | (after.holds > 0)
-  changed = (before.holds != after.holds) | (before.refcount != after.refcount)
-  assert set((held & changed).nonzero()[0]) <= ledger.groups[0].touched <= set(held.nonzero()[0])
+  for book, one, other in zip(ledger.groups, before, groups.each(ledger.snapshot())):
+    was, now = one.pool, other.pool
+    held = (was.holds > 0) | (now.holds > 0)
+    changed = (was.holds != now.holds) | (was.refcount != now.refcount)
+    assert set((held & changed).nonzero()[0]) <= book.touched <= set(held.nonzero()[0])
+
+
+def same(ledger, other):
+  for one, two in zip(groups.each(ledger.snapshot()), groups.each(other.snapshot()), strict=True):
+    replay.same(one, two)
+  assert ledger.num_copies == other.num_copies
 
 
 @settings(
@@ -40,11 +49,11 @@ def hearing(ledger):
 )  # fmt: skip
 @given(st.data())
 def test_a_rewind_brings_back_what_was_marked_and_a_replay_what_the_program_did(data):
-  config = data.draw(strategies.configs())
+  config = data.draw(strategies.configs() | strategies.several_configs())
   history = data.draw(strategies.histories(config))
   cut = data.draw(st.integers(0, len(history)))
   first, second = history[:cut], history[cut:]
-  shape = 3, config.num_rows
+  shape = 3, groups.each(config)[0].num_rows
   counts = st.lists(st.integers(-1, 9), min_size=shape[1] * 3, max_size=shape[1] * 3)
   operands = (np.reshape(data.draw(counts), shape), np.reshape(data.draw(counts), shape))
   log = paged_jax.Log(tuple((x,) for x in operands), ("extend", "trim"))
@@ -57,16 +66,33 @@ def test_a_rewind_brings_back_what_was_marked_and_a_replay_what_the_program_did(
     run(ledger, second)
     with hearing(ledger):
       ledger.rewind()
-    replay.same(ledger.snapshot(), direct.snapshot())
-    assert ledger.num_copies == direct.num_copies
+    same(ledger, direct)
   ledger.replay(log)
   run(ledger, second)
   for more, kept in zip(*operands):
     direct.extend(more)
     direct.trim(kept)
   run(direct, second)
-  replay.same(ledger.snapshot(), direct.snapshot())
-  assert ledger.num_copies == direct.num_copies
+  same(ledger, direct)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [config(window=5), (config(num_pages=18), config(page_size=2, window=3))],
+  ids=["window", "groups"],
+)
+def test_steps_that_are_replayed_at_once_leave_behind_what_each_of_them_would(config):
+  ledger, direct = HostLedger(config), HostLedger(config)
+  draw = np.random.default_rng(0)
+  for _ in range(100):
+    counts = draw.integers(0, 3, (3, 3))
+    ledger.replay(paged_jax.Log(((counts,),), ("extend",)))
+    for each in counts:
+      direct.extend(each)
+    same(ledger, direct)
+    full = ledger.lengths > 17
+    ledger.free(full)
+    direct.free(full)
 
 
 def test_a_search_crosses_windows_of_the_bitmap_and_the_end_of_the_pool():
