@@ -58,16 +58,16 @@ _dense = jax.jit(Pair.dense)
 
 
 @functools.cache
-def following(window, text):
+def logprobs(window, text):
   tokens = np.zeros(tiny.LONGEST, np.int32)
   tokens[: len(text)] = text
-  return int(np.argmax(_dense(Pair(tiny.MODEL, window), tokens)[len(text) - 1]))
+  return np.asarray(jax.nn.log_softmax(_dense(Pair(tiny.MODEL, window), tokens)[len(text) - 1]))
 
 
 def greedy(window, prompt, max_new_tokens):
   text = tuple(prompt)
   for _ in range(max_new_tokens):
-    text = (*text, following(window, text))
+    text = (*text, int(np.argmax(logprobs(window, text))))
   return list(text[len(prompt) :])
 
 
@@ -243,6 +243,36 @@ def test_a_rollback_behind_a_window_computes_the_text_again(kept):
     pass
   assert handle.tokens == [greedy(6, PROMPTS[2], 12)]
   finish(e)
+
+
+@pytest.mark.parametrize("room", [None, (14, 16)])
+def test_beams_on_two_groups_find_the_same_texts(room):
+  e = engine("window", room=room, max_beams=2)
+  beside = e.submit(PROMPTS[0], Sampling(max_new_tokens=9))
+  handles = [e.submit(p, Sampling(max_new_tokens=9, num_beams=2)) for p in (PROMPTS[2], PROMPTS[3])]
+  finish(e)
+  for prompt, handle in zip((PROMPTS[2], PROMPTS[3]), handles):
+    wanted = tiny.search(prompt, 2, 9, logprobs=functools.partial(logprobs, 6))
+    assert handle.tokens == [text for text, _ in wanted]
+  assert beside.tokens == [greedy(6, PROMPTS[0], 9)]
+
+
+def test_branches_on_two_groups_share_pages_and_go_on_alone():
+  e = engine("window")
+  handle = e.submit(PROMPTS[2], Sampling(max_new_tokens=16))
+  while len(handle.tokens[0]) < 6:
+    e.step()
+  begun = len(handle.tokens[0])
+  forced = [Sampling(max_new_tokens=begun + 4, logit_bias={token: 100.0}) for token in (7, 8)]
+  branches = handle.fork(2, forced)
+  while e.step():
+    pass
+  assert [branch.tokens[0][begun:] for branch in branches] == [[7] * 4, [8] * 4]
+  branches[1].commit()
+  kept = branches[1].tokens[0]
+  handle.rollback(len(kept), Sampling(max_new_tokens=20))
+  finish(e)
+  assert handle.tokens[0] == [*kept, *greedy(6, (*PROMPTS[2], *kept), 20 - len(kept))]
 
 
 def test_running_out_of_pages_names_the_group():

@@ -100,7 +100,7 @@ def logprobs(text: tuple[int, ...]) -> np.ndarray:
   return np.asarray(jax.nn.log_softmax(_dense(MODEL, tokens)[len(text) - 1]))
 
 
-def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0):
+def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0, logprobs=logprobs):
   """Beam search by hand: texts and their log-probabilities, best first."""
   found = [((), 0.0, False)]
   for _ in range(max_new_tokens):
