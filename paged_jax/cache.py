@@ -40,6 +40,9 @@ Caches = TypeVar("Caches", Cache, tuple[Cache, ...])
 def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   """An empty cache: all pages free, all rows empty, all bytes zero. A tuple of configs: a tuple.
 
+  Raises:
+    ValueError: The configs of a tuple differ in `num_rows` or `copy_on_write`.
+
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
   >>> int(pj.init(config).num_free)

@@ -137,6 +137,18 @@ def test_all_caches_of_a_donated_tuple_are_gone():
       jitted.extend(old, ids(1, 0, 0))
 
 
+def test_a_token_without_a_slot_of_its_own_in_one_group_has_none_in_any():
+  caches, _ = jitted.extend(jitted.init(BOTH), ids(6, 1, 0))
+  caches, _ = jitted.hold(caches, (ids(8), ids(2)))  # of row 0's tokens 4 and 5, in one group
+  plans = jitted.plan(caches, ids(0, 0, 1), ids(3, 4, 0))
+  for cache, plan in zip(caches, plans):
+    assert plan.ok.tolist() == [True, False, True]
+    slots = cache.ledger.pool.num_pages * cache.ledger.page_size
+    assert (plan.slots < slots).tolist() == [True, False, True]
+  with pytest.raises(ValueError, match=r"token 1 \(row 0, position 4\) is on a page that others"):
+    paged_jax.check_plan(caches, plans)
+
+
 def test_attention_keeps_to_the_window_of_its_cache_also_where_pages_remain():
   rows, positions = ids(*[0] * 6), np.arange(6, dtype=np.int32)
   q, k, v = np.random.default_rng(0).standard_normal((3, 6, 1, 4), np.float32)

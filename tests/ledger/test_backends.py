@@ -314,8 +314,9 @@ WINDOWS = {  # window: cases of a cache that keeps so many tokens
     ),
     "a length whose window is no longer whole is refused": (
       [extend(12, 0, 0, ok="TTT"), extend(1, 0, 0, ok="TTT"), call("trim", 11, 0, 0, ok="FTT"),
-       fork((0, 1, 11), (0, 1, 12), ok="FT"), call("hold", 2, ok="T"),
-       adopt((2, [2], 11, 8), (2, [2], 12, 9), ok="FF"), adopt((2, [2], 12, 8), ok="T"),
+       fork((0, 1, 11), (0, 1, -1), (0, 1, 12), ok="FFT"), call("hold", 2, ok="T"),
+       adopt((2, [2], 11, 8), (2, [2], 12, 9), ok="FF"),
+       adopt((2, [2], -1, 0), (2, [2], 12, 8), ok="FT"),
        call("slide", 10, 9, 8, ok="FFT"), call("trim", 12, 0, 11, ok="TTF")],
       ["..2...", "......", "..2..."], "00300000",
     ),
@@ -405,6 +406,12 @@ GROUPS = {
      call("unshare", 4, 4, 0, ok="TTT")],
     (["02....", "01....", "......"], ["016.........", "012.........", "............"]),
     ("21111111", "22111110"),
+  ),
+  "an unshare that another pool refuses copies nothing": (
+    [extend(6, 0, 0, ok="TTT"), fork((0, 1, 6), ok="T"), take_held((0, 5), True),
+     call("unshare", 4, 4, 0, ok="FFT")],
+    (["01....", "01....", "......"], ["012.........", "012.........", "............"]),
+    ("22000000", "22211111"),
   ),
 }  # fmt: skip
 UNEQUAL = {  # of two groups, one with room for 24 tokens in a row and one for 8
