@@ -75,6 +75,8 @@ class Pools:
     # The index that knows the end of every stored prefix; without pages if all groups have windows.
     self.ends = full[0] if full else index(_ONE_PAGE, least)
     self._pageless = None if full else Evictable(self.ends, options.eviction)
+    # What the group of the ends gives up takes the tails of the others along, so it comes first.
+    self._groups = sorted(range(len(kept)), key=lambda group: self.indexes[group] is not self.ends)
     if len(full) < len(kept):
       self.ends.ended = self._forget_tails
 
@@ -180,26 +182,23 @@ class Pools:
     to `drop`.
     """
     whole = all(
-      self.books[group].starts[row] <= self._first_page(group, key) * config.page_size
+      self.books[group].starts[row] // config.page_size <= self._first_page(group, key)
       for group, config in enumerate(self.configs)
     )
-    if not whole or not self._make_place(namespace, key, gone):
+    if not (self.ends.storable(key) and whole and self._make_place(namespace, key, gone)):
       return False
     options: Any = dict(ttl=ttl, pinned=pinned)
     if self._pageless is not None:
-      stored = self.ends.store(namespace, key, _no_page, last_logits=last_logits, **options)
-      if stored is None:
-        return False
-    for group, config in enumerate(self.configs):
+      self.ends.store(namespace, key, _no_page, last_logits=last_logits, **options)
+    for group in self._groups:
       first = self._first_page(group, key)
-      last = -(-(len(key) // TOKEN_BYTES) // config.page_size)
+      last = -(-(len(key) // TOKEN_BYTES) // self.configs[group].page_size)
       table = self.books[group].block_tables[row, first:last]
       keep = functools.partial(self._keep, group, table, fresh[group])
       place = self._place(group, namespace, key)
       logits = last_logits if self.indexes[group] is self.ends else None
       released = self.indexes[group].store(*place, keep, last_logits=logits, **options)
-      if released is None:  # too short: then for all groups, the first one says so
-        return False
+      assert released is not None, "no place for a prefix"
       gone[group] += self.kept[group].forget(released)
     return True
 
@@ -210,14 +209,17 @@ class Pools:
     return held
 
   def _make_place(self, namespace: Hashable, key: bytes, gone: list[list[int]]) -> bool:
-    """Whether there is a place for another prefix in every index, once others have left."""
+    """Whether there is a place for another prefix in every index, once others have left.
+
+    No index of tails is full: each of its tails belongs to a stored prefix.
+    """
     if self._pageless is not None and self.ends.full(namespace, key):
       node = self._pageless.next_entry()
       if node is None:
         return False
       self.ends.retire(node)
     for group, (index, reclaim) in enumerate(zip(self.indexes, self.reclaims)):
-      if index.full(*self._place(group, namespace, key)):
+      if self.configs[group].window is None and index.full(namespace, key):
         evicted = reclaim.evict_entry()
         if evicted is None:
           return False
@@ -287,8 +289,8 @@ class Pools:
     for own, book, reclaim, kept in zip(needed, self.books, self.reclaims, self.kept):
       if own > book.num_free and own > reclaim.available:
         raise errors.OutOfPages(own, reclaim.available, kept.name)
-    for own, more, reclaim in zip(needed, spare or [0] * len(self.kept), self.reclaims):
-      reclaim.make_room(own, more)
+    for group in self._groups:
+      self.reclaims[group].make_room(needed[group], spare[group] if spare else 0)
 
   def to_device(self, held: Sequence[Iterable[Held]]) -> None:
     """Moves the held pages of each group that are in host memory back to the device."""
@@ -304,12 +306,15 @@ class Pools:
 
   def expire(self) -> None:
     """Forgets the prefixes whose lifetime is over."""
-    self.ends.expire()
-    for reclaim in self.reclaims:
-      reclaim.expire()
+    if self._pageless is not None:
+      self.ends.expire()
+    for group in self._groups:
+      self.reclaims[group].expire()
 
   def tidy(self) -> None:
     """Frees the pages of prefixes that a lookup found expired, and counts what has changed."""
+    if self._pageless is not None:
+      self._pageless.settle()
     for reclaim in self.reclaims:
       reclaim.tidy()
 

@@ -137,11 +137,14 @@ class Prefixes:
 
   def _key(self, prefix: Prefix) -> bytes:
     """The encoded tokens of a prefix; raises unless its sequence holds them."""
-    row, ttl = self._sequences.running(prefix.handle), prefix.ttl
-    start, length = self._sequences.bounds(row)
-    tokens = self._sequences.known(row, length) if prefix.tokens is None else prefix.tokens
-    if len(tokens) > length or start:
-      raise self._sequences.unmapped(prefix.handle, len(tokens))
+    sequences, ttl = self._sequences, prefix.ttl
+    row, length = sequences.running(prefix.handle), sequences.length(prefix.handle)
+    slid = any(
+      start and x.window is None for start, x in zip(sequences.starts(row), sequences.configs)
+    )
+    tokens = sequences.known(row, length) if prefix.tokens is None else prefix.tokens
+    if len(tokens) > length or slid:
+      raise sequences.unmapped(prefix.handle, len(tokens))
     if ttl is not None and (
       isinstance(ttl, bool) or not isinstance(ttl, int | float) or not ttl >= 0
     ):

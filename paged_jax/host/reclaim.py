@@ -276,7 +276,6 @@ class Evictable:
 
   def next_entry(self) -> Node | None:
     """The node whose stored prefix goes first; None if all are in use or pinned."""
-
     return self._entries.pop(lambda node: not self._prefixes.end_of(node)[1].busy)
 
   def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
@@ -439,6 +438,7 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
+    self.tidy()  # another group may have given up prefixes, and with them what is kept for them here
     while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,

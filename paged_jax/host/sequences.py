@@ -307,10 +307,6 @@ class Sequences:
     """First live token of a row in each group."""
     return tuple(int(book.starts[row]) for book in self.ledger.groups)
 
-  def bounds(self, row: int) -> tuple[int, int]:
-    """First token of a row that some group has, and the row's length."""
-    return min(self.starts(row)), int(self.ledger.lengths[row])
-
   def begins(self, row: int, num_tokens: int) -> bool:
     """Whether the first `num_tokens` tokens of a row can go on alone, as after a trim."""
     if not 0 < num_tokens <= self.ledger.lengths[row]:
