@@ -14,6 +14,8 @@ A tail is evicted alone: then nobody can go on from its end, and other ends are 
 
 import contextlib
 import functools
+import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +60,7 @@ class Pools:
   ):
     self.kept, self.state = kept, kept[0].state
     self.configs, self.books = self.state.configs, self.state.ledger.groups
+    self._low = options.low_watermark
     most = options.max_prefixes if options.prefix_cache else 0
 
     def index(page_size: int, min_length: int) -> PrefixIndex:
@@ -234,15 +237,20 @@ class Pools:
 
   def pin(self, namespace: Hashable, key: bytes, pinned: bool) -> bool:
     """Pins or unpins a stored prefix; False if there is none."""
+    if not self.ends.pin(namespace, key, pinned):
+      return False
     for group, index in enumerate(self.indexes):
-      if index is not self.ends:
-        index.pin(*self._place(group, namespace, key), pinned)
-    return self.ends.pin(namespace, key, pinned)
+      index.pin(*self._place(group, namespace, key), pinned)
+    return True
 
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored prefixes that no sequence uses; returns how many."""
     if self._pageless is None:
-      return self.reclaims[self.indexes.index(self.ends)].evict_entries(count)
+      done = self.reclaims[self._groups[0]].evict_entries(count)
+      for config, index, reclaim in zip(self.configs, self.indexes, self.reclaims):
+        if config.window is None:  # no group keeps more prefixes than there are ends
+          reclaim.evict_entries(index.num_entries - self.ends.num_entries)
+      return done
     done = 0
     while done < count and (node := self._pageless.next_entry()) is not None:
       self.ends.retire(node)
@@ -319,9 +327,24 @@ class Pools:
       reclaim.tidy()
 
   def collect(self, targets: Sequence[int | None]) -> Collected:
-    """Forgets the prefixes whose lifetime is over, then evicts; see `Reclaim.collect`."""
-    made = [reclaim.collect(target) for reclaim, target in zip(self.reclaims, targets)]
-    return Collected(*map(sum, zip(*made)))  # type: ignore
+    """Forgets the prefixes whose lifetime is over, then evicts.
+
+    Args:
+      targets: Pages of each group to be free afterwards; None = as many as the low watermark asks.
+    """
+    began, entries, free = time.perf_counter(), self.ends.num_entries, self.state.num_free
+    self.expire()
+    for group in self._groups:
+      target, num_pages = targets[group], self.configs[group].num_pages
+      self.reclaims[group].reclaim(math.ceil(self._low * num_pages) if target is None else target)
+    self.tidy()
+    freed = [after - before for after, before in zip(self.state.num_free, free)]
+    return Collected(
+      num_pages=sum(freed),
+      num_bytes=sum(pages * each.page_bytes for pages, each in zip(freed, self.configs)),
+      num_entries=entries - self.ends.num_entries,
+      seconds=time.perf_counter() - began,
+    )
 
   def warm_up(self, options: ManagerConfig) -> None:
     """Compiles the verbs that these options need, for each size of a batch."""

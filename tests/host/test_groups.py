@@ -294,3 +294,37 @@ def test_what_one_group_gives_up_makes_room_in_the_others():
   store(m, TWENTY)
   assert (m.free_pages, m.available_pages) == ((1, 4), (6, 6))
   assert m.allocate(Request("all", 24)).num_tokens == 24  # 6 pages of each
+
+
+def test_what_an_extend_frees_counts_as_room():
+  m = both()
+  m.allocate(Request("b", 12))
+  handle = begin(m, TWENTY + [1, 2, 3, 4])
+  assert m.free_pages == (3, 0)
+  grow(m, handle, TWENTY + [1, 2, 3, 4, 5])  # four pages go, one comes
+  assert m.free_pages == (2, 3)
+
+
+def test_gc_counts_prefixes_once():
+  m = both()
+  store(m, TWENTY)
+  collected = m.gc((12, 9))
+  assert (collected.num_pages, collected.num_entries) == (5 + 2, 1)
+  assert collected.num_bytes == 5 * m.config[0].page_bytes + 2 * m.config[1].page_bytes
+
+
+def test_evicted_prefixes_leave_every_group():
+  m = both((cache(), cache(page_size=8), cache(page_size=2, num_pages=16, window=5)))
+  assert store(m, TWENTY) and store(m, TWENTY[:9])
+  m.gc((12, 0, 0))  # the first group gives up both, and the third one their tails
+  assert m.free_pages == (12, 9, 16)
+  assert m.evict_prefixes(9) == 0
+  assert nothing_left(m)
+
+
+def test_pin_finds_no_prefix_that_is_gone_from_one_group():
+  m = both((cache(), cache(page_size=8), cache(page_size=2, num_pages=16, window=5)))
+  store(m, TWENTY)
+  m.gc((9, 0, 0))
+  assert not m.pin(TWENTY)
+  assert m.available_pages == (12, 12, 16)
