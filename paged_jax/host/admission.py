@@ -169,7 +169,7 @@ class Admission:
           begins[group][n] = first[group]
           pages[group][n, : len(own)] = pages_of(own)
       if not state.copy_on_write:
-        lengths = -(-lengths // state.whole) * state.whole
+        lengths = -(-lengths // state.page_size) * state.page_size
       self._turn.apply("adopt", rows, state.like(pages), lengths, state.like(begins))
 
   # Growing and shrinking
@@ -181,6 +181,7 @@ class Admission:
 
     # row before   [a][b ]           others hold b too
     # row after    [a][b'][c]        the row takes b', a copy of b, and c, and gives up b
+    # window       [-][b'][c]        and a, if no later token sees it
     """
     growth: dict[int, int] = {}
     for handle, count in num_tokens.items():
@@ -194,7 +195,9 @@ class Admission:
     counts = self._by_row(growth)
     if not self._state.copy_on_write and self._ledger.shares_tail(counts):
       raise errors.Disabled("copy-on-write")
-    needed = [int(own.sum()) for own in groups.each(self._ledger.pages_needed(counts))]
+    needed = groups.each(self._ledger.pages_needed(counts))
+    passed = self._ledger.pages_passed(counts)  # these come free first
+    needed = [int(own.sum()) - freed for own, freed in zip(needed, passed)]
     self._pools.make_room(_sums(needed, reserve), spare)
     self._turn.apply("extend", counts)
 

@@ -74,9 +74,7 @@ class Forecast:
     needed = []
     for book in self._ledger.groups:
       size = book.page_size
-      pages = book.block_tables[rows, shared // size :]
-      pages, entries = np.unique(pages[pages < book.num_pages], return_counts=True)
-      alone = int((book.refcount[pages] == entries).sum())  # pages that no other holder has
+      alone = book.num_alone(book.block_tables[rows, shared // size :])
       each = min(-(-length // size) - shared // size, _most(book, 1))
       needed.append(max(0, len(rows) * each - (alone if book.window is None else 0)))
     return needed

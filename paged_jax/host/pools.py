@@ -14,6 +14,8 @@ A tail is evicted alone: then nobody can go on from its end, and other ends are 
 
 import contextlib
 import functools
+import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +60,7 @@ class Pools:
   ):
     self.kept, self.state = kept, kept[0].state
     self.configs, self.books = self.state.configs, self.state.ledger.groups
+    self._low = options.low_watermark
     most = options.max_prefixes if options.prefix_cache else 0
 
     def index(page_size: int, min_length: int) -> PrefixIndex:
@@ -75,6 +78,8 @@ class Pools:
     # The index that knows the end of every stored prefix; without pages if all groups have windows.
     self.ends = full[0] if full else index(_ONE_PAGE, least)
     self._pageless = None if full else Evictable(self.ends, options.eviction)
+    # What the group of the ends gives up takes the tails of the others along, so it comes first.
+    self._groups = sorted(range(len(kept)), key=lambda group: self.indexes[group] is not self.ends)
     if len(full) < len(kept):
       self.ends.ended = self._forget_tails
 
@@ -183,23 +188,20 @@ class Pools:
       self.books[group].starts[row] // config.page_size <= self._first_page(group, key)
       for group, config in enumerate(self.configs)
     )
-    if not whole or not self._make_place(namespace, key, gone):
+    if not (self.ends.storable(key) and whole and self._make_place(namespace, key, gone)):
       return False
     options: Any = dict(ttl=ttl, pinned=pinned)
     if self._pageless is not None:
-      stored = self.ends.store(namespace, key, _no_page, last_logits=last_logits, **options)
-      if stored is None:
-        return False
-    for group, config in enumerate(self.configs):
+      self.ends.store(namespace, key, _no_page, last_logits=last_logits, **options)
+    for group in self._groups:
       first = self._first_page(group, key)
-      last = -(-(len(key) // TOKEN_BYTES) // config.page_size)
+      last = -(-(len(key) // TOKEN_BYTES) // self.configs[group].page_size)
       table = self.books[group].block_tables[row, first:last]
       keep = functools.partial(self._keep, group, table, fresh[group])
       place = self._place(group, namespace, key)
       logits = last_logits if self.indexes[group] is self.ends else None
       released = self.indexes[group].store(*place, keep, last_logits=logits, **options)
-      if released is None:  # too short: then for all groups, the first one says so
-        return False
+      assert released is not None, "no place for a prefix"
       gone[group] += self.kept[group].forget(released)
     return True
 
@@ -210,14 +212,17 @@ class Pools:
     return held
 
   def _make_place(self, namespace: Hashable, key: bytes, gone: list[list[int]]) -> bool:
-    """Whether there is a place for another prefix in every index, once others have left."""
+    """Whether there is a place for another prefix in every index, once others have left.
+
+    No index of tails is full: each of its tails belongs to a stored prefix.
+    """
     if self._pageless is not None and self.ends.full(namespace, key):
       node = self._pageless.next_entry()
       if node is None:
         return False
       self.ends.retire(node)
     for group, (index, reclaim) in enumerate(zip(self.indexes, self.reclaims)):
-      if index.full(*self._place(group, namespace, key)):
+      if self.configs[group].window is None and index.full(namespace, key):
         evicted = reclaim.evict_entry()
         if evicted is None:
           return False
@@ -232,15 +237,20 @@ class Pools:
 
   def pin(self, namespace: Hashable, key: bytes, pinned: bool) -> bool:
     """Pins or unpins a stored prefix; False if there is none."""
+    if not self.ends.pin(namespace, key, pinned):
+      return False
     for group, index in enumerate(self.indexes):
-      if index is not self.ends:
-        index.pin(*self._place(group, namespace, key), pinned)
-    return self.ends.pin(namespace, key, pinned)
+      index.pin(*self._place(group, namespace, key), pinned)
+    return True
 
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored prefixes that no sequence uses; returns how many."""
     if self._pageless is None:
-      return self.reclaims[self.indexes.index(self.ends)].evict_entries(count)
+      done = self.reclaims[self._groups[0]].evict_entries(count)
+      for config, index, reclaim in zip(self.configs, self.indexes, self.reclaims):
+        if config.window is None:  # no group keeps more prefixes than there are ends
+          reclaim.evict_entries(index.num_entries - self.ends.num_entries)
+      return done
     done = 0
     while done < count and (node := self._pageless.next_entry()) is not None:
       self.ends.retire(node)
@@ -287,8 +297,8 @@ class Pools:
     for own, book, reclaim, kept in zip(needed, self.books, self.reclaims, self.kept):
       if own > book.num_free and own > reclaim.available:
         raise errors.OutOfPages(own, reclaim.available, kept.name)
-    for own, more, reclaim in zip(needed, spare or [0] * len(self.kept), self.reclaims):
-      reclaim.make_room(own, more)
+    for group in self._groups:
+      self.reclaims[group].make_room(needed[group], spare[group] if spare else 0)
 
   def to_device(self, held: Sequence[Iterable[Held]]) -> None:
     """Moves the held pages of each group that are in host memory back to the device."""
@@ -304,19 +314,37 @@ class Pools:
 
   def expire(self) -> None:
     """Forgets the prefixes whose lifetime is over."""
-    self.ends.expire()
-    for reclaim in self.reclaims:
-      reclaim.expire()
+    if self._pageless is not None:
+      self.ends.expire()
+    for group in self._groups:
+      self.reclaims[group].expire()
 
   def tidy(self) -> None:
     """Frees the pages of prefixes that a lookup found expired, and counts what has changed."""
+    if self._pageless is not None:
+      self._pageless.settle()
     for reclaim in self.reclaims:
       reclaim.tidy()
 
   def collect(self, targets: Sequence[int | None]) -> Collected:
-    """Forgets the prefixes whose lifetime is over, then evicts; see `Reclaim.collect`."""
-    made = [reclaim.collect(target) for reclaim, target in zip(self.reclaims, targets)]
-    return Collected(*map(sum, zip(*made)))  # type: ignore
+    """Forgets the prefixes whose lifetime is over, then evicts.
+
+    Args:
+      targets: Pages of each group to be free afterwards; None = as many as the low watermark asks.
+    """
+    began, entries, free = time.perf_counter(), self.ends.num_entries, self.state.num_free
+    self.expire()
+    for group in self._groups:
+      target, num_pages = targets[group], self.configs[group].num_pages
+      self.reclaims[group].reclaim(math.ceil(self._low * num_pages) if target is None else target)
+    self.tidy()
+    freed = [after - before for after, before in zip(self.state.num_free, free)]
+    return Collected(
+      num_pages=sum(freed),
+      num_bytes=sum(pages * each.page_bytes for pages, each in zip(freed, self.configs)),
+      num_entries=entries - self.ends.num_entries,
+      seconds=time.perf_counter() - began,
+    )
 
   def warm_up(self, options: ManagerConfig) -> None:
     """Compiles the verbs that these options need, for each size of a batch."""

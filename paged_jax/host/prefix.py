@@ -298,7 +298,7 @@ class PrefixIndex:
       nothing was stored.
     """
     length = len(tokens) // TOKEN_BYTES
-    if not self._storable(tokens) or self.full(namespace, tokens):
+    if not self.storable(tokens) or self.full(namespace, tokens):
       return None
     released: list[Held] = []
     tick = self.tick()
@@ -463,14 +463,14 @@ class PrefixIndex:
       node = parent
     return released
 
-  def _storable(self, tokens: bytes) -> bool:
+  def storable(self, tokens: bytes) -> bool:
     """Whether a prefix is long enough to be stored."""
     return self.max_entries > 0 and len(tokens) // TOKEN_BYTES >= max(self.min_length, 1)
 
   def full(self, namespace: Hashable, tokens: bytes) -> bool:
     """Whether another prefix must go before this one can be stored."""
     self._bury()
-    crowded = self.num_entries >= self.max_entries and self._storable(tokens)
+    crowded = self.num_entries >= self.max_entries and self.storable(tokens)
     return crowded and self._stored(namespace, tokens) is None
 
   @property

@@ -91,7 +91,7 @@ class Prefixes:
       if logits is None:
         length = min(length, size - 1)  # the last token must be computed, for its logits
       if not self._state.copy_on_write:
-        length -= length % self._state.whole
+        length -= length % self._state.page_size
       return length
 
     return self._pools.find(request.namespace, prompt, limit, touch=touch)

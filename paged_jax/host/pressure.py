@@ -1,4 +1,7 @@
-"""Memory pressure: how full the pool is, in four levels, and the callbacks for changes."""
+"""Memory pressure: how full the pool is, in four levels, and the callbacks for changes.
+
+With several pools the fullest one counts.
+"""
 
 import collections
 import enum

@@ -20,8 +20,6 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -276,7 +274,6 @@ class Evictable:
 
   def next_entry(self) -> Node | None:
     """The node whose stored prefix goes first; None if all are in use or pinned."""
-
     return self._entries.pop(lambda node: not self._prefixes.end_of(node)[1].busy)
 
   def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
@@ -439,6 +436,7 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
+    self.tidy()  # another group may have given up prefixes, and with them what is kept for them here
     while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,
@@ -544,26 +542,6 @@ class Reclaim:
     if self._prefixes.buried:
       self.expire()
     self._settle()
-
-  def collect(self, target: int | None = None) -> Collected:
-    """Forgets the prefixes whose lifetime is over, then evicts until `target` pages are free.
-
-    Args:
-      target: Pages; None = as many as the low watermark asks for.
-    """
-    book, index, config = self._book, self._prefixes, self._kept.config
-    if target is None:
-      target = math.ceil(self._options.low_watermark * config.num_pages)
-    began, free, entries = time.perf_counter(), book.num_free, index.num_entries
-    self.expire()
-    self.reclaim(target)
-    freed = book.num_free - free
-    return Collected(
-      num_pages=freed,
-      num_bytes=freed * config.page_bytes,
-      num_entries=entries - index.num_entries,
-      seconds=time.perf_counter() - began,
-    )
 
   def unpinned(self) -> list[Held]:
     """Removes every stored prefix that is not pinned, those in use too.

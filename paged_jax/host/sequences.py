@@ -13,6 +13,7 @@ import numpy as np
 
 from paged_jax import groups
 from paged_jax.host import errors
+from paged_jax.host.config import whole
 from paged_jax.host.holds import Held, latest_start
 from paged_jax.host.turn import Turn
 
@@ -136,9 +137,10 @@ class Handle:
     >>> handle.page_at(1)
     1
     """
-    table, none = groups.each(self.block_table)[group], self._desk.configs[group].num_pages
-    if not 0 <= logical_page < len(table) or table[logical_page] == none:
-      raise errors.UnmappedToken(self.request_id, logical_page, logical_page * self.page_size)
+    group = self._desk.group(group)
+    table, config = groups.each(self.block_table)[group], self._desk.configs[group]
+    if not 0 <= logical_page < len(table) or table[logical_page] == config.num_pages:
+      raise self._desk.unmapped(self, logical_page * config.page_size, group)
     return int(table[logical_page])
 
   @property
@@ -273,6 +275,12 @@ class Sequences:
       raise errors.UnknownRequest(request_id)
     return self.by_id[request_id]
 
+  def group(self, group: int) -> int:
+    """The number of a group as an int; raises if there is no such group."""
+    if not 0 <= whole("group", group) < len(self.configs):
+      raise ValueError(f"group must be in [0, {len(self.configs)}), got {group}")
+    return int(group)
+
   # Rows
 
   def begin(
@@ -321,9 +329,10 @@ class Sequences:
       for start, config in zip(self.starts(row), self.configs)
     )
 
-  def unmapped(self, handle: Handle, token: int) -> errors.UnmappedToken:
-    """The error for a token that a sequence does not hold."""
-    return errors.UnmappedToken(handle.request_id, token // self.config.page_size, token)
+  def unmapped(self, handle: Handle, token: int, group: int = 0) -> errors.UnmappedToken:
+    """The error for a token that a sequence does not hold in a group."""
+    page = token // self.configs[group].page_size
+    return errors.UnmappedToken(handle.request_id, page, token)
 
   def length(self, handle: Handle) -> int:
     """Tokens that a sequence holds."""

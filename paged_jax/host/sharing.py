@@ -52,7 +52,7 @@ class Sharing:
     """Raises unless the first `num_tokens` tokens of a row can be shared."""
     if not self._sequences.begins(row, num_tokens):
       raise self._sequences.unmapped(source, num_tokens)
-    if num_tokens % self._state.whole and not self._state.copy_on_write:
+    if num_tokens % self._state.page_size and not self._state.copy_on_write:
       raise errors.Disabled("copy-on-write")
 
   def clone(

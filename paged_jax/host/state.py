@@ -1,4 +1,4 @@
-"""The cache on the device, or one per group of layers, and their ledger on the host, which move together.
+"""The cache on the device, or one per group of layers, and its ledger on the host, which follows it.
 
 Both ledgers run the same verbs and get the same page ids, so the host knows every page without
 asking the device. A user's program that runs on the cache reports its ledger verbs in a `Log`.
@@ -71,7 +71,7 @@ class State:
     self.configs: tuple[CacheConfig, ...] = groups.each(config)
     self.num_rows = self.configs[0].num_rows
     self.copy_on_write = self.configs[0].copy_on_write
-    self.whole = math.lcm(*(x.page_size for x in self.configs))  # tokens in whole pages everywhere
+    self.page_size = math.lcm(*(x.page_size for x in self.configs))  # whole pages in every group
     self.verbs = verbs
     cache = verbs.init(config)
     # The cache is placed now: one that is placed later makes every verb compile again.

@@ -37,12 +37,11 @@ class Tensors:
 
   def layer(self, layer: int, group: int) -> tuple[int, int]:
     """The numbers of a layer and of its group as ints; raises if there is no such layer."""
-    if not 0 <= whole("group", group) < len(self._configs):
-      raise ValueError(f"group must be in [0, {len(self._configs)}), got {group}")
+    group = self._sequences.group(group)
     num_layers = self._configs[group].num_layers
     if not 0 <= whole("layer", layer) < num_layers:
       raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
-    return int(layer), int(group)
+    return int(layer), group
 
   def checked(self, group: int, k: Any, v: Any) -> tuple[jax.Array, jax.Array | None]:
     """Keys and values as [B,H,D]; raises if they do not fit the pool."""
@@ -134,7 +133,7 @@ class Tensors:
     begin, end = self._sequences.starts(row)[group], self._sequences.length(handle)
     for token in (start, start + count - 1):
       if not begin <= token < end or count < 1:
-        raise self._sequences.unmapped(handle, token)
+        raise self._sequences.unmapped(handle, token, group)
     return row
 
 

@@ -57,7 +57,7 @@ class Turn:
           self.num_refusals += 1
           raise
         finally:
-          level, num_free = max(self._levels(), key=lambda each: each[0])
+          level, num_free = max(self._levels(), key=lambda each: (each[0], -each[1]))
           self.notifier.observe(level, num_free)
     finally:
       self.notifier.deliver()

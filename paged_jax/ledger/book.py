@@ -95,6 +95,11 @@ class Book:
     first = starts // self.page_size
     return first, -(-lengths // self.page_size) - first
 
+  def num_alone(self, entries: np.ndarray) -> int:
+    """How many pages have no other holders than these entries of the block tables."""
+    pages, counts = np.unique(entries[entries < self.num_pages], return_counts=True)
+    return int((self.refcount[pages] == counts).sum())
+
   def vacant(self, rows: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Which entries are granted: `valid` ones that name an empty row, each row once."""
     ok = valid & (rows >= 0) & (rows < self.num_rows)

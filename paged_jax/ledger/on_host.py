@@ -94,6 +94,14 @@ class HostLedger:
     growths = self._growths(num_tokens, asked, passed)
     return self._like([growth.num_new + growth.copied for growth in growths])
 
+  def pages_passed(self, num_tokens: np.ndarray) -> list[int]:
+    """Pages of each group that `extend` frees before it takes any, since a window has passed them."""
+    passed = [self._passed(book, num_tokens > 0) for book in self.groups]
+    return [
+      book.num_alone(book.block_tables[each]) if each[0].size else 0
+      for book, each in zip(self.groups, passed)
+    ]
+
   def pages_to_begin(self, held: int, num_tokens: int, group: int = 0) -> int:
     """Pages of a group that a row takes to hold `num_tokens`, if it starts on `held` tokens.
 

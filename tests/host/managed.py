@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from story import config
 
+from paged_jax import groups
 from paged_jax.host import Manager, ManagerConfig, Request, errors
 from paged_jax.testing import replay
 
@@ -23,11 +24,12 @@ class Clock:
     return self.now
 
 
-def manager(options=None, **fields):
-  """A small manager, and prefixes of any length."""
+def manager(options=None, caches=None, **fields):
+  """A small manager of one cache, or of these `caches`, and prefixes of any length."""
   chosen = dict(min_prefix_length=1, num_host_pages=16) | (options or {})
   clock = chosen.pop("clock", Clock())
-  return Manager(config(**fields), ManagerConfig(**chosen), clock=clock)
+  configs = config(**fields) if caches is None else caches
+  return Manager(configs, ManagerConfig(**chosen), clock=clock)
 
 
 def fingerprints(tokens):
@@ -39,24 +41,33 @@ def fingerprints(tokens):
   return out
 
 
+def live(manager, handle, start):
+  """Group, number of layers and first live token from `start` on, for each group."""
+  for group, each in enumerate(groups.each(manager.config)):
+    cache = groups.each(manager.cache)[group]
+    begin = 0 if each.window is None else int(np.asarray(cache.ledger.tables.starts)[handle.row])
+    yield group, each, max(start, begin)
+
+
 def fill(manager, handle, tokens, start):
-  """Writes what a model would for `tokens[start:]`, in all layers."""
-  values = fingerprints(tokens)[start:]
-  if values:
-    for layer in range(manager.config.num_layers):
-      k, v = (replay.values(values, x, SHAPE) for x in (layer, ~layer))
-      manager.write_kv(handle, layer, start, k, v)
+  """Writes what a model would for `tokens[start:]`, in all layers of all groups."""
+  for group, each, begin in live(manager, handle, start):
+    if values := fingerprints(tokens)[begin:]:
+      for layer in range(each.num_layers):
+        k, v = (replay.values(values, x, SHAPE) for x in (layer, ~layer))
+        manager.write_kv(handle, layer, begin, k, None if each.value_dim else v, group=group)
 
 
 def check_bytes(manager, handle, tokens, start=0):
   """The sequence reads back exactly what a model would have written for its tokens."""
   assert handle.num_tokens == len(tokens)
-  values = fingerprints(tokens)[start:]
-  if values:
-    for layer in range(manager.config.num_layers):
-      k, v = manager.read_kv(handle, layer, start, len(values))
-      np.testing.assert_array_equal(k, replay.values(values, layer, SHAPE))
-      np.testing.assert_array_equal(v, replay.values(values, ~layer, SHAPE))
+  for group, each, begin in live(manager, handle, start):
+    if values := fingerprints(tokens)[begin:]:
+      for layer in range(each.num_layers):
+        k, v = manager.read_kv(handle, layer, begin, len(values), group=group)
+        np.testing.assert_array_equal(k, replay.values(values, layer, SHAPE))
+        if not each.value_dim:
+          np.testing.assert_array_equal(v, replay.values(values, ~layer, SHAPE))
 
 
 FIVE = [1, 2, 3, 4, 5]
@@ -86,11 +97,16 @@ def grow(m, handle, tokens):
 
 @contextlib.contextmanager
 def refused(m, error, message=None):
-  before = m.stats()._replace(refusals=0)
+  before = [each._replace(refusals=0) for each in each_stats(m)]
   with pytest.raises(error, match=message):
     yield
-  assert m.stats()._replace(refusals=0) == before
+  assert [each._replace(refusals=0) for each in each_stats(m)] == before
   assert m.audit().clean
+
+
+def each_stats(m):
+  """The numbers of each group."""
+  return groups.each(m.stats())
 
 
 class Story:
@@ -157,6 +173,8 @@ class Story:
       copy, count = self.new_name(), int(self.rng.integers(len(tokens) + 1))
       target = self.manager.allocate(Request(copy))
       self.live[copy] = (target, [])
+      if not self.reaches(handle, count):
+        return
       self.manager.share_prefix(handle, target, count)
       self.live[copy] = (target, tokens[:count])
 
@@ -164,19 +182,29 @@ class Story:
     if (name := self.some()) is not None and self.live[name][1]:
       self.manager.cow_copy(self.live[name][0])
 
+  def reaches(self, handle, count):
+    """Whether the first `count` tokens can go on alone; if not, `trim` says so."""
+    if not self.manager.begins(handle, count):
+      with pytest.raises(errors.UnmappedToken):
+        self.manager.trim(handle, count)
+      return False
+    return True
+
   def do_trim(self):
     if (name := self.some()) is not None:
       handle, tokens = self.live[name]
       keep = int(self.rng.integers(len(tokens) + 1))
-      self.manager.trim(handle, keep)
-      self.live[name] = (handle, tokens[:keep])
+      if self.reaches(handle, keep):
+        self.manager.trim(handle, keep)
+        self.live[name] = (handle, tokens[:keep])
 
   def do_store(self):
     if (name := self.some()) is not None:
       handle, tokens = self.live[name]
       count = int(self.rng.integers(len(tokens) + 1))
       logits = fingerprints(tokens)[count - 1] if count else None
-      self.manager.store_prefix(handle, tokens[:count], last_logits=logits)
+      if self.manager.store_prefix(handle, tokens[:count], last_logits=logits):
+        assert self.manager.find_prefix(tokens[:count], handle.namespace).length == count
 
   def do_swap_out(self):
     if (name := self.some()) is not None:
@@ -196,7 +224,7 @@ class Story:
       assert not handle.is_valid
 
   def do_collect(self):
-    self.manager.gc(int(self.rng.integers(self.manager.config.num_pages)))
+    self.manager.gc(int(self.rng.integers(groups.each(self.manager.config)[0].num_pages)))
 
   def do_evict(self):
     self.manager.evict_prefixes(1)
@@ -218,7 +246,7 @@ class Story:
       self.manager.deallocate(name)
     self.live = {}
     self.manager.clear_prefixes()
-    stats = self.manager.stats()
-    assert stats.free_pages == stats.num_pages and stats.free_host_pages == stats.num_host_pages
-    assert stats.pages_taken == stats.pages_released
+    for stats in each_stats(self.manager):
+      assert stats.free_pages == stats.num_pages and stats.free_host_pages == stats.num_host_pages
+      assert stats.pages_taken == stats.pages_released
     self.check()
