@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
       return layer.finish(x, heads, None if inputs is None else _at(inputs, i)), state
 
     # A loop over a whole stack takes its slices from the loop, so that its gradient needs no sum.
-    params = stack if run.size == len(config.stacks[number]) else None
+    params = stack if run.shape == (1, len(config.stacks[number])) else None
     rows = np.array([[row(i) for i in each] for each in run.tolist()], np.int32)
     return lambda carry, rows: _loop(layer, carry, (rows, params)), rows
 

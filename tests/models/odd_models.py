@@ -89,6 +89,9 @@ CONFIGS = {
     "tie_word_embeddings": False,
     "use_bidirectional_attention": "vision",
   },
+  "gemma4_repeated": GEMMA4
+  | {"layer_types": ["sliding_attention", "full_attention"] * 4, "num_hidden_layers": 8}
+  | {"num_kv_shared_layers": 4, "num_key_value_heads": 1},
   "gemma4_last_is_full": GEMMA4 | {"layer_types": ["full_attention", "sliding_attention"]},
   "gemma4_per_layer": GEMMA4
   | {"per_layer_config": {"1": {"head_dim": 12, "num_key_value_heads": 4}}},

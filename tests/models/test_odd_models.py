@@ -15,7 +15,10 @@ from paged_jax.models import decoder as decoder_lib
 from paged_jax.models import families, loading
 
 GOLDENS = np.load(Path(__file__).parent / "goldens" / "odd.npz")
-PAGED = ("mistral_sparse", "qwen2_window", "gemma3_yarn", "yarn_deepseek", "dynamic", "longrope")
+PAGED = (
+  "mistral_sparse", "qwen2_window", "gemma3_yarn", "yarn_deepseek", "dynamic", "longrope",
+  "deepseek_plain", "gemma4_keys_are_values", "gemma4_repeated",
+)  # fmt: skip
 
 
 def shapes(config):
@@ -42,7 +45,7 @@ def test_dense_decoder_reads_odd_configuration_as_transformers(name, tmp_path):
 def test_paged_decoder_reads_odd_configuration_as_transformers(name, tmp_path):
   decoder = load(name, tmp_path)
   sizes = {"num_pages": 12, "num_rows": 1, "page_size": 4, "max_length": odd_models.LENGTH}
-  config = models.cache_config(decoder.config, dtype=jnp.float32, uniform=True, **sizes)
+  config = models.cache_config(decoder.config, dtype=jnp.float32, **sizes)
   cache = paged_jax.init(config)
 
   @jax.jit
