@@ -67,7 +67,8 @@ class ManagerCollector(Collector):
   def collect(self) -> Iterator[Metric]:
     """Every metric now."""
     stats, prefixes = groups.each(self._manager.stats()), self._manager.prefix_stats()
-    labels = ["group"] if len(stats) > 1 else []
+    first, *others = stats
+    labels = ["group"] if others else []
     for kind, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
       for name, text in names.items():
         metric = kind(f"{self._prefix}_{name}", text, labels=labels)
@@ -75,9 +76,9 @@ class ManagerCollector(Collector):
           metric.add_metric([str(group)] if labels else [], getattr(each, name))
         yield metric
     for name, text in _SEQUENCE_GAUGES.items():
-      yield GaugeMetricFamily(f"{self._prefix}_{name}", text, getattr(stats[0], name))
+      yield GaugeMetricFamily(f"{self._prefix}_{name}", text, getattr(first, name))
     for name, text in _SEQUENCE_COUNTERS.items():
-      yield CounterMetricFamily(f"{self._prefix}_{name}", text, getattr(stats[0], name))
+      yield CounterMetricFamily(f"{self._prefix}_{name}", text, getattr(first, name))
     for name, text in _PREFIX_COUNTERS.items():
       yield CounterMetricFamily(f"{self._prefix}_prefix_{name}", text, getattr(prefixes, name))
     yield GaugeMetricFamily(

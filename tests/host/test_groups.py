@@ -299,9 +299,9 @@ def test_what_one_group_gives_up_makes_room_in_the_others():
 def test_what_an_extend_frees_counts_as_room():
   m = both()
   m.allocate(Request("b", 12))
-  handle = begin(m, TWENTY + [1, 2, 3, 4])
+  handle = begin(m, [*TWENTY, 1, 2, 3, 4])
   assert m.free_pages == (3, 0)
-  grow(m, handle, TWENTY + [1, 2, 3, 4, 5])  # four pages go, one comes
+  grow(m, handle, [*TWENTY, 1, 2, 3, 4, 5])  # four pages go, one comes
   assert m.free_pages == (2, 3)
 
 
