@@ -181,6 +181,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_keeps_bfloat16(name):
+  decoder = small(**KINDS[name])
+  nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(decoder)))
+  rows = jnp.zeros(3, jnp.int32)
+  cache = jax.eval_shape(lambda: cache_of(decoder, dtype=jnp.bfloat16))
+  after, x = jax.eval_shape(lambda cache: step(decoder, cache, rows, rows, rows), cache)
+  dense = jax.eval_shape(decoder.dense, rows[None])
+  assert (x.dtype, dense.dtype) == (jnp.bfloat16, jnp.float32)
+  assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, cache)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_reach_every_parameter(name):
   graph, params = nnx.split(small(**KINDS[name]))
   tokens = np.arange(16, dtype=np.int32)[None]
