@@ -113,7 +113,7 @@ def test_layers_of_several_shapes_read_what_they_should():
   rows, positions = np.zeros(23, np.int32), np.arange(23, dtype=np.int32)
   _, x = jax.jit(lambda cache: step(decoder, cache, tokens, rows, positions))(cache_of(decoder))
   paged, dense = jax.jit(decoder.logits)(x), jax.jit(decoder.dense)(tokens[None])[0]
-  np.testing.assert_allclose(paged, dense, atol=1e-5)
+  np.testing.assert_allclose(paged, dense, atol=1e-4)
   with pytest.raises(ValueError, match="the layers need a cache per group: they have 2 shapes"):
     cache_of(decoder, uniform=True)
 
