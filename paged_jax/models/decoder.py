@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
       heads, state = attend(
         state, group, index, *layer.qkv(x, cos, sin),
         scale=config.attention_scale, softcap=config.attention_softcap,
-        window=window if len(windows) > 1 else min(windows),
+        window=window if len(windows) > 1 else config.windows[first],
         sinks=None if sinks is None else sinks[...].astype(jnp.float32),
       )  # fmt: skip
       return layer.finish(x, heads, None if inputs is None else _at(inputs, i)), state

@@ -3,7 +3,6 @@
 `transformers` decides what a field means, and which value a missing or null field has.
 """
 
-import itertools
 from typing import Any
 
 from paged_jax.models import fields, ropes
@@ -97,9 +96,9 @@ MAX_LAYERS = 10_000
 def read(raw: dict[str, Any]) -> DecoderConfig:
   """The decoder that a `config.json` describes, in its older and newer forms.
 
-  A missing or null field has the value that `transformers` gives it. Of a multimodal Gemma 3 only
-  the text part is read: it is tied if the whole model is, and has no cap on its logits, because
-  that class ignores the cap. With a `dynamic` or `longrope` scaling `max_length` is the length up
+  A missing or null field has the value that `transformers` gives it. Of a multimodal Gemma only the
+  text part is read: it is tied if the whole model is. The logits of a multimodal Gemma 3 have no
+  cap, because that class ignores the cap. With a `dynamic` or `longrope` scaling `max_length` is the length up
   to which nothing is scaled.
 
   Raises:
@@ -114,12 +113,10 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
   latent = _latent(raw) if family == "deepseek_v3" else None
   num_heads, num_kv_heads, head_dim = _heads(raw, family, latent)
   kinds = _layer_kinds(raw, family)
-  shapes = _shapes(raw, kinds) if family == "gemma4_text" else ()
-  rope_dims = [shape.head_dim for shape in shapes] or [latent.rope_dim if latent else head_dim]
-  by_kind = {
-    kind: _read_rope(raw, family, kind, rope_dim)
-    for kind, rope_dim in zip(kinds, itertools.cycle(rope_dims))
-  }
+  gemma4 = family == "gemma4_text"
+  shapes = _shapes(raw, kinds) if gemma4 else ()
+  dims = [x.head_dim for x in shapes] or [latent.rope_dim if latent else head_dim] * len(kinds)
+  by_kind = {each: _read_rope(raw, family, *each) for each in dict.fromkeys(zip(kinds, dims))}
   limits = [rope.max_length for rope in by_kind.values() if rope.max_length]
   window = raw["sliding_window"] if SLIDING in kinds else None
   biased = family == "gpt_oss" and fields.flag(raw, "attention_bias")
@@ -133,18 +130,18 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     head_dim=head_dim,
     max_length=min(fields.whole(raw, "max_position_embeddings"), *limits, fields.LARGEST),
     windows=tuple(window if kind == SLIDING else None for kind in kinds),
-    ropes=tuple(by_kind[kind] for kind in kinds),
+    ropes=tuple(by_kind[each] for each in zip(kinds, dims)),
     shapes=shapes,
     activation=_activation(raw, "hidden_activation" if gemma else "hidden_act"),
     norm_eps=fields.number(raw, "rms_norm_eps"),
-    norm_offset=gemma and not shapes,
+    norm_offset=gemma and not gemma4,
     norm_wide=gemma or family == "gpt_oss",
     post_norms=gemma,
     qk_norm=family in ("qwen3", "gemma3_text", "gemma4_text"),
-    value_norm=bool(shapes),
-    layer_scalars=bool(shapes),
-    layer_input_size=fields.whole(raw, "hidden_size_per_layer_input", low=0) if shapes else 0,
-    layer_input_vocab_size=fields.whole(raw, "vocab_size_per_layer_input") if shapes else 0,
+    value_norm=gemma4,
+    layer_scalars=gemma4,
+    layer_input_size=fields.whole(raw, "hidden_size_per_layer_input", low=0) if gemma4 else 0,
+    layer_input_vocab_size=fields.whole(raw, "vocab_size_per_layer_input") if gemma4 else 0,
     qkv_bias=family == "qwen2" or biased,
     output_bias=biased,
     sinks=family == "gpt_oss",
@@ -152,7 +149,7 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
     tied=fields.flag(raw, "tie_word_embeddings"),
     embed_scale=fields.whole(raw, "hidden_size") ** 0.5 if gemma else 1.0,
     latent=latent,
-    attention_scale=_attention_scale(raw, latent, by_kind[kinds[0]]),
+    attention_scale=_attention_scale(raw, latent, by_kind[kinds[0], dims[0]]),
     # Gemma 3 has the field, but its attention ignores it
     attention_softcap=_cap(raw, "attn_logit_softcapping") if family == "gemma2" else None,
     logit_softcap=_cap(raw, "final_logit_softcapping") if gemma else None,

@@ -204,16 +204,12 @@ def parts(arrays: Mapping[Any, np.ndarray], config: DecoderConfig) -> dict[str, 
   """Views of the stacked `arrays` (by path), one per tensor of a checkpoint, by its name."""
   found = {}
   for path, array in arrays.items():
-    match path:
-      case ("layers", int(stack), *names):  # several stacks
-        layers = config.stacks[stack]
-      case ("layers", *names):
-        (layers,) = config.stacks
-      case ("lm_head", *names):
-        found[".".join(path)] = array
-        continue
-      case _:
-        found[".".join(("model", *path))] = array
-        continue
-    found |= {f"model.layers.{i}.{'.'.join(names)}": array[j] for j, i in enumerate(layers)}
+    module, *names = path
+    if module == "layers":
+      stack = names.pop(0) if isinstance(names[0], int) else 0  # one of several stacks
+      name, layers = ".".join(names), config.stacks[stack]
+      found |= {f"model.layers.{i}.{name}": array[j] for j, i in enumerate(layers)}
+    else:
+      name = ".".join(path)
+      found[name if module == "lm_head" else f"model.{name}"] = array
   return found

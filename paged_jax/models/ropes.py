@@ -47,10 +47,10 @@ NEEDED = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long
 class Rope:
   """Rotary embedding of a layer.
 
-  `linear` slows all pairs, `proportional` turns only the first ones, `llama3` and `yarn` only those that turn slowly. `dynamic` and
-  `longrope` turn differently in texts longer than `original_length`. The keys in a cache turn at
-  one speed, so such a cache must end at that length (see `max_length`). `Decoder.dense` knows the
-  length of its texts and takes longer ones.
+  `linear` slows all pairs, `llama3` and `yarn` only those that turn slowly. `proportional` turns
+  only the first pairs. `dynamic` and `longrope` turn differently in texts longer than
+  `original_length`. The keys in a cache turn at one speed, so such a cache must end at that length
+  (see `max_length`). `Decoder.dense` knows the length of its texts and takes longer ones.
 
   >>> from paged_jax import models
   >>> models.Rope(base=100.0).frequencies(head_dim=4).round(3).tolist()  # radians per token
@@ -69,7 +69,7 @@ class Rope:
   truncate: bool = True  # these bounds are rounded to whole pairs
   short_factors: tuple[float, ...] = ()  # longrope: per pair, in texts of the original length
   long_factors: tuple[float, ...] = ()  # and in longer ones
-  part: float = 1.0  # proportional: of the pairs, that turn
+  part: float = 1.0  # proportional: share of the pairs that turn
 
   @property
   def max_length(self) -> int | None:

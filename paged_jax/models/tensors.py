@@ -165,10 +165,6 @@ def _text_name(name: str) -> str:
 def _ignored(name: str) -> bool:
   """Whether a tensor is not part of the decoder: a buffer, or of images and sounds."""
   others = (
-    "vision_tower.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "multi_modal_projector.",
-  )
+    "vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.",
+  )  # fmt: skip
   return name.endswith("rotary_emb.inv_freq") or name.removeprefix("model.").startswith(others)
