@@ -146,10 +146,12 @@ class Pools:
     return Start(length, logits if whole else None, tuple(held), tuple(starts))
 
   def _first_page(self, group: int, key: bytes) -> int:
-    """The logical page that a tail begins with: that of a token more than the end's next one sees."""
+    """The logical page that a tail begins with; the end's last token may be computed again."""
     config = self.configs[group]
-    end = len(key) // TOKEN_BYTES
-    return max(0, end - config.window) // config.page_size if config.window else 0
+    length = len(key) // TOKEN_BYTES - 1
+    if not config.copy_on_write:  # rows start on whole pages
+      length -= length % config.page_size
+    return latest_start(length, config.window, otherwise=0) // config.page_size
 
   def _tail(self, group: int, key: bytes) -> bytes:
     """The tokens of a stored prefix whose pages a group keeps."""
