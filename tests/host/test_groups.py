@@ -201,10 +201,7 @@ def test_a_tail_of_which_the_last_page_is_evicted_grows_back():
 def test_ends_share_the_pages_of_their_tails():
   m = both()
   handle = begin(m, TWENTY[:14])
-  assert (
-    m.store_prefixes([Prefix(handle, TWENTY[:n]) for n in (14, 13, 12)])
-    == [True] * 3
-  )
+  assert m.store_prefixes([Prefix(handle, TWENTY[:n]) for n in (14, 13, 12)]) == [True] * 3
   m.deallocate("a")
   assert m.free_pages == (8, 9 - 3)  # tokens 4 to 13
   assert [num_cached(m, [*TWENTY[:n], 1]) for n in (14, 13, 12)] == [14, 13, 12]
@@ -254,6 +251,18 @@ def test_no_more_prefixes_are_stored_than_allowed(name):
   assert [num_cached(m, [*range(first, first + 9), 1]) for first in (0, 10, 20)] == [0, 9, 9]
   assert m.evict_prefixes(9) == 2
   assert groups.each(m.free_pages) == tuple(each.num_pages for each in groups.each(m.config))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_prefix_in_use_stays(name):
+  m = manager(dict(max_prefixes=1), CACHES[name])
+  handle = begin(m, TWENTY[:8])
+  m.store_prefix(handle)
+  assert m.evict_prefixes(1) == 0
+  assert not store(m, list(range(9)))
+  m.deallocate("a")
+  assert store(m, list(range(9)))
+  assert m.evict_prefixes(1) == 1
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -517,9 +526,9 @@ def test_caches_that_do_not_go_together_are_refused():
     Manager((cache(), cache(num_rows=4)))
   with pytest.raises(ValueError, match=r"num_host_pages must be one number or 2, got \(1, 2, 3\)"):
     Manager(BOTH, ManagerConfig(num_host_pages=(1, 2, 3)))
-  for given in ((1, 2, 3), -1, (1, True)):
+  for target in ((1, 2, 3), -1, (1, True)):
     with pytest.raises(ValueError, match="target"):
-      both().gc(given)
+      both().gc(target)
 
 
 def test_warm_up_compiles_all_that_sequences_need(compiled):
