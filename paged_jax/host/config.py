@@ -39,9 +39,7 @@ class ManagerConfig:
   ValueError: high_watermark must be in [0, 1], got 2
   """
 
-  num_host_pages: int | tuple[int, ...] = (
-    512  # of the host pool, of each group's if there are several
-  )
+  num_host_pages: int | tuple[int, ...] = 512  # of each group's host pool
   swapping: bool = True  # whether sequences and prefixes may move to host memory
   low_watermark: float = 0.3  # fraction of pages; pressure is MEDIUM if fewer are free
   high_watermark: float = 0.1  # pressure is HIGH if fewer are free
@@ -105,7 +103,7 @@ class Request:
   namespace: Hashable = None  # prefixes are found in the same one only; 1 and True are the same
   max_length: int | None = None  # most tokens, at most a row's capacity; None = that
   only_cached: bool = False  # it starts with cached tokens alone; `Manager.extend` makes room later
-  # Checked against the pool, if given:
+  # Checked against the pool of the first group, if given:
   num_layers: int | None = None
   num_kv_heads: int | None = None
   head_dim: int | None = None

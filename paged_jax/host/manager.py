@@ -6,10 +6,10 @@ released. Axis letters as in types.py.
 
     # Manager ─┬─ admission   allocate, extend, trim, slide, deallocate
     #          ├─ sharing     share_prefix, clone, cow_copy
-    #          ├─ prefixes    find, store, clear       ── prefix (the tree)
+    #          ├─ prefixes    find, store, clear
     #          ├─ swap        swap_out, swap_in
     #          ├─ tensors     write_kv, read_kv
-    #          ├─ reclaim     gc, evict_prefixes: all eviction
+    #          ├─ pools       pin, gc, evict_prefixes  ── prefix (a tree), reclaim (eviction)
     #          ├─ forecast    pages that programs would take
     #          └─ report      stats, audit
     # below     sequences (live ones), kept (held pages), turn (one change), state (the cache)
@@ -61,8 +61,9 @@ class Manager:
   (6, 8)
 
   Args:
-    config: Sizes and dtypes of the cache; a tuple for a model with several groups of layers. What
-      belongs to one pool is then a tuple, too: pages, numbers of pages, `stats`.
+    config: Sizes and dtypes of the cache; a tuple for a model with several groups of layers. Then
+      pages, numbers of pages and `stats` are tuples too, with a value for each group, in what
+      methods take and return; the docstrings speak of one group.
     options: How the manager behaves.
     clock: Returns seconds, for lifetimes of prefixes and access times.
     shardings: Where the cache lives, from `paged_jax.sharding.shardings`; None = one device.
@@ -171,6 +172,8 @@ class Manager:
   def extend(self, handle: Handle, num_tokens: int) -> None:
     """Makes room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
 
+    A cache with a window gives up the pages that no later token sees.
+
     Raises:
       StaleHandle, SwappedOut: The sequence ended, or is in host memory.
       TooLong: The sequence would hold more tokens than it may.
@@ -211,7 +214,8 @@ class Manager:
     """Cuts a sequence to its first `num_tokens` tokens, and releases the whole pages after them.
 
     Raises:
-      UnmappedToken: The sequence holds fewer tokens, or has slid past these.
+      UnmappedToken: The sequence holds fewer tokens, or has slid past these, or a window has passed
+        some that the next token would see (see `begins`).
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -292,7 +296,7 @@ class Manager:
 
     Raises:
       NotEmpty: The target holds tokens.
-      UnmappedToken: The source does not hold that many tokens.
+      UnmappedToken: The source does not hold that many tokens, or cannot be cut there (see `begins`).
       Disabled: Part of a page would be shared, and copy-on-write is off.
 
     >>> from paged_jax import CacheConfig, host
@@ -326,6 +330,8 @@ class Manager:
   def cow_copy(self, handle: Handle, first_page: int = 0) -> list[int]:
     """Copies the shared ones of a sequence's pages, from logical page `first_page` on.
 
+    Where groups have other page sizes, the page is one of the first group.
+
     Afterwards no other sequence or prefix uses these pages, so their tokens may be rewritten.
 
     Returns:
@@ -351,7 +357,8 @@ class Manager:
   def find_prefix(self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None) -> Match:
     """The longest stored prefix of `tokens`; it counts as used. Does not wait for reports.
 
-    `allocate` does its own lookup.
+    A cache with a window has only the last pages of a stored prefix: it is found at its end, or as
+    near to it as these pages allow. `allocate` does its own lookup.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -384,8 +391,9 @@ class Manager:
       pinned: Whether the prefix stays until `pin` releases it.
 
     Returns:
-      Whether the prefix was stored. It is not if it is too short, or if the prefix cache is full
-      and all its prefixes are pinned or in use.
+      Whether the prefix was stored. It is not if it is too short, if a window has passed tokens that
+      a row needs to go on from its end, or if the prefix cache is full and all its prefixes are
+      pinned or in use.
 
     Raises:
       UnmappedToken: The sequence holds fewer tokens, or has slid.
@@ -574,6 +582,7 @@ class Manager:
   ) -> None:
     """Writes keys and values [B,H,D] of the tokens from `position` on; [H,D] for one token.
 
+    `layer` is the number of a layer in its `group`. Where values are part of keys, `v` is None.
     Pages from there on that others use too are copied first, so only this sequence sees the write.
 
     Raises:
@@ -726,13 +735,13 @@ class Manager:
 
   @property
   def num_copies(self) -> int:
-    """Pages copied on write, by the manager's verbs and by reported programs."""
+    """Pages of all groups copied on write, by the manager's verbs and by reported programs."""
     with self._turn.lock:
       return self._state.ledger.num_copies
 
   @property
   def num_mapped(self) -> int:
-    """Pages that rows map; a shared page counts once for each row."""
+    """Pages of all groups that rows map; a shared page counts once for each row."""
     with self._turn.lock:
       return self._forecast.num_mapped
 
