@@ -440,7 +440,8 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
-    self.tidy()  # another group may have given up prefixes, and with them what is kept for them here
+    if self._prefixes.buried:  # another group has given up prefixes whose tails are here
+      self.expire()
     while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,
