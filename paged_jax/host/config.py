@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from paged_jax import groups
+from paged_jax.config import CacheConfig
 from paged_jax.host.eviction import LRU, Policy
 
 
@@ -75,6 +76,19 @@ class ManagerConfig:
       raise ValueError(f"num_host_pages must be 0 with swapping off, got {self.num_host_pages}")
     if self.spill and not self.swapping:
       raise ValueError("spill must be off with swapping off, got True")
+
+  def check(self, caches: Sequence[CacheConfig]) -> None:
+    """Raises ValueError unless the caches of all groups, and these options, go together."""
+    for name in ("num_rows", "copy_on_write"):
+      values = {getattr(cache, name) for cache in caches}
+      if len(values) != 1:
+        raise ValueError(f"caches must have the same {name}, got {sorted(values)}")
+    sizes = {cache.page_size for cache in caches}
+    if len(sizes) > 1 and not caches[0].copy_on_write:
+      raise ValueError(f"without copy_on_write caches must have one page_size, got {sorted(sizes)}")
+    pages = self.num_host_pages
+    if groups.several(pages) and len(groups.each(pages)) != len(caches):
+      raise ValueError(f"num_host_pages must be one number or {len(caches)}, got {pages}")
 
   def host_pages_of(self, group: int) -> int:
     """Pages of a group's host pool."""

@@ -81,7 +81,7 @@ class Manager:
   ):
     self.config, configs = config, groups.each(config)
     self.options = options = ManagerConfig() if options is None else options
-    _check(configs, options)
+    options.check(configs)
     stored = [dataclasses.replace(x, num_layers=x.num_layers + options.canary) for x in configs]
     self._state = State(groups.like(config, stored), verbs, shardings)
     kept = [Kept(self._state, group, options) for group in range(len(configs))]
@@ -158,16 +158,9 @@ class Manager:
     >>> [handle.pages for handle in handles]
     [[0, 1], [2]]
     """
-    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
+    room = self._turn.by_group("reserve", reserve), self._turn.by_group("spare", spare)
     with self._turn.change(wait=wait):
       return self._admission.allocate(self, requests, *room)
-
-  def _by_group(self, name: str, pages: Any) -> list[int]:
-    """A number of pages for each group; one number counts for all."""
-    given = pages if groups.several(pages) else (pages,) * len(self._turn.configs)
-    if len(given) != len(self._turn.configs):
-      raise ValueError(f"{name} must have {len(self._turn.configs)} numbers, got {pages!r}")
-    return [whole(name, each, 0) for each in given]
 
   def extend(self, handle: Handle, num_tokens: int) -> None:
     """Makes room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
@@ -206,7 +199,7 @@ class Manager:
     >>> a.num_tokens, b.num_tokens
     (33, 6)
     """
-    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
+    room = self._turn.by_group("reserve", reserve), self._turn.by_group("spare", spare)
     with self._turn.change(wait=wait):
       self._admission.extend(num_tokens, *room)
 
@@ -840,7 +833,7 @@ class Manager:
     """
     targets: Sequence[int | None] = [None] * len(self._turn.configs)
     if target is not None:
-      targets = self._by_group("target", target)
+      targets = self._turn.by_group("target", target)
     with self._turn.change():
       return self._pools.collect(targets)
 
@@ -964,17 +957,3 @@ class Manager:
     """
     with self._turn.change():
       return report.audit(self._sequences, self._pools)
-
-
-def _check(configs: tuple[CacheConfig, ...], options: ManagerConfig) -> None:
-  """Raises ValueError unless the caches of a tuple, and the options, go together."""
-  for name in ("num_rows", "copy_on_write"):
-    values = {getattr(config, name) for config in configs}
-    if len(values) != 1:
-      raise ValueError(f"caches must have the same {name}, got {sorted(values)}")
-  sizes = {config.page_size for config in configs}
-  if len(sizes) > 1 and not configs[0].copy_on_write:
-    raise ValueError(f"without copy_on_write caches must have one page_size, got {sorted(sizes)}")
-  pages = options.num_host_pages
-  if groups.several(pages) and len(groups.each(pages)) != len(configs):
-    raise ValueError(f"num_host_pages must be one number or {len(configs)}, got {pages}")
