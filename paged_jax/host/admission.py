@@ -1,7 +1,8 @@
 """Rows and pages for sequences: how sequences begin, grow, shrink and end."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -199,7 +200,8 @@ class Admission:
     passed = self._ledger.pages_passed(counts)  # these come free first
     needed = [int(own.sum()) - freed for own, freed in zip(needed, passed)]
     self._pools.make_room(_sums(needed, reserve), spare)
-    self._turn.apply("extend", counts)
+    with self._scrubbing(growth):
+      self._turn.apply("extend", counts)
 
   def _by_row(self, growth: Mapping[int, int]) -> np.ndarray:
     """Tokens i32[S] for each row, from those of some rows."""
@@ -219,14 +221,23 @@ class Admission:
       raise sequences.unmapped(handle, at)
     values = self._ledger.lengths.copy() if verb == "trim" else np.zeros_like(self._ledger.lengths)
     values[row] = at
-    before = [sequences.mapped(row, group) for group in sequences.groups]
-    self._turn.apply(verb, values)
+    with self._scrubbing([row]):
+      self._turn.apply(verb, values)
     if verb == "trim":
       sequences.forget(row, at)
       for writers in handle.writers:
         del writers[at:]
-    for group, (kept, pages) in enumerate(zip(self._pools.kept, before)):
-      kept.scrub(sorted(set(pages) - set(sequences.mapped(row, group))))
+
+  @contextlib.contextmanager
+  def _scrubbing(self, rows: Iterable[int]) -> Iterator[None]:
+    """In scrub mode, clears the pages that become free as these rows give them up in this context."""
+    if not self._turn.options.scrub:
+      yield
+      return
+    before = [book.block_tables[list(rows)] for book in self._ledger.groups]
+    yield
+    for kept, pages in zip(self._pools.kept, before):
+      kept.scrub(np.unique(pages[pages < kept.config.num_pages]).tolist())
 
   def _slides(self, row: int, start: int) -> bool:
     """Whether a row may forget its tokens before `start`."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from paged_jax import groups
+from paged_jax.config import CacheConfig
 from paged_jax.host.eviction import LRU, Policy
 
 
@@ -39,9 +40,7 @@ class ManagerConfig:
   ValueError: high_watermark must be in [0, 1], got 2
   """
 
-  num_host_pages: int | tuple[int, ...] = (
-    512  # of the host pool, of each group's if there are several
-  )
+  num_host_pages: int | tuple[int, ...] = 512  # of each group's host pool
   swapping: bool = True  # whether sequences and prefixes may move to host memory
   low_watermark: float = 0.3  # fraction of pages; pressure is MEDIUM if fewer are free
   high_watermark: float = 0.1  # pressure is HIGH if fewer are free
@@ -78,6 +77,19 @@ class ManagerConfig:
     if self.spill and not self.swapping:
       raise ValueError("spill must be off with swapping off, got True")
 
+  def check(self, caches: Sequence[CacheConfig]) -> None:
+    """Raises ValueError unless the caches of all groups, and these options, go together."""
+    for name in ("num_rows", "copy_on_write"):
+      values = {getattr(cache, name) for cache in caches}
+      if len(values) != 1:
+        raise ValueError(f"caches must have the same {name}, got {sorted(values)}")
+    sizes = {cache.page_size for cache in caches}
+    if len(sizes) > 1 and not caches[0].copy_on_write:
+      raise ValueError(f"without copy_on_write caches must have one page_size, got {sorted(sizes)}")
+    pages = self.num_host_pages
+    if groups.several(pages) and len(groups.each(pages)) != len(caches):
+      raise ValueError(f"num_host_pages must be one number or {len(caches)}, got {pages}")
+
   def host_pages_of(self, group: int) -> int:
     """Pages of a group's host pool."""
     pages = self.num_host_pages
@@ -105,7 +117,7 @@ class Request:
   namespace: Hashable = None  # prefixes are found in the same one only; 1 and True are the same
   max_length: int | None = None  # most tokens, at most a row's capacity; None = that
   only_cached: bool = False  # it starts with cached tokens alone; `Manager.extend` makes room later
-  # Checked against the pool, if given:
+  # Checked against the pool of the first group, if given:
   num_layers: int | None = None
   num_kv_heads: int | None = None
   head_dim: int | None = None

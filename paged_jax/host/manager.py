@@ -6,10 +6,10 @@ released. Axis letters as in types.py.
 
     # Manager ─┬─ admission   allocate, extend, trim, slide, deallocate
     #          ├─ sharing     share_prefix, clone, cow_copy
-    #          ├─ prefixes    find, store, clear       ── prefix (the tree)
+    #          ├─ prefixes    find, store, clear
     #          ├─ swap        swap_out, swap_in
     #          ├─ tensors     write_kv, read_kv
-    #          ├─ reclaim     gc, evict_prefixes: all eviction
+    #          ├─ pools       pin, gc, evict_prefixes  ── prefix (a tree), reclaim (eviction)
     #          ├─ forecast    pages that programs would take
     #          └─ report      stats, audit
     # below     sequences (live ones), kept (held pages), turn (one change), state (the cache)
@@ -61,8 +61,9 @@ class Manager:
   (6, 8)
 
   Args:
-    config: Sizes and dtypes of the cache; a tuple for a model with several groups of layers. What
-      belongs to one pool is then a tuple, too: pages, numbers of pages, `stats`.
+    config: Sizes and dtypes of the cache; a tuple for a model with several groups of layers. Then
+      pages, numbers of pages and `stats` are tuples too, with a value for each group, in what
+      methods take and return; the docstrings speak of one group.
     options: How the manager behaves.
     clock: Returns seconds, for lifetimes of prefixes and access times.
     shardings: Where the cache lives, from `paged_jax.sharding.shardings`; None = one device.
@@ -80,7 +81,7 @@ class Manager:
   ):
     self.config, configs = config, groups.each(config)
     self.options = options = ManagerConfig() if options is None else options
-    _check(configs, options)
+    options.check(configs)
     stored = [dataclasses.replace(x, num_layers=x.num_layers + options.canary) for x in configs]
     self._state = State(groups.like(config, stored), verbs, shardings)
     kept = [Kept(self._state, group, options) for group in range(len(configs))]
@@ -157,19 +158,14 @@ class Manager:
     >>> [handle.pages for handle in handles]
     [[0, 1], [2]]
     """
-    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
+    room = self._turn.by_group("reserve", reserve), self._turn.by_group("spare", spare)
     with self._turn.change(wait=wait):
       return self._admission.allocate(self, requests, *room)
 
-  def _by_group(self, name: str, pages: Any) -> list[int]:
-    """A number of pages for each group; one number counts for all."""
-    given = pages if groups.several(pages) else (pages,) * len(self._turn.configs)
-    if len(given) != len(self._turn.configs):
-      raise ValueError(f"{name} must have {len(self._turn.configs)} numbers, got {pages!r}")
-    return [whole(name, each, 0) for each in given]
-
   def extend(self, handle: Handle, num_tokens: int) -> None:
     """Makes room for `num_tokens` more tokens; a shared, partly filled tail page is copied first.
+
+    A cache with a window gives up the pages that no later token sees.
 
     Raises:
       StaleHandle, SwappedOut: The sequence ended, or is in host memory.
@@ -203,7 +199,7 @@ class Manager:
     >>> a.num_tokens, b.num_tokens
     (33, 6)
     """
-    room = self._by_group("reserve", reserve), self._by_group("spare", spare)
+    room = self._turn.by_group("reserve", reserve), self._turn.by_group("spare", spare)
     with self._turn.change(wait=wait):
       self._admission.extend(num_tokens, *room)
 
@@ -211,7 +207,8 @@ class Manager:
     """Cuts a sequence to its first `num_tokens` tokens, and releases the whole pages after them.
 
     Raises:
-      UnmappedToken: The sequence holds fewer tokens, or has slid past these.
+      UnmappedToken: The sequence holds fewer tokens, or has slid past these, or a window has passed
+        some that the next token would see (see `begins`).
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -292,7 +289,7 @@ class Manager:
 
     Raises:
       NotEmpty: The target holds tokens.
-      UnmappedToken: The source does not hold that many tokens.
+      UnmappedToken: The source does not hold that many tokens, or cannot be cut there (see `begins`).
       Disabled: Part of a page would be shared, and copy-on-write is off.
 
     >>> from paged_jax import CacheConfig, host
@@ -326,6 +323,8 @@ class Manager:
   def cow_copy(self, handle: Handle, first_page: int = 0) -> list[int]:
     """Copies the shared ones of a sequence's pages, from logical page `first_page` on.
 
+    Where groups have other page sizes, the page is one of the first group.
+
     Afterwards no other sequence or prefix uses these pages, so their tokens may be rewritten.
 
     Returns:
@@ -351,7 +350,8 @@ class Manager:
   def find_prefix(self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None) -> Match:
     """The longest stored prefix of `tokens`; it counts as used. Does not wait for reports.
 
-    `allocate` does its own lookup.
+    A cache with a window has only the last pages of a stored prefix: it is found at its end, or as
+    near to it as these pages allow. `allocate` does its own lookup.
 
     >>> from paged_jax import CacheConfig, host
     >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
@@ -384,8 +384,9 @@ class Manager:
       pinned: Whether the prefix stays until `pin` releases it.
 
     Returns:
-      Whether the prefix was stored. It is not if it is too short, or if the prefix cache is full
-      and all its prefixes are pinned or in use.
+      Whether the prefix was stored. It is not if it is too short, if a window has passed tokens that
+      a row needs to go on from its end, or if the prefix cache is full and all its prefixes are
+      pinned or in use.
 
     Raises:
       UnmappedToken: The sequence holds fewer tokens, or has slid.
@@ -574,6 +575,7 @@ class Manager:
   ) -> None:
     """Writes keys and values [B,H,D] of the tokens from `position` on; [H,D] for one token.
 
+    `layer` is the number of a layer in its `group`. Where values are part of keys, `v` is None.
     Pages from there on that others use too are copied first, so only this sequence sees the write.
 
     Raises:
@@ -726,13 +728,13 @@ class Manager:
 
   @property
   def num_copies(self) -> int:
-    """Pages copied on write, by the manager's verbs and by reported programs."""
+    """Pages of all groups copied on write, by the manager's verbs and by reported programs."""
     with self._turn.lock:
       return self._state.ledger.num_copies
 
   @property
   def num_mapped(self) -> int:
-    """Pages that rows map; a shared page counts once for each row."""
+    """Pages of all groups that rows map; a shared page counts once for each row."""
     with self._turn.lock:
       return self._forecast.num_mapped
 
@@ -831,7 +833,7 @@ class Manager:
     """
     targets: Sequence[int | None] = [None] * len(self._turn.configs)
     if target is not None:
-      targets = self._by_group("target", target)
+      targets = self._turn.by_group("target", target)
     with self._turn.change():
       return self._pools.collect(targets)
 
@@ -955,17 +957,3 @@ class Manager:
     """
     with self._turn.change():
       return report.audit(self._sequences, self._pools)
-
-
-def _check(configs: tuple[CacheConfig, ...], options: ManagerConfig) -> None:
-  """Raises ValueError unless the caches of a tuple, and the options, go together."""
-  for name in ("num_rows", "copy_on_write"):
-    values = {getattr(config, name) for config in configs}
-    if len(values) != 1:
-      raise ValueError(f"caches must have the same {name}, got {sorted(values)}")
-  sizes = {config.page_size for config in configs}
-  if len(sizes) > 1 and not configs[0].copy_on_write:
-    raise ValueError(f"without copy_on_write caches must have one page_size, got {sorted(sizes)}")
-  pages = options.num_host_pages
-  if groups.several(pages) and len(groups.each(pages)) != len(configs):
-    raise ValueError(f"num_host_pages must be one number or {len(configs)}, got {pages}")

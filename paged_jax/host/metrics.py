@@ -8,7 +8,6 @@ from prometheus_client.registry import Collector
 from paged_jax import groups
 from paged_jax.host.manager import Manager
 
-# Of each pool:
 _GAUGES = {
   "num_pages": "Pages in the pool",
   "free_pages": "Pages without a holder",
@@ -16,8 +15,13 @@ _GAUGES = {
   "reclaimable_pages": "Pages that eviction could free",
   "num_host_pages": "Pages of the host pool",
   "free_host_pages": "Free pages of the host pool",
+  "running": "Sequences in a row of the cache",
+  "swapped": "Sequences in host memory",
 }
 _COUNTERS = {
+  "allocations": "Sequences begun",
+  "deallocations": "Sequences ended",
+  "refusals": "Calls refused because room was missing",
   "pages_taken": "Pages taken from the pool",
   "pages_released": "Pages given back to the pool",
   "copies": "Pages copied on write",
@@ -25,16 +29,7 @@ _COUNTERS = {
   "pages_swapped_in": "Pages moved back to the device",
   "evicted_pages": "Pages that the prefix cache gave up",
 }
-# The same for all groups:
-_SEQUENCE_GAUGES = {
-  "running": "Sequences in a row of the cache",
-  "swapped": "Sequences in host memory",
-}
-_SEQUENCE_COUNTERS = {
-  "allocations": "Sequences begun",
-  "deallocations": "Sequences ended",
-  "refusals": "Calls refused because room was missing",
-}
+_OF_SEQUENCES = {"running", "swapped", "allocations", "deallocations", "refusals"}  # of no pool
 _PREFIX_COUNTERS = {
   "queries": "Lookups in the prefix cache",
   "hits": "Lookups that found at least one token",
@@ -66,19 +61,14 @@ class ManagerCollector(Collector):
 
   def collect(self) -> Iterator[Metric]:
     """Every metric now."""
-    stats, prefixes = groups.each(self._manager.stats()), self._manager.prefix_stats()
-    first, *others = stats
-    labels = ["group"] if others else []
-    for kind, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+    stats, prefixes = list(groups.each(self._manager.stats())), self._manager.prefix_stats()
+    for family, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
       for name, text in names.items():
-        metric = kind(f"{self._prefix}_{name}", text, labels=labels)
-        for group, each in enumerate(stats):
-          metric.add_metric([str(group)] if labels else [], getattr(each, name))
+        by_group = len(stats) > 1 and name not in _OF_SEQUENCES
+        metric = family(f"{self._prefix}_{name}", text, labels=["group"] if by_group else [])
+        for group, each in enumerate(stats if by_group else stats[:1]):
+          metric.add_metric([str(group)] if by_group else [], getattr(each, name))
         yield metric
-    for name, text in _SEQUENCE_GAUGES.items():
-      yield GaugeMetricFamily(f"{self._prefix}_{name}", text, getattr(first, name))
-    for name, text in _SEQUENCE_COUNTERS.items():
-      yield CounterMetricFamily(f"{self._prefix}_{name}", text, getattr(first, name))
     for name, text in _PREFIX_COUNTERS.items():
       yield CounterMetricFamily(f"{self._prefix}_prefix_{name}", text, getattr(prefixes, name))
     yield GaugeMetricFamily(

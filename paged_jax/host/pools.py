@@ -25,7 +25,7 @@ from paged_jax.host import errors
 from paged_jax.host.config import ManagerConfig
 from paged_jax.host.holds import Held, latest_start
 from paged_jax.host.kept import Kept
-from paged_jax.host.prefix import TOKEN_BYTES, Match, PrefixIndex, common
+from paged_jax.host.prefix import TOKEN_BYTES, Match, Node, PrefixIndex, common, path
 from paged_jax.host.reclaim import Collected, Evictable, Reclaim
 
 Limit = Callable[[int, Any], int]
@@ -77,7 +77,7 @@ class Pools:
     full = [x for x, config in zip(self.indexes, self.configs) if config.window is None]
     # The index that knows the end of every stored prefix; without pages if all groups have windows.
     self.ends = full[0] if full else index(_ONE_PAGE, least)
-    self._pageless = None if full else Evictable(self.ends, options.eviction)
+    self._pageless = None if full else Evictable(self.ends, options.eviction, self._used)
     # What the group of the ends gives up takes the tails of the others along, so it comes first.
     self._groups = sorted(range(len(kept)), key=lambda group: self.indexes[group] is not self.ends)
     if len(full) < len(kept):
@@ -146,10 +146,12 @@ class Pools:
     return Start(length, logits if whole else None, tuple(held), tuple(starts))
 
   def _first_page(self, group: int, key: bytes) -> int:
-    """The logical page that a tail begins with: that of a token more than the end's next one sees."""
+    """The logical page that a tail begins with; the end's last token may be computed again."""
     config = self.configs[group]
-    end = len(key) // TOKEN_BYTES
-    return max(0, end - config.window) // config.page_size if config.window else 0
+    length = len(key) // TOKEN_BYTES - 1
+    if not config.copy_on_write:  # rows start on whole pages
+      length -= length % config.page_size
+    return latest_start(length, config.window) // config.page_size
 
   def _tail(self, group: int, key: bytes) -> bytes:
     """The tokens of a stored prefix whose pages a group keeps."""
@@ -243,6 +245,16 @@ class Pools:
       index.pin(*self._place(group, namespace, key), pinned)
     return True
 
+  def _used(self, node: Node) -> bool:
+    """Whether a row uses the last page of a tail of the prefix that ends at a node."""
+    assert node.entry is not None
+    namespace, key = node.entry.namespace, path(node)
+    tails = (
+      index.peek(*self._place(group, namespace, key)).held
+      for group, index in enumerate(self.indexes)
+    )
+    return any(bool(tail) and tail[-1].busy for tail in tails)
+
   def evict_prefixes(self, count: int) -> int:
     """Removes up to `count` stored prefixes that no sequence uses; returns how many."""
     if self._pageless is None:
@@ -251,6 +263,7 @@ class Pools:
         if config.window is None:  # no group keeps more prefixes than there are ends
           reclaim.evict_entries(index.num_entries - self.ends.num_entries)
       return done
+    self.tidy()
     done = 0
     while done < count and (node := self._pageless.next_entry()) is not None:
       self.ends.retire(node)

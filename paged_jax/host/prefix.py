@@ -188,7 +188,7 @@ class PrefixIndex:
     while below.parent is not None and below.entry is None and below.children:
       below = next(iter(below.children.values()))
     if below.entry is not None and below.end > length:
-      yield _path(below)
+      yield path(below)
     while node.parent is not None:
       if node.entry is not None and node.end <= length:
         yield tokens[: node.end * TOKEN_BYTES]
@@ -444,7 +444,7 @@ class PrefixIndex:
       self.num_entries -= 1
       self.num_pinned -= node.entry.pinned
       namespace, node.entry = node.entry.namespace, None
-      self.ended(namespace, _path(node))
+      self.ended(namespace, path(node))
 
   def retire(self, node: Node) -> list[Held]:
     """Removes the prefix that ends at a node, and the nodes that no other prefix passes through.
@@ -508,7 +508,7 @@ class PrefixIndex:
     return node, node.held[last - node.start // self.page_size]
 
 
-def _path(node: Node) -> bytes:
+def path(node: Node) -> bytes:
   """The tokens from the root to the end of a node, `encoded`."""
   parts, at = [], node
   while at.parent is not None:

@@ -85,10 +85,14 @@ class Evictable:
   Args:
     prefixes: The index; this object becomes its `edited` callback.
     policy: The order in which nodes leave.
+    used: Whether a row uses the end of the prefix that ends at a node; None = ask the page there.
   """
 
-  def __init__(self, prefixes: PrefixIndex, policy: Policy):
+  def __init__(
+    self, prefixes: PrefixIndex, policy: Policy, used: Callable[[Node], bool] | None = None
+  ):
     self._prefixes = prefixes
+    self._used = used or (lambda node: prefixes.end_of(node)[1].busy)
     prefixes.edited = self.edited
     self._marked: list = []  # heap of (-start, number, node): nodes to count again, deepest first
     self._numbers = itertools.count()
@@ -274,7 +278,7 @@ class Evictable:
 
   def next_entry(self) -> Node | None:
     """The node whose stored prefix goes first; None if all are in use or pinned."""
-    return self._entries.pop(lambda node: not self._prefixes.end_of(node)[1].busy)
+    return self._entries.pop(lambda node: not self._used(node))
 
   def audit(self, kept: Iterable[Held], busy: set[Held]) -> int:
     """How many pages or nodes differ from a count of the whole index.
@@ -436,7 +440,8 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
-    self.tidy()  # another group may have given up prefixes, and with them what is kept for them here
+    if self._prefixes.buried:  # another group has given up prefixes whose tails are here
+      self.expire()
     while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,

@@ -29,7 +29,7 @@ class SequenceStats(NamedTuple):
   """
 
   num_tokens: int
-  num_pages: int  # on the device, shared ones included
+  num_pages: int  # of all groups, on the device, shared ones included
   num_host_pages: int
   num_bytes: int  # of all its pages
   utilization: float  # tokens / (pages * page size)
@@ -50,7 +50,8 @@ class Handle:
   """A live sequence. After `deallocate`, every use of the handle raises `StaleHandle`.
 
   Fields to read: `request_id`; `num_cached`, the tokens that the prefix cache gave; `last_logits`,
-  if the prefix cache had all tokens and their logits, else None.
+  if the prefix cache had all tokens and their logits, else None. `page_size`, `num_layers`,
+  `num_kv_heads`, `head_dim` and `required_pages` are those of the first group of caches.
 
   >>> from paged_jax import CacheConfig
   >>> from paged_jax.host import Manager, Request

@@ -72,6 +72,7 @@ class State:
     self.num_rows = self.configs[0].num_rows
     self.copy_on_write = self.configs[0].copy_on_write
     self.page_size = math.lcm(*(x.page_size for x in self.configs))  # whole pages in every group
+    self._no_pages = [np.array([x.num_pages], np.int32) for x in self.configs]
     self.verbs = verbs
     cache = verbs.init(config)
     # The cache is placed now: one that is placed later makes every verb compile again.
@@ -131,8 +132,9 @@ class State:
     """Applies `hold` or `drop` to a list of pages of one group, of any length."""
     for _, ids in batches(pages, self.configs[group].num_pages, ID_SIZES):
       self.replace(group, getattr(self.verbs, verb)(self.cache_of(group), ids)[0])
-      nothing = [np.array([config.num_pages], np.int32) for config in self.configs]
-      self._note(verb, (self.like([*nothing[:group], ids, *nothing[group + 1 :]]),))
+      named = list(self._no_pages)
+      named[group] = ids
+      self._note(verb, (self.like(named),))
 
   def offload(self, group: int, pages: list[int]) -> list[Pages]:
     """Images of device pages, in host memory. The copies go on in the background."""

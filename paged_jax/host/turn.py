@@ -5,9 +5,10 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
+from paged_jax import groups
 from paged_jax.config import CacheConfig
 from paged_jax.host import errors, events, pressure
-from paged_jax.host.config import ManagerConfig
+from paged_jax.host.config import ManagerConfig, whole
 from paged_jax.host.kept import Kept
 from paged_jax.host.state import Ticket
 
@@ -61,6 +62,13 @@ class Turn:
           self.notifier.observe(level, num_free)
     finally:
       self.notifier.deliver()
+
+  def by_group(self, name: str, pages: Any) -> list[int]:
+    """An argument with a number of pages for each group; one number counts for all."""
+    given = pages if groups.several(pages) else (pages,) * len(self.configs)
+    if len(given) != len(self.configs):
+      raise ValueError(f"{name} must have {len(self.configs)} numbers, got {pages!r}")
+    return [whole(name, each, 0) for each in given]
 
   def apply(self, verb: str, *operands: Any) -> None:
     """Applies one verb to all groups, which must grant it, and counts."""

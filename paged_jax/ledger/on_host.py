@@ -1,5 +1,6 @@
 """The ledger in NumPy: the same verbs as in `verbs` and `growing`, with the same bits, in place."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class HostLedger:
     """Rows of the batch, S; also the id that means "no row"."""
     return self.groups[0].num_rows
 
-  @property
+  @functools.cached_property
   def capacity(self) -> int:
     """Tokens that one row can hold in every group."""
     return min(book.capacity for book in self.groups)
@@ -88,19 +89,14 @@ class HostLedger:
   def pages_needed(self, num_tokens: np.ndarray) -> Any:
     """Pages that `extend` would take for each row, i32[S], of each group."""
     num_tokens, asked = self._asked(num_tokens)
-    passed = [
-      book.block_tables[self._passed(book, asked & (num_tokens > 0))] for book in self.groups
-    ]
+    passed = [self._passed(book, asked & (num_tokens > 0)) for book in self.groups]
     growths = self._growths(num_tokens, asked, passed)
     return self._like([growth.num_new + growth.copied for growth in growths])
 
   def pages_passed(self, num_tokens: np.ndarray) -> list[int]:
     """Pages of each group that `extend` frees before it takes any, since a window has passed them."""
     passed = [self._passed(book, num_tokens > 0) for book in self.groups]
-    return [
-      book.num_alone(book.block_tables[each]) if each[0].size else 0
-      for book, each in zip(self.groups, passed)
-    ]
+    return [book.num_alone(each) if each.size else 0 for book, each in zip(self.groups, passed)]
 
   def pages_to_begin(self, held: int, num_tokens: int, group: int = 0) -> int:
     """Pages of a group that a row takes to hold `num_tokens`, if it starts on `held` tokens.
@@ -399,12 +395,14 @@ class HostLedger:
     num_tokens = arguments.host_integers("num_tokens", num_tokens, (self.num_rows,))
     return num_tokens, (num_tokens >= 0) & (num_tokens <= self.capacity - self.lengths)
 
-  def _passed(self, book: Book, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the table entries that growth of `rows` bool[S] passes with a window."""
-    asking = rows.nonzero()[0] if book.window is not None else _NOTHING
+  def _passed(self, book: Book, rows: np.ndarray) -> np.ndarray:
+    """Entries of the tables that growth of `rows` bool[S] passes with a window."""
+    if book.window is None:
+      return _NOTHING
+    asking = rows.nonzero()[0]
     first = book.starts[asking] // book.page_size
     passed = book.latest_start(book.lengths[asking]) // book.page_size
-    return spread(asking, first, np.maximum(passed - first, 0))
+    return book.block_tables[spread(asking, first, np.maximum(passed - first, 0))]
 
   def _slide(self, book: Book, rows: np.ndarray, starts: np.ndarray) -> None:
     """Forgets the tokens before `starts` i32[S] of the marked rows bool[S]."""

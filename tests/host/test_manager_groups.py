@@ -1,16 +1,18 @@
 """A manager of several groups of caches: joint refusals, ends of prefixes with their tails."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from managed import Clock, Story, begin, check_bytes, grow, manager, refused
+from managed import Clock, Story, begin, check_bytes, fill, grow, manager, refused
 from story import config
 
 import paged_jax
 from paged_jax import groups
-from paged_jax.host import Request, errors
+from paged_jax.host import Level, Manager, ManagerConfig, Prefix, Request, errors
 from paged_jax.testing import replay
 
 
@@ -93,8 +95,8 @@ OPTIONS = {
 }
 
 
-def run(name, options, seed, num_steps):
-  clock = Clock()
+def run(name, options, seed, num_steps, clock=None):
+  clock = clock or Clock()
   m = manager(OPTIONS[options] | dict(clock=clock), CACHES[name])
   story = Groups(np.random.default_rng(seed), m, clock)
   for _ in range(num_steps):
@@ -106,7 +108,7 @@ def run(name, options, seed, num_steps):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", CACHES)
-@settings(max_examples=6, deadline=None, derandomize=True,
+@settings(max_examples=4, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(seed=st.integers(0, 2**32), options=st.sampled_from(list(OPTIONS)))
 def test_a_history_keeps_every_byte_and_every_count(name, seed, options):
@@ -199,10 +201,7 @@ def test_a_tail_of_which_the_last_page_is_evicted_grows_back():
 def test_ends_share_the_pages_of_their_tails():
   m = both()
   handle = begin(m, TWENTY[:14])
-  assert (
-    m.store_prefixes([paged_jax.host.Prefix(handle, TWENTY[:n]) for n in (14, 13, 12)])
-    == [True] * 3
-  )
+  assert m.store_prefixes([Prefix(handle, TWENTY[:n]) for n in (14, 13, 12)]) == [True] * 3
   m.deallocate("a")
   assert m.free_pages == (8, 9 - 3)  # tokens 4 to 13
   assert [num_cached(m, [*TWENTY[:n], 1]) for n in (14, 13, 12)] == [14, 13, 12]
@@ -252,6 +251,18 @@ def test_no_more_prefixes_are_stored_than_allowed(name):
   assert [num_cached(m, [*range(first, first + 9), 1]) for first in (0, 10, 20)] == [0, 9, 9]
   assert m.evict_prefixes(9) == 2
   assert groups.each(m.free_pages) == tuple(each.num_pages for each in groups.each(m.config))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_prefix_in_use_stays(name):
+  m = manager(dict(max_prefixes=1), CACHES[name])
+  handle = begin(m, TWENTY[:8])
+  m.store_prefix(handle)
+  assert m.evict_prefixes(1) == 0
+  assert not store(m, list(range(9)))
+  m.deallocate("a")
+  assert store(m, list(range(9)))
+  assert m.evict_prefixes(1) == 1
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -328,3 +339,236 @@ def test_pin_finds_no_prefix_that_is_gone_from_one_group():
   m.gc((9, 0, 0))
   assert not m.pin(TWENTY)
   assert m.available_pages == (12, 12, 16)
+
+
+def test_clearing_keeps_pinned_prefixes_and_their_tails():
+  m = both()
+  store(m, TWENTY, pinned=True)
+  store(m, list(range(9)))
+  assert m.clear_prefixes(pinned=False) == 1
+  assert m.free_pages == (7, 7)
+  assert num_cached(m, [*TWENTY, 1]) == 20
+  assert m.clear_prefixes() == 1 and nothing_left(m)
+
+
+# Rows
+
+
+def passed(m):
+  """A sequence of 24 tokens whose window has passed all before token 17."""
+  handle = begin(m, TWENTY)
+  grow(m, handle, [*TWENTY, 1, 2])
+  grow(m, handle, [*TWENTY, 1, 2, 3, 4])
+  assert handle.pages == ([0, 1, 2, 3, 4, 5], [4, 5])
+  return handle
+
+
+def test_a_row_that_a_window_has_passed_is_swapped():
+  m = both(num_host_pages=(6, 2))
+  handle = passed(m)
+  m.swap_out(handle)
+  assert m.free_pages == (12, 9)
+  assert [each.free_host_pages for each in m.stats()] == [0, 0]
+  assert handle.stats()[:3] == (24, 0, 6 + 2)
+  m.swap_in(handle)
+  assert handle.stats()[:3] == (24, 6 + 2, 0)
+  check_bytes(m, handle, [*TWENTY, 1, 2, 3, 4])
+
+
+def test_what_a_window_has_passed_does_not_come_back():
+  m = both()
+  handle = passed(m)
+  assert [m.begins(handle, n) for n in (24, 22, 21, 0)] == [True, True, False, True]
+  for verb in (m.trim, lambda *args: m.clone(handle, "b", num_tokens=args[1])):
+    with refused(m, errors.UnmappedToken, "holds no token 21"):
+      verb(handle, 21)
+  other = m.allocate(Request("c"))
+  with refused(m, errors.UnmappedToken):
+    m.share_prefix(handle, other, 21)
+  m.share_prefix(handle, other, 22)
+  check_bytes(m, other, [*TWENTY, 1, 2])
+
+
+def test_a_slide_keeps_what_the_next_token_sees():
+  m = both()
+  handle = begin(m, TWENTY)
+  with refused(m, errors.UnmappedToken):
+    m.slide(handle, 16)  # token 20 sees 15
+  m.slide(handle, 15)
+  assert [len(pages) for pages in handle.pages] == [2, 2]
+
+
+def test_running_out_of_pages_names_the_group():
+  m = both()
+  m.allocate(Request("a", 20))
+  with refused(m, errors.OutOfPages, "5 pages are needed, but 4 are free in group 1"):
+    m.allocate(Request("b", 20))
+  with refused(m, errors.OutOfPages, "in group 0"):
+    m.allocate_many([Request("b", 4)], reserve=(7, 0))
+
+
+def test_running_out_of_host_pages_names_the_group():
+  m = both(num_host_pages=(5, 4))
+  handle = m.allocate(Request("a", 20))
+  with refused(m, errors.OutOfHostPages, "5 host pages are needed, but 4 are free in group 1"):
+    m.swap_out(handle)
+
+
+def test_pressure_is_that_of_the_fullest_pool():
+  m, seen = both(), []
+  m.on_pressure(seen.append)
+  assert m.check_pressure() is Level.LOW
+  m.allocate(Request("a", 32))  # 8 of 12 pages, 8 of 9
+  assert m.check_pressure() is Level.MEDIUM
+  m.allocate(Request("b", 1))
+  assert [(change.entered, change.num_free) for change in seen] == [
+    (Level.MEDIUM, 1), (Level.CRITICAL, 0),
+  ]  # fmt: skip
+
+
+def test_a_copy_on_write_is_one_of_every_group():
+  m = both()
+  handle = begin(m, TWENTY[:18])
+  m.clone(handle, "b")
+  m.extend(handle, 1)
+  assert m.num_free == m.free_pages == (12 - 6, 9 - 6)
+  assert [each.copies for each in m.stats()] == [1, 1]
+  assert m.num_copies == 2
+
+
+@pytest.mark.parametrize("group, page_size", [(0, 2), (1, 4), (2, 8)])
+def test_bytes_are_read_and_written_by_group(group, page_size):
+  m = both(CACHES["page sizes"])
+  handle = begin(m, TWENTY)
+  assert handle.page_at(2, group) == 2
+  with pytest.raises(errors.UnmappedToken, match=f"no token {16 * page_size}"):
+    handle.page_at(16, group)
+  k = np.full((2, 2, 2), 7.0, np.float32)
+  m.write_kv(handle, 0, 18, k, -k, group=group)
+  for each in range(3):
+    read = m.read_kv(handle, 0, 18, 2, group=each)[0]
+    assert np.array_equal(read, k) == (each == group)
+  for bad in (3, -1):
+    with pytest.raises(ValueError, match=f"group must be in .0, 3., got {bad}"):
+      m.read_kv(handle, 0, 18, 2, group=bad)
+    with pytest.raises(ValueError, match="group"):
+      handle.page_at(0, bad)
+
+
+# Options
+
+
+def test_scrub_clears_what_a_window_has_passed():
+  m = both(scrub=True)
+  passed(m)
+  kv = np.asarray(m.cache[1].pages.kv)
+  assert [bool(kv[page].any()) for page in range(6)] == [False] * 4 + [True] * 2
+
+
+KEYS = config(num_layers=1, num_kv_heads=1, head_dim=8, value_dim=4, num_pages=9, window=6)
+
+
+def test_the_canary_watches_every_group():
+  m = both((config(num_layers=1, num_pages=12), KEYS), canary=True)
+  handle = m.allocate(Request("a", 9))
+  m.write_kv(handle, 0, 0, np.ones((9, 2, 2)), np.ones((9, 2, 2)))
+  m.write_kv(handle, 0, 0, np.ones((9, 1, 8)), group=1)
+  m.swap_out(handle)
+  m.swap_in(handle)
+  m.extend(handle, 1)  # the second group now begins with token 4
+  k, v = m.read_kv(handle, 0, 4, 5, group=1)
+  assert (k.shape, v.shape) == ((5, 1, 8), (5, 1, 4)) and (v == 1).all()
+  with pytest.raises(errors.UnmappedToken):
+    m.read_kv(handle, 0, 3, 5, group=1)
+  caches = list(m.cache)
+  for group, page in enumerate((handle.page_at(2, 0), handle.page_at(2, 1))):
+    cache = caches[group]
+    kv = cache.pages.kv.at[page].set(0)
+    pages = dataclasses.replace(cache.pages, kv=kv)
+    caches[group] = dataclasses.replace(cache, pages=pages)
+    m._state.cache = tuple(caches)
+    with pytest.raises(errors.CanaryMismatch, match="token 8"):
+      m.read_kv(handle, 0, 6, 3, group=group)
+
+
+@pytest.mark.parametrize("value", [None, np.ones((1, 1, 4))])
+def test_values_are_given_unless_they_are_part_of_keys(value):
+  m = both((config(num_layers=1, num_pages=12), KEYS))
+  handle = m.allocate(Request("a", 9))
+  k, group = (np.ones((1, 2, 2)), 0) if value is None else (np.ones((1, 1, 8)), 1)
+  with pytest.raises(errors.ShapeMismatch, match="v must be"):
+    m.write_kv(handle, 0, 0, k, value, group=group)
+
+
+def test_without_copy_on_write_whole_pages_are_shared():
+  m = both((cache(copy_on_write=False), cache(num_pages=9, window=6, copy_on_write=False)))
+  assert store(m, TWENTY)
+  assert num_cached(m, [*TWENTY, 1]) == 20
+  assert num_cached(m, TWENTY) == 16
+  assert store(m, [*range(10)])
+  assert num_cached(m, [*range(10), 1]) == 8
+  handle = begin(m, [*range(10), 2, 3])
+  m.swap_out(handle)
+  m.swap_in(handle)
+  check_bytes(m, handle, [*range(10), 2, 3])
+  m.clear_prefixes()
+  m.deallocate("a")
+  assert nothing_left(m)
+
+
+def test_without_copy_on_write_page_sizes_must_be_equal():
+  with pytest.raises(ValueError, match="without copy_on_write caches must have one page_size"):
+    Manager((cache(copy_on_write=False), cache(copy_on_write=False, page_size=8)))
+
+
+def test_caches_that_do_not_go_together_are_refused():
+  with pytest.raises(ValueError, match=r"num_rows, got \[3, 4\]"):
+    Manager((cache(), cache(num_rows=4)))
+  with pytest.raises(ValueError, match=r"num_host_pages must be one number or 2, got \(1, 2, 3\)"):
+    Manager(BOTH, ManagerConfig(num_host_pages=(1, 2, 3)))
+  for target in ((1, 2, 3), -1, (1, True)):
+    with pytest.raises(ValueError, match="target"):
+      both().gc(target)
+
+
+def test_warm_up_compiles_all_that_sequences_need(compiled):
+  m = both(spill=True)
+  m.warm_up()
+  fill(m, m.allocate(Request("a", 1)), [1], 0)
+  m.deallocate("a")
+  compiled.clear()
+  store(m, TWENTY)
+  m.gc((12, 9))
+  handle = m.allocate(Request("again", tokens=[*TWENTY, 1]))
+  m.extend(handle, 3)
+  m.trim(handle, 23)
+  m.swap_out(handle)
+  m.swap_in(handle)
+  m.clone(handle, "b")
+  assert compiled == []
+
+
+# Programs
+
+
+def test_a_program_reports_what_it_did_to_every_group():
+  m = both()
+  handle = begin(m, TWENTY)
+
+  @jax.jit
+  def grow(cache, counts):
+    grown = []
+    for count in counts:
+      cache, info = paged_jax.extend(cache, count)
+      grown.append(info.ok)
+    return cache, paged_jax.Log(((counts,),), ("extend",)), grown
+
+  counts = np.array([[2, 0, 0], [1, 0, 0], [4, 0, 0]], np.int32)
+  ticket = m.run(grow, counts)
+  [other] = m.allocate_many([Request("b", 5)], reserve=(2, 2), wait=False)
+  m.deallocate_many(["b"], wait=False)
+  assert not other.is_valid
+  assert m.settle(ticket) == (12 - 7, 9 - 3)
+  assert handle.pages[1][-2:] == [5, 6] and np.all(ticket.result)
+  assert handle.num_tokens == 27
+  assert m.audit().clean
