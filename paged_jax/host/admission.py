@@ -1,8 +1,7 @@
 """Rows and pages for sequences: how sequences begin, grow, shrink and end."""
 
-import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -200,8 +199,9 @@ class Admission:
     passed = self._ledger.pages_passed(counts)  # these come free first
     needed = [int(own.sum()) - freed for own, freed in zip(needed, passed)]
     self._pools.make_room(_sums(needed, reserve), spare)
-    with self._scrubbing(growth):
-      self._turn.apply("extend", counts)
+    before = self._to_scrub(growth)
+    self._turn.apply("extend", counts)
+    self._scrub(before)
 
   def _by_row(self, growth: Mapping[int, int]) -> np.ndarray:
     """Tokens i32[S] for each row, from those of some rows."""
@@ -221,22 +221,22 @@ class Admission:
       raise sequences.unmapped(handle, at)
     values = self._ledger.lengths.copy() if verb == "trim" else np.zeros_like(self._ledger.lengths)
     values[row] = at
-    with self._scrubbing([row]):
-      self._turn.apply(verb, values)
+    before = self._to_scrub([row])
+    self._turn.apply(verb, values)
+    self._scrub(before)
     if verb == "trim":
       sequences.forget(row, at)
       for writers in handle.writers:
         del writers[at:]
 
-  @contextlib.contextmanager
-  def _scrubbing(self, rows: Iterable[int]) -> Iterator[None]:
-    """In scrub mode, clears the pages that become free as these rows give them up in this context."""
-    if not self._turn.options.scrub:
-      yield
-      return
-    before = [book.block_tables[list(rows)] for book in self._ledger.groups]
-    yield
-    for kept, pages in zip(self._pools.kept, before):
+  def _to_scrub(self, rows: Iterable[int]) -> list[np.ndarray]:
+    """In scrub mode, table entries of each group that rows may give up, for `_scrub` afterwards."""
+    scrub = self._turn.options.scrub
+    return [book.block_tables[list(rows)] for book in self._ledger.groups] if scrub else []
+
+  def _scrub(self, entries: Sequence[np.ndarray]) -> None:
+    """Clears those of these pages of each group that are free now."""
+    for kept, pages in zip(self._pools.kept, entries):
       kept.scrub(np.unique(pages[pages < kept.config.num_pages]).tolist())
 
   def _slides(self, row: int, start: int) -> bool:

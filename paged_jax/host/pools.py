@@ -333,7 +333,7 @@ class Pools:
       self.reclaims[group].expire()
 
   def tidy(self) -> None:
-    """Frees the pages of prefixes that a lookup found expired, and counts what has changed."""
+    """Frees the pages of prefixes that are gone, and counts what has changed."""
     if self._pageless is not None:
       self._pageless.settle()
     for reclaim in self.reclaims:

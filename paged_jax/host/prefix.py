@@ -113,7 +113,8 @@ class PrefixIndex:
     clock: Returns seconds, for lifetimes.
     edited: Called as `edited(node, first)` before the node's pages from number `first` on, its
       children or its entry change.
-    ended: Called as `ended(namespace, tokens)` when a stored prefix is forgotten, except by `clear`.
+    ended: Called as `ended(namespace, tokens)` when a stored prefix is forgotten, except by `clear`;
+      None = nobody asks.
   """
 
   def __init__(
@@ -124,7 +125,7 @@ class PrefixIndex:
     min_length: int = 16,
     clock: Callable[[], float],
     edited: Callable[[Node, int], None] = lambda node, first: None,
-    ended: Callable[[Hashable, bytes], None] = lambda namespace, tokens: None,
+    ended: Callable[[Hashable, bytes], None] | None = None,
   ):
     self.page_size, self.max_entries, self.min_length = page_size, max_entries, min_length
     self.edited, self.ended = edited, ended
@@ -444,7 +445,8 @@ class PrefixIndex:
       self.num_entries -= 1
       self.num_pinned -= node.entry.pinned
       namespace, node.entry = node.entry.namespace, None
-      self.ended(namespace, path(node))
+      if self.ended is not None:
+        self.ended(namespace, path(node))
 
   def retire(self, node: Node) -> list[Held]:
     """Removes the prefix that ends at a node, and the nodes that no other prefix passes through.

@@ -440,8 +440,7 @@ class Reclaim:
     # first    pages that only swapped sequences use          ──▶ host memory
     # then     pages of the index, in the policy's order      ──▶ free, or host memory
     """
-    if self._prefixes.buried:  # another group has given up prefixes whose tails are here
-      self.expire()
+    self._forget_buried()
     while (short := target - self._book.num_free) > 0:
       batch = self.stranded()[: min(short, self.host_room)] or self._victims(short)
       # An empty batch is not always the end: the index may have left pages to swapped sequences,
@@ -510,6 +509,7 @@ class Reclaim:
     # spilled    image       ──▶ gone, from the ends of branches
     """
     if held:
+      self._forget_buried()
       with self.guarding(held):
         short = len(held) - self._kept.num_free_host
         released: list[Held] = []
@@ -542,10 +542,14 @@ class Reclaim:
     """Forgets the prefixes whose lifetime is over."""
     self._evicted(self._prefixes.expire())
 
-  def tidy(self) -> None:
-    """Frees the pages of prefixes that a lookup found expired, and counts what has changed."""
+  def _forget_buried(self) -> None:
+    """Frees the pages of prefixes that expired in a lookup, or that another group gave up."""
     if self._prefixes.buried:
       self.expire()
+
+  def tidy(self) -> None:
+    """Frees the pages of prefixes that are gone, and counts what has changed."""
+    self._forget_buried()
     self._settle()
 
   def unpinned(self) -> list[Held]:

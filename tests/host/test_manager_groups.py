@@ -351,6 +351,18 @@ def test_clearing_keeps_pinned_prefixes_and_their_tails():
   assert m.clear_prefixes() == 1 and nothing_left(m)
 
 
+def test_spilled_prefixes_of_every_group_give_way_to_a_swap():
+  m = both(spill=True, num_host_pages=(5, 5))
+  store(m, TWENTY)
+  m.gc((12, 9))
+  handle = begin(m, list(range(20)))
+  assert [each.free_host_pages for each in m.stats()] == [0, 3]
+  m.swap_out(handle)  # five pages of each
+  assert [each.free_host_pages for each in m.stats()] == [0, 0]
+  m.swap_in(handle)
+  check_bytes(m, handle, list(range(20)))
+
+
 # Rows
 
 
