@@ -59,10 +59,9 @@ def run(
     with progress.status(f"loading {name}"):
       decoder = models.load(folder, dtype)
     max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
-    sizes = dict(num_rows=num_rows, page_size=page_size, max_length=max_length,
-                 step_tokens=max(prompt_size))  # fmt: skip
-    config = model_lib.stored(_caches(decoder, num_pages, memory, sizes))
-    progress.say(models.describe(config))
+    sizes = {"num_rows": num_rows, "page_size": page_size, "max_length": max_length}
+    sizes["step_tokens"] = max(prompt_size)
+    config = _caches(decoder, num_pages, memory, sizes)
     with model_lib.memory_for(config):
       engine = Engine(
         decoder,
@@ -99,16 +98,14 @@ def _caches(
   if num_pages is not None and memory is not None:
     raise ValueError(f"give --num-pages or --memory, got {num_pages} and {memory}")
   sizes = sizes | {"dtype": decoder.embed_tokens.weight.dtype}
-  if memory is not None:
-    return models.cache_config(decoder.config, memory_bytes=int(memory * 1e9), **sizes)
-  if num_pages is not None:
-    return models.cache_config(decoder.config, num_pages=num_pages, **sizes)
   whole = sizes["num_rows"] * -(-sizes["max_length"] // sizes["page_size"])
-  config = models.cache_config(decoder.config, num_pages=whole, **sizes)
+  config = models.cache_config(decoder.config, num_pages=num_pages or whole, **sizes)
   size = sum(each.num_pages * each.page_bytes for each in groups.each(model_lib.stored(config)))
-  if size <= (free := model_lib.free_bytes()):
-    return config
-  return models.cache_config(decoder.config, memory_bytes=free, **sizes)
+  free = model_lib.free_bytes() if memory is None else int(memory * 1e9)
+  if memory is not None or (num_pages is None and size > free):
+    config = models.cache_config(decoder.config, memory_bytes=free, **sizes)
+    progress.say(models.describe(config))
+  return model_lib.stored(config)
 
 
 def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:

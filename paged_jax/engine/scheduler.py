@@ -250,7 +250,7 @@ class Scheduler:
     on_row = origin.row >= 0 and origin.decoding and origin.length >= sample.length
     if not on_row or origin.handle is None or origin.tokens[: len(known)] != known:
       return False
-    return self.manager.begins(origin.handle, sample.length - 1)
+    return origin.handle.begins(sample.length - 1)
 
   def _drop_swapped(self, sample: Sample) -> bool:
     """Turns another swapped sample into one to compute again, so that its pages come free; whether
@@ -359,7 +359,7 @@ class Scheduler:
     handle = None if body is None else body.handle
     usable = body is not None and (ends or (body.row >= 0 and body.decoding))
     if usable and handle is not None and not ends and handle.num_tokens >= sample.length:
-      usable = self.manager.begins(handle, sample.length - 1)
+      usable = handle.begins(sample.length - 1)
     if body is None or handle is None or not usable:
       if not ends and sample is sample.beams[0]:
         self.queue.waiting.add(sample)

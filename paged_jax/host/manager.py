@@ -750,22 +750,6 @@ class Manager:
     with self._turn.lock:
       return self._like([reclaim.reclaimable for reclaim in self._pools.reclaims])
 
-  def begins(self, handle: Handle, num_tokens: int) -> bool:
-    """Whether a sequence could be cut to its first tokens, or shared up to there.
-
-    It cannot if a window has passed tokens that the next one would see.
-
-    >>> from paged_jax import CacheConfig, host
-    >>> config = CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64, window=16)
-    >>> manager = host.Manager(config)
-    >>> handle = manager.allocate(host.Request("a", 40))
-    >>> manager.extend(handle, 1)
-    >>> manager.begins(handle, 40), manager.begins(handle, 39)
-    (True, False)
-    """
-    with self._turn.change(wait=False):
-      return self._sequences.begins(self._sequences.place(handle), whole("num_tokens", num_tokens))
-
   def pages_to_begin(self, tokens: Sequence[int] | np.ndarray, *, step: int | None = None) -> Any:
     """Pages that `allocate` would take for these tokens, beyond those in the prefix cache.
 

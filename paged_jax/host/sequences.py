@@ -199,6 +199,22 @@ class Handle:
     """
     return -(-num_tokens // self.page_size)
 
+  def begins(self, num_tokens: int) -> bool:
+    """Whether the sequence could be cut to its first tokens, or shared up to there.
+
+    It cannot if a window has passed tokens that the next one would see. Does not wait for reports.
+
+    >>> from paged_jax import CacheConfig, host
+    >>> config = CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64, window=16)
+    >>> manager = host.Manager(config)
+    >>> handle = manager.allocate(host.Request("a", 40))
+    >>> manager.extend(handle, 1)
+    >>> handle.begins(40), handle.begins(39)
+    (True, False)
+    """
+    with self._desk.turn.change(wait=False):
+      return self._desk.begins(self._desk.place(self), num_tokens)
+
   def stats(self) -> SequenceStats:
     """This sequence's numbers.
 

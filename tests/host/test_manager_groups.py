@@ -390,7 +390,7 @@ def test_a_row_that_a_window_has_passed_is_swapped():
 def test_what_a_window_has_passed_does_not_come_back():
   m = both()
   handle = passed(m)
-  assert [m.begins(handle, n) for n in (24, 22, 21, 0)] == [True, True, False, True]
+  assert [handle.begins(n) for n in (24, 22, 21, 0)] == [True, True, False, True]
   for verb in (m.trim, lambda *args: m.clone(handle, "b", num_tokens=args[1])):
     with refused(m, errors.UnmappedToken, "holds no token 21"):
       verb(handle, 21)
