@@ -94,6 +94,8 @@ class Swap:
     if len(handles) > len(self._sequences.rows):
       raise errors.OutOfRows(needed=len(handles), free=len(self._sequences.rows))
     self._sequences.distinct(handles)
+    if not handles:
+      return
     held = [dict.fromkeys(itertools.chain(*own)) for own in zip(*(x.held for x in handles))]
     with self._pools.guarding(held):
       self._pools.make_room([sum(each.page is None for each in own) for own in held])
