@@ -14,8 +14,6 @@ Needs the libtpu wheel.
 """
 
 import concurrent.futures
-import dataclasses
-import functools
 import multiprocessing
 
 import tpu_compiler  # first: it sets the compiler's environment
@@ -25,7 +23,6 @@ import cycles
 import engine_tpu_aot
 import measure
 
-import paged_jax
 from paged_jax import groups, models
 from paged_jax.models import families
 
