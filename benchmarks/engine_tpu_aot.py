@@ -30,6 +30,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import statistics
+from typing import Any
 
 import tpu_compiler  # first: it sets the compiler's environment
 
@@ -40,6 +42,7 @@ import kernels_tpu_aot
 import measure
 
 import paged_jax
+from paged_jax import groups
 from paged_jax.attention import tpu
 from paged_jax.engine import PromptLookup, sampling
 from paged_jax.engine.device import draws, program, records
@@ -93,28 +96,11 @@ VARIANTS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A decoder with its attention backend named."""
-
-  decoder: decoder_lib.Decoder
-  implementation: str = dataclasses.field(metadata={"static": True})
-
-  def __call__(self, tokens, cache, plan):
-    return self.decoder(
-      tokens, cache, dataclasses.replace(plan, implementation=self.implementation)
-    )
-
-  def logits(self, hidden):
-    return self.decoder.logits(hidden)
-
-
-def call(
-  config: decoder_lib.DecoderConfig, cache: paged_jax.CacheConfig, variant: Variant, backend: str
-):
-  """The program, and the shapes that the engine would call it with; `cache` is the first of them."""
-  s, vocab, full = cache.num_rows, config.vocab_size, variant.num_beams > 1
+def call(config: decoder_lib.DecoderConfig, cache: Any, variant: Variant, backend: str):
+  """The program, and the shapes that the engine would call it with; the first is of the cache, or of
+  a tuple of them."""
+  caches = groups.each(cache)
+  s, vocab, full = caches[0].num_rows, config.vocab_size, variant.num_beams > 1
   weights = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), decoder_lib.abstract(config)
   )
@@ -129,7 +115,7 @@ def call(
       scores=jnp.zeros(s, jnp.float32),
       draws=jax.tree.map(jnp.asarray, draws.draws({}, s, vocab)),
     )
-    longest = cache.pages_per_row * cache.page_size + 1 if variant.drafter else 0
+    longest = caches[0].pages_per_row * caches[0].page_size + 1 if variant.drafter else 0
     past = records.Past(
       seen=jnp.zeros((s, vocab if full else 0), bool),
       texts=jnp.zeros((s, longest), jnp.int32),
@@ -143,10 +129,11 @@ def call(
     adjustments = jax.tree.map(jnp.asarray, draws.adjustments({}, s, vocab)) if full else None
     return rows, past, edits, prompts, adjustments
 
-  args = jax.eval_shape(lambda: paged_jax.init(cache)), Model(weights, backend)
+  args = jax.eval_shape(lambda: paged_jax.init(cache)), weights
   run = functools.partial(
-    program.run, num_steps=variant.num_steps, drafter=variant.drafter, num_beams=variant.num_beams
-  )
+    program.run, num_steps=variant.num_steps, drafter=variant.drafter, num_beams=variant.num_beams,
+    implementation=groups.like(cache, [backend] * len(caches)),
+  )  # fmt: skip
   return run, (*args, *jax.eval_shape(state))
 
 
@@ -160,7 +147,8 @@ def pages(config: decoder_lib.DecoderConfig, pool_bytes: int, num_rows: int = NU
 
 
 def kernel_cycles(config: decoder_lib.DecoderConfig, num_rows: int) -> dict[str, float]:
-  """Cycles of one call of each kernel for a token of each row, in a process of its own.
+  """Cycles of one call of each kernel for a token of each row, the mean of all layers, in a process of
+  its own.
 
   To write down the bundles of a whole program would take minutes.
   """
@@ -168,10 +156,14 @@ def kernel_cycles(config: decoder_lib.DecoderConfig, num_rows: int) -> dict[str,
   model = kernels_tpu_aot.Model("", config.num_heads, config.num_kv_heads, config.head_dim)
   mesh, cache = tpu_compiler.cores(STEP_TPU), pages(config, STEP_POOL, num_rows)
   compiled = kernels_tpu_aot.layer_step(model, mesh, num_rows)(cache)
-  read = CONTEXT * cache.page_bytes / cache.page_size / config.num_layers
-  block = compiled.bundles("paged_attention", CONTEXT // tpu.CHUNK_TOKENS)
+  token = cache.page_bytes / cache.page_size / config.num_layers
+  blocks = []  # of a row, in each layer
+  for window in config.windows:
+    seen = CONTEXT if window is None else min(CONTEXT, window)
+    bundles = compiled.bundles("paged_attention", -(-seen // tpu.CHUNK_TOKENS))
+    blocks.append(max(bundles, seen * token / cycles.BYTES_PER_CYCLE[STEP_TPU]))
   return {
-    "paged_attention": num_rows * max(block, read / cycles.BYTES_PER_CYCLE[STEP_TPU]),
+    "paged_attention": num_rows * statistics.mean(blocks),
     "paged_write": kernels_tpu_aot.write_bundles(compiled, cache, num_rows, 1),
   }
 

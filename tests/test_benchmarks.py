@@ -54,6 +54,16 @@ def test_replay_preempts_only_where_pages_run_out(
   assert (tmp_path / "it.png").stat().st_size > 0
 
 
+@pytest.mark.once
+def test_groups_count_bytes_and_hits(trace):
+  found = run("groups.py", "--parts", "bytes,hits", "--mooncake", trace, "--ends", 8)
+  # 512 pages for all tokens, 33 for a window of 512 tokens anyhow aligned
+  assert found["bytes_vs_uniform"] == pytest.approx((4 * 512 + 22 * 33) / (26 * 512))
+  assert found["bytes_vs_bound"] == pytest.approx(1, abs=0.03)
+  assert found["hit_rate"] == pytest.approx(23 * 512 / (24 * 600))
+  assert found["hit_rate_vs_uniform"] == 1
+
+
 PROGRAM = """HloModule jit_run, is_scheduled=true
 
 FileNames
