@@ -407,8 +407,9 @@ class Manager:
 
     Args:
       prefixes: See `store_prefix`.
-      wait: Whether to wait for the reports of programs. If False, these must not take pages of the
-        prefixes from their sequences, as a copy on write or a trim would.
+      wait: Whether to wait for the reports of programs. If False, the pages of these sequences must
+        be known: no program before their last growth is unreported, and none since takes pages of
+        the prefixes from them, as a copy on write, a trim or a window would.
 
     Returns:
       Whether each prefix was stored.

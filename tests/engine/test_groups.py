@@ -200,6 +200,20 @@ def test_any_mix_on_other_pages_gives_each_its_own_text(case, data):
   tell(case, (setting | {"room": None}, requests, forced))
 
 
+@pytest.mark.parametrize("num_samples, others", [
+  (3, [(0, (0,), 2)]),
+  (1, [(0, (0,), 2), (0, (0, 0, 0, 0), 1), (2, (0,), 3)]),
+])  # fmt: skip
+def test_a_prompt_is_stored_on_the_pages_that_calls_in_flight_left_it(num_samples, others):
+  asked = [(1 if num_samples > 1 else 3, (*range(8), 0, 0), 1, num_samples)]
+  requests = [
+    dict(arrival=at, prompt=prompt, max_new_tokens=most, num_samples=n[0] if n else 1, priority=0)
+    for at, prompt, most, *n in asked + others
+  ]
+  options = dict(prefix_cache=True, num_host_pages=0, max_prefixes=2)
+  tell("one token", (dict(options=options), requests, []))
+
+
 def test_no_page_behind_a_window_stays():
   e = engine("window", options=dict(prefix_cache=False))
   done = e.submit(PROMPTS[4], Sampling(max_new_tokens=24))
