@@ -60,8 +60,7 @@ def run(
       decoder = models.load(folder, dtype)
     max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
     sizes = {"num_rows": num_rows, "page_size": page_size, "max_length": max_length}
-    sizes["step_tokens"] = max(prompt_size)
-    config = _caches(decoder, num_pages, memory, sizes)
+    config = _caches(decoder, num_pages, memory, sizes | {"step_tokens": max(prompt_size)})
     with model_lib.memory_for(config):
       engine = Engine(
         decoder,
