@@ -347,8 +347,8 @@ def checkpoint(folder) -> tuple[list[dict], dict]:
   del theirs
   decoder = models.load(folder, "float32")
   caches = models.cache_config(
-    decoder.config, num_pages=-(-(prompt_size + new_tokens) // 16), num_rows=1,
-    max_length=prompt_size + new_tokens, dtype="float32",
+    decoder.config, num_pages=256, num_rows=1, max_length=prompt_size + new_tokens, dtype="float32",
+    step_tokens=2 * PIECE,  # a row has the pages of its last piece until the next one
   )  # fmt: skip
   options = ManagerConfig(num_host_pages=0, swapping=False, prefix_cache=False)
   engine = Engine(decoder, EngineConfig(stored(caches), options, prompt_sizes=(PIECE,)))
@@ -358,6 +358,7 @@ def checkpoint(folder) -> tuple[list[dict], dict]:
     if alive := engine.manager.list_handles():
       held = [len(pages) for pages in alive[0].pages]
   (got,) = handle.tokens
+  assert len(got) == new_tokens
   rows = [
     {"what": f"checkpoint, window {cache.window}", "layers": cache.num_layers, "pages": pages}
     for cache, pages in zip(caches, held)
