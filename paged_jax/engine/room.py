@@ -48,7 +48,7 @@ class Room:
 
   def check_size(self, needed: np.ndarray) -> None:
     """Raises ValueError if there are not so many pages at all."""
-    needed = needed + self._pieces
+    needed = needed + 2 * self._pieces  # of its last piece, which it keeps, and of the next one
     for group, (pages, cache) in enumerate(zip(needed.tolist(), self._config.caches)):
       if pages > cache.num_pages:
         place = f" in group {group}" if len(needed) > 1 else ""
@@ -109,7 +109,7 @@ def _most(cache: CacheConfig, step: int) -> int:
   """Most pages that a row has at once, if it grows by `step` tokens at a time."""
   if cache.window is None:
     return cache.pages_per_row
-  return -(-(cache.window - 1 + step) // cache.page_size) + 1
+  return -(-(cache.window - 2 + step) // cache.page_size) + 1  # of window - 1 + step tokens
 
 
 def _lack(needed: np.ndarray, there: np.ndarray) -> errors.OutOfPages:

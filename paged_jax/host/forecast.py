@@ -51,15 +51,18 @@ class Forecast:
     """Most pages that rows would take at once, copies included, to grow to `lengths` i32[S] tokens.
 
     # window 8, pages of 4, step 4      from token 20 to 40, a row takes 5 pages, one after the other,
-    # [e 16][f 20][g 24][h 28]          and gives up one for each: no more than 4 are there at once
+    # [e 16][f 20][g 24][h 28]          and gives up one for each: no more than 4 are there at once.
+    #                                   It gives up those that it has alone now, so these count as there
     """
     if (lengths > self._ledger.capacity).any():
       raise ValueError(f"lengths must be at most {self._ledger.capacity}, got {lengths.max()}")
     more = np.maximum(lengths - self._ledger.lengths, 0)
     needed = groups.each(self._ledger.pages_needed(more))
     if step is not None:
-      books = self._ledger.groups
-      needed = [np.minimum(own, _most(book, step)) for own, book in zip(needed, books)]
+      needed = [
+        own if book.window is None else np.minimum(own, _missing(book, step))
+        for own, book in zip(needed, self._ledger.groups)
+      ]
     return [int(own.sum()) for own in needed]
 
   def to_search(self, handles: Sequence[Handle], length: int, shared: int) -> list[int]:
@@ -80,8 +83,16 @@ class Forecast:
     return needed
 
 
+def _missing(book: Book, step: int) -> np.ndarray:
+  """Pages i32[S] that each row has alone, fewer than the most that it has at once."""
+  tables = book.block_tables
+  mapped = tables < book.num_pages
+  alone = mapped & (book.refcount[np.where(mapped, tables, 0)] == 1)
+  return np.maximum(_most(book, step) - alone.sum(axis=1), 0)
+
+
 def _most(book: Book, step: int) -> int:
   """Most pages that a row takes and has at once, if it grows by at most `step` tokens at a time."""
   if book.window is None:
     return book.pages_per_row + 1  # the copy of a tail
-  return -(-(book.window - 1 + step) // book.page_size) + 1
+  return -(-(book.window - 2 + step) // book.page_size) + 1  # of window - 1 + step tokens

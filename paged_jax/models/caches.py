@@ -25,7 +25,8 @@ def cache_config(
 
       # num_rows    x (ceil((window - 1) / page_size) + 1)    what the rows hold
       # prefix_ends x (ceil((window - 1) / page_size) + 1)    what the prefix cache keeps
-      #              + ceil(step_tokens / page_size)          the prompts of one step
+      #         + 2 x ceil(step_tokens / page_size)           the prompts of one step, and of the last
+      #                                                      one: a row gives up pages when it grows
 
   The groups with the longest window, or with none, get `num_pages`, or all that is left of
   `memory_bytes`. If that is less than one row of `max_length` tokens, the other groups get less
@@ -41,7 +42,8 @@ def cache_config(
     dtype: Of keys and values: float32, bfloat16 or float16.
     step_tokens: Most tokens that a step adds, one per row not counted: the largest of the engine's
       `prompt_sizes`, and the drafts of all rows.
-    prefix_ends: Ends of prefixes whose windows the prefix cache can keep; by default `num_rows`.
+    prefix_ends: Ends of prefixes whose windows the prefix cache can keep; by default `num_rows`, and
+      with `memory_bytes` as many as a quarter of it holds that rows leave, if these are more.
     uniform: One cache for all layers, which keeps all tokens.
 
   Raises:
@@ -55,9 +57,9 @@ def cache_config(
   >>> models.cache_config(config, num_pages=64, num_rows=4).max_length
   512
   >>> config = dataclasses.replace(config, windows=(32, 32, 32, None))
-  >>> caches = models.cache_config(config, memory_bytes=2**21, num_rows=4, dtype="float32")
-  >>> [cache.num_pages for cache in caches]
-  [88, 56]
+  >>> sizes = dict(num_rows=4, dtype="float32", step_tokens=32)
+  >>> [cache.num_pages for cache in models.cache_config(config, memory_bytes=2**21, **sizes)]
+  [172, 28]
   """
   if (num_pages is None) == (memory_bytes is None):
     raise ValueError(f"give num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
@@ -73,8 +75,7 @@ def cache_config(
     for group in groups
   ]  # fmt: skip
   if len(groups) > 1 or memory_bytes is not None:
-    num_windows = num_rows + (num_rows if prefix_ends is None else prefix_ends)
-    pages = _split(groups, caches, num_windows, step_tokens, num_pages, memory_bytes)
+    pages = _split(groups, caches, prefix_ends, step_tokens, num_pages, memory_bytes)
     caches = [dataclasses.replace(each, num_pages=n) for each, n in zip(caches, pages)]
   return caches[0] if len(caches) == 1 else tuple(caches)
 
@@ -86,10 +87,10 @@ def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
   >>> from paged_jax import models
   >>> config = models.load(models.embedded()).config
   >>> config = dataclasses.replace(config, windows=(32, 32, 32, None))
-  >>> caches = models.cache_config(config, memory_bytes=2**21, num_rows=4, dtype="float32")
-  >>> print(models.describe(caches))
-  1 layer, all 512 tokens of a row: 88 pages of 8,192 bytes, 0.7 MB (34%)
-  3 layers, the last 32 tokens of a row: 56 pages of 24,576 bytes, 1.4 MB (66%)
+  >>> sizes = dict(num_rows=4, dtype="float32", step_tokens=32)
+  >>> print(models.describe(models.cache_config(config, memory_bytes=2**21, **sizes)))
+  1 layer, all 512 tokens of a row: 172 pages of 8,192 bytes, 1.4 MB (67%)
+  3 layers, the last 32 tokens of a row: 28 pages of 24,576 bytes, 0.7 MB (33%)
   """
   caches = [caches] if isinstance(caches, CacheConfig) else caches
   sizes = [cache.num_pages * page for cache, page in zip(caches, _page_bytes(caches))]
@@ -105,14 +106,15 @@ def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
 
 
 def _split(
-  groups: Sequence[Group], caches: Sequence[CacheConfig], num_windows: int, step_tokens: int,
+  groups: Sequence[Group], caches: Sequence[CacheConfig], prefix_ends: int | None, step_tokens: int,
   num_pages: int | None, memory_bytes: int | None,
 ) -> list[int]:  # fmt: skip
-  """Pages of each group's pool; that of a window group is for at most `num_windows` rows."""
-  size, most = caches[0].page_size, caches[0].pages_per_row
+  """Pages of each group's pool."""
+  size, most, num_rows = caches[0].page_size, caches[0].pages_per_row, caches[0].num_rows
+  num_windows = num_rows + (num_rows if prefix_ends is None else prefix_ends)
   windows = [group.window for group in groups]
   row = [most if w is None else min(most, -(-(w - 1) // size) + 1) for w in windows]
-  step = [0 if w is None else -(-step_tokens // size) for w in windows]
+  step = [0 if w is None else 2 * -(-step_tokens // size) for w in windows]
   longest = [w == windows[0] for w in windows]
   if memory_bytes is not None:
     page_bytes = _page_bytes(caches)
@@ -125,6 +127,8 @@ def _split(
     spare = memory_bytes - needed  # beyond one row
     window_bytes = sum(b * r for b, r, long in zip(page_bytes, row, longest) if not long)
     if window_bytes:
+      if prefix_ends is None:
+        num_windows = num_rows + max(num_rows, (spare // window_bytes - num_rows) // 4)
       num_windows = min(num_windows, 1 + spare // window_bytes)
       spare -= (num_windows - 1) * window_bytes
     num_pages = row[0] + step[0] + spare // sum(b for b, long in zip(page_bytes, longest) if long)
