@@ -72,7 +72,7 @@ class Desk:
     longest = min(cache.max_length for cache in config.caches)
     if num_tokens > longest:
       raise ValueError(f"the request needs {num_tokens} tokens, but a row holds {longest}")
-    self._room.check_size(self._room.most_pages(len(prompt), sampling.num_beams, num_tokens))
+    self._room.check_size(len(prompt), sampling.num_beams, num_tokens)
 
   def _check_tokens(self, name: str, tokens: Iterable) -> None:
     vocab = self._vocab_size

@@ -46,9 +46,11 @@ class Room:
     """Pages that so many tokens fill."""
     return -(-num_tokens // self._sizes)
 
-  def check_size(self, needed: np.ndarray) -> None:
-    """Raises ValueError if there are not so many pages at all."""
-    needed = needed + 2 * self._pieces  # of its last piece, which it keeps, and of the next one
+  def check_size(self, prompt_length: int, num_beams: int, num_tokens: int) -> None:
+    """Raises ValueError if a sample, or a search, could never have its pages; see `most_pages`."""
+    needed = self.most_pages(prompt_length, num_beams, num_tokens)
+    # Two pieces of its prompt: the last one, whose pages it keeps until it grows, and the next one.
+    needed = np.minimum(needed + 2 * self._pieces, num_beams * self.pages_of_text(num_tokens))
     for group, (pages, cache) in enumerate(zip(needed.tolist(), self._config.caches)):
       if pages > cache.num_pages:
         place = f" in group {group}" if len(needed) > 1 else ""
@@ -66,7 +68,7 @@ class Room:
 
   def needed(self, num_steps: int) -> np.ndarray:
     """Most pages that a call of so many steps, and the unread calls before it, may take."""
-    pages, width = self._pieces, self._config.width
+    pages, width = np.zeros_like(self._sizes), self._config.width
     lengths = np.zeros(self._config.num_rows, np.int32)
     for row, sample in self._queue.running.items():
       steps = sample.pending
@@ -83,7 +85,11 @@ class Room:
         handles = [beam.handle for beam in sample.beams if beam.handle]
         more = self._manager.pages_to_search(handles, most, len(sample.request.prompt))
         pages = pages + vector(more)
-    return pages + vector(self._manager.pages_to_reach(lengths, step=self.step))
+    needed = vector(self._manager.pages_to_reach(lengths))
+    if self.step is not None:
+      at_once = vector(self._manager.pages_to_reach(lengths, step=self.step))
+      needed = np.minimum(needed, at_once + self._pieces)
+    return pages + needed
 
   def fits(self, num_steps: int) -> bool:
     """Whether the pages that a call of so many steps needs are free."""

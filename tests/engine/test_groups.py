@@ -238,6 +238,15 @@ def test_a_text_that_goes_on_is_found_by_its_end():
   finish(e)
 
 
+def test_short_texts_need_no_more_windows_than_their_pages():
+  e = engine("window")
+  caches = tuple(dataclasses.replace(cache, num_pages=3) for cache in e.config.caches)
+  e = Engine(Pair(tiny.MODEL, 6), dataclasses.replace(e.config, cache=caches), tokenizer=Words())
+  got = e.generate([PROMPTS[0], PROMPTS[5]], Sampling(max_new_tokens=6))
+  assert [c[0].tokens for c in got] == [greedy(6, p, 6) for p in (PROMPTS[0], PROMPTS[5])]
+  finish(e)
+
+
 def test_a_long_prompt_needs_no_more_windows_than_its_row_and_two_pieces():
   e = engine("window")
   caches = (dataclasses.replace(e.config.caches[0], num_pages=3 + 2 + 2), e.config.caches[1])
@@ -251,7 +260,7 @@ def test_a_request_that_a_pool_of_windows_could_never_hold_is_refused():
   e = engine("window")
   caches = (dataclasses.replace(e.config.caches[0], num_pages=3), e.config.caches[1])
   e = Engine(Pair(tiny.MODEL, 6), dataclasses.replace(e.config, cache=caches))
-  with pytest.raises(ValueError, match="the request needs 7 pages in group 0, but there are 3"):
+  with pytest.raises(ValueError, match="the request needs 5 pages in group 0, but there are 3"):
     e.submit(PROMPTS[4], Sampling(max_new_tokens=4))
 
 
