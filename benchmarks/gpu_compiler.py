@@ -158,11 +158,12 @@ def arguments(step: Step, sharding):
   num_pages = POOL_BYTES // (math.prod(page) * np.dtype(step.dtype).itemsize)
   tokens, rows = shape(b), shape(s)
   tables = Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool"))
+  pages = Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype), step.head_dim)
   cut = functools.partial(attention.cut, "gpu", parts=((b, s),))
-  [part] = jax.eval_shape(cut, tokens, tokens, shape(b, dtype="bool"), tables)
+  [part] = jax.eval_shape(cut, tokens, tokens, tokens, shape(b, dtype="bool"), pages, tables)
   return (
     shape(b, step.num_heads, step.head_dim, dtype=step.dtype),
-    Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype), step.head_dim),
+    pages,
     shape(),
     tables,
     jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), part),

@@ -128,7 +128,11 @@ def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts
   starts, stale = jnp.zeros(s, jnp.int32), jnp.zeros(s, bool)
   live = jnp.ones(rows.shape, bool)
   tables = Tables(d.tables[0], starts, d.lengths, stale)
-  cut = attention.cut(implementation, rows, d.lengths[rows] + nth, live, tables, parts)
+  positions = d.lengths[rows] + nth
+  slots = d.tables[0][rows, positions // case.page_size] * case.page_size
+  slots += positions % case.page_size
+  pages = Pages(d.kv[:, None], np.dtype(case.dtype), case.head_dim)
+  cut = attention.cut(implementation, rows, positions, slots, live, pages, tables, parts)
 
   def step(q, kv, table):
     tables = Tables(table, starts, d.lengths, stale)
