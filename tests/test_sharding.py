@@ -137,3 +137,11 @@ def test_heads_that_do_not_divide_are_replicated_with_a_warning():
 def test_an_unknown_axis_is_named():
   with pytest.raises(ValueError, match=r"axis.*'heads'"):
     shardings(HEADS, mesh(AxisType.Auto), axis="heads")
+
+
+def test_each_cache_of_a_tuple_is_split_by_its_own_heads():
+  sizes = dict(num_layers=1, head_dim=4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  configs = tuple(paged_jax.CacheConfig(num_kv_heads=heads, **sizes) for heads in (8, 3))
+  with pytest.warns(UserWarning, match="3 KV heads do not divide"):
+    split, whole = specs(configs, mesh(AxisType.Auto))
+  assert (split.pages.kv[2], whole.pages.kv[2]) == ("model", None)
