@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-_DTYPES = ("float32", "bfloat16", "float16")
+from paged_jax import quantization
+
+_DTYPES = ("float32", "bfloat16", "float16", *quantization.LIMITS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,10 @@ class CacheConfig:
   scale of the model's own heads. Keys and values of different widths, stored apart, are not
   supported.
 
+  `dtype="int8"` or `"float8_e4m3fn"`: pages keep 8-bit numbers, and a float32 scale per token and KV
+  head for the key and for the value, computed when they are written (see `quantization`). With
+  head_dim 128 that is 0.516 of the bytes of bfloat16. Keys and values are read as float32.
+
   Raises:
     ValueError: A field is out of range; the message names the field and its value.
 
@@ -32,6 +38,8 @@ class CacheConfig:
   >>> mla = pj.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=576, value_dim=512)
   >>> mla.page_bytes // (mla.num_layers * mla.page_size)  # bytes of a token in a layer
   1152
+  >>> pj.CacheConfig(dtype="int8").page_bytes / pj.CacheConfig(dtype="bfloat16").page_bytes
+  0.515625
   """
 
   num_layers: int = 32
@@ -41,8 +49,8 @@ class CacheConfig:
   num_pages: int = 1024  # pages in the pool; every id is usable
   num_rows: int = 32  # sequences that live in the cache at once
   max_length: int = 4096  # tokens per row, rounded up to whole pages
-  dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16 or float16
-  storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16 for bits
+  dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16, float16, int8 or float8_e4m3fn
+  storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16/8 for bits
   storage_head_dim: int | None = None  # of the page array: None = `head_dim`, or more, padded
   value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
   copy_on_write: bool = True  # False: only whole pages are shared
@@ -87,6 +95,17 @@ class CacheConfig:
     return np.dtype(self.dtype if self.storage_dtype is None else self.storage_dtype)
 
   @property
+  def value_dtype(self) -> np.dtype:
+    """Dtype in which keys and values are read: `dtype`, or float32 if pages are of 8 bits."""
+    return np.dtype(np.float32) if self.num_scales else np.dtype(self.dtype)
+
+  @property
+  def num_scales(self) -> int:
+    """Scales of a token in a layer: for each KV head's key and value in 8 bits, else none."""
+    per_head = 2 if self.value_dim is None else 1
+    return per_head * self.num_kv_heads if quantization.quantized(self.dtype) else 0
+
+  @property
   def array_head_dim(self) -> int:
     """Head dim of the page array: `storage_head_dim`, or `head_dim` if it is None."""
     return self.head_dim if self.storage_head_dim is None else self.storage_head_dim
@@ -103,15 +122,17 @@ class CacheConfig:
 
   @property
   def page_bytes(self) -> int:
-    """Bytes of one page, all layers, as they are stored."""
-    values = self.num_layers * self.num_kv_heads * self.page_size * self.array_channels
-    return values * self.array_dtype.itemsize
+    """Bytes of one page, all layers, as they are stored, scales included."""
+    values = self.num_kv_heads * self.array_channels
+    scale_bytes = self.num_scales * np.dtype(np.float32).itemsize
+    token_bytes = values * self.array_dtype.itemsize + scale_bytes
+    return self.num_layers * self.page_size * token_bytes
 
   def stored_for(self, platform: str) -> "CacheConfig":
     """The same cache, stored as a `platform` ("cpu", "gpu", "tpu", ...) works with it best.
 
-    `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16. It
-    updates the same bits in place if they are kept as uint16. `storage_head_dim`: the kernels of
+    `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16 or
+    float8. It updates the same bits in place if they are kept as uint16 or uint8. `storage_head_dim`: the kernels of
     attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. With a
     `value_dim` they serve multiples of 128 on TPU, and as many channels behind the value on GPU.
     Other head dims are padded with zeros to the next one. No verb shows the padding.
@@ -121,10 +142,11 @@ class CacheConfig:
     >>> config.stored_for("tpu").array_head_dim, config.stored_for("cpu").array_head_dim
     (128, 80)
     """
-    bits = platform == "cpu" and self.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
+    dtype, old = np.dtype(self.dtype), jax.__version_info__ < (0, 11)
+    bits = platform == "cpu" and old and dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
     return dataclasses.replace(
       self,
-      storage_dtype=np.dtype("uint16") if bits else None,
+      storage_dtype=np.dtype(f"uint{8 * dtype.itemsize}") if bits else None,
       storage_head_dim=self._served(platform),
     )
 

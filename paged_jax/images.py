@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct as _shape
 
 from paged_jax import arguments, groups
 from paged_jax import cache as cache_lib
@@ -140,8 +141,9 @@ def swap_in(cache: Caches, row: jax.Array, image: Any) -> tuple[Caches, Info]:
 
 def _checked(cache: Cache, image: Image) -> Image:
   """The image, if it is one of such a cache."""
-  shape = (max(1, image.pages.kv.shape[0]), *cache.pages.kv.shape[1:])
-  _check_image("image.pages", image.pages, cache.pages, shape)
+  count = max(1, image.pages.kv.shape[0])
+  wanted = jax.tree.map(lambda x: _shape((count, *x.shape[1:]), x.dtype), cache.pages)
+  _check_image("image.pages", image.pages, wanted)
   start = arguments.integers("image.start", image.start, ())
   return Image(image.pages, start, arguments.integers("image.length", image.length, ()))
 
@@ -211,8 +213,9 @@ def restore(cache: Caches, images: Any, count: Any) -> tuple[Caches, Any, Info]:
   for each, its_images in zip(groups.each(cache), listed):
     if not its_images:
       raise ValueError("images must have at least one page, got none")
+    wanted = jax.tree.map(lambda x: _shape(x.shape[1:], x.dtype), each.pages)
     for i, image in enumerate(its_images):
-      _check_image(f"images[{i}]", image, each.pages, each.pages.kv.shape[1:])
+      _check_image(f"images[{i}]", image, wanted)
   sizes = groups.like(cache, list(map(len, listed)))
   ledger, pages, info = ledger_lib.take_held(cache_lib.ledgers(cache), count, sizes)
   made = [
@@ -231,12 +234,16 @@ def _filled(pages: Pages, ids: jax.Array, images: Sequence[Pages]) -> Pages:
   return pages
 
 
-def _check_image(name: str, image: Pages, pages: Pages, shape: tuple[int, ...]) -> None:
-  """Raises unless `image` has the shape, the dtypes and the dims that `pages` would give it."""
-  wanted, got = (
-    f"{jax.ShapeDtypeStruct(shape, x.kv.dtype)} of {x.dtype}, value_dim {x.value_dim} and"
-    f" head_dim {x.head_dim}"
-    for shape, x in ((shape, pages), (image.kv.shape, image))
+def _check_image(name: str, image: Pages, wanted: Pages) -> None:
+  """Raises unless `image` has the shapes, the dtypes and the dims of `wanted`."""
+  want, got = map(_described, (wanted, image))
+  if got != want:
+    raise ValueError(f"{name} must be {want}, got {got}")
+
+
+def _described(pages: Pages) -> str:
+  scales = None if pages.scales is None else _shape(pages.scales.shape, pages.scales.dtype)
+  return (
+    f"{_shape(pages.kv.shape, pages.kv.dtype)} of {pages.dtype}, scales {scales}, value_dim"
+    f" {pages.value_dim} and head_dim {pages.head_dim}"
   )
-  if got != wanted:
-    raise ValueError(f"{name} must be {wanted}, got {got}")

@@ -5,6 +5,9 @@ call; `head_dim` is that of the values, at most D.
 
     # one token of one head   [k k k k k 0 0 0 | v v v v v 0 0 0]      head_dim 5, D 8
     # pages of keys only      [v v v k k 0 0 0]                        value_dim 3 of the key's 5
+
+A page of 8 bits is numbers and scales: both arrays have the page first and the token fourth, so
+whatever moves, clears or keeps tokens does the same to both.
 """
 
 import dataclasses
@@ -14,17 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import loops
+from paged_jax import loops, quantization
 from paged_jax.config import CacheConfig
 from paged_jax.types import Copies, Pages
 
 
 def init(config: CacheConfig) -> Pages:
   """An array of zero pages."""
-  shape = (config.num_pages, config.num_layers, config.num_kv_heads, config.page_size,
-           config.array_channels)  # fmt: skip
-  kv = jnp.zeros(shape, config.array_dtype)
-  return Pages(kv, np.dtype(config.dtype), config.head_dim, config.value_dim)
+  n, num_layers, t = config.num_pages, config.num_layers, config.page_size
+  shape = n, num_layers, config.num_kv_heads, t, config.array_channels
+  kv, scales = jnp.zeros(shape, config.array_dtype), None
+  if config.num_scales:
+    scales = jnp.zeros((n, num_layers, config.num_scales, t), jnp.float32)
+  return Pages(kv, np.dtype(config.dtype), config.head_dim, config.value_dim, scales)
 
 
 def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
@@ -34,8 +39,8 @@ def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
 
 
 def layer_bytes(pages: Pages) -> int:
-  """Bytes of one page in one layer."""
-  return math.prod(pages.kv.shape[2:]) * pages.kv.dtype.itemsize
+  """Bytes of one page in one layer, scales included."""
+  return sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in jax.tree.leaves(pages))
 
 
 def value_size(pages: Pages) -> int:
@@ -55,14 +60,34 @@ def cropped(x: jax.Array, pages: Pages) -> jax.Array:
   return x if x.shape[-1] == size else x[..., :size]
 
 
-def stored(x: jax.Array, pages: Pages) -> jax.Array:
-  """What the page array keeps of `x` [...,head_dim]: its bits in the array's dtype, [...,D]."""
-  return _as(padded(x.astype(pages.dtype), pages), pages.kv.dtype)
+def stored(
+  k: jax.Array, v: jax.Array | None, pages: Pages
+) -> tuple[list[jax.Array], jax.Array | None]:
+  """What pages keep of keys and values [B,H,head_dim]; `v` is None if pages hold keys only.
+
+  Returns:
+    Bits in the array's dtype [B,H,D] of the keys, and of the values if there are any; and their
+    scales f32[B,2H], None unless pages are of 8 bits.
+  """
+  given, scales = [x for x in (k, v) if x is not None], None
+  if pages.scales is None:
+    numbers = [x.astype(pages.dtype) for x in given]
+  else:
+    numbers, scales = zip(*(quantization.quantize(x, pages.dtype) for x in given))
+    scales = jnp.stack(scales, axis=-1).reshape(k.shape[0], -1)
+  return [_as(padded(x, pages), pages.kv.dtype) for x in numbers], scales
 
 
 def values(bits: jax.Array, pages: Pages) -> jax.Array:
-  """The values of `bits` of the page array, in the pages' dtype."""
+  """The numbers of `bits` of the page array, in the pages' dtype."""
   return _as(bits, pages.dtype)
+
+
+def by_head(scales: jax.Array, pages: Pages) -> tuple[jax.Array, jax.Array]:
+  """Scales of keys and of values [...,H,T], of those [...,2H,T] that pages have."""
+  h = pages.kv.shape[2]
+  each = scales.reshape(*scales.shape[:-2], h, -1, scales.shape[-1])
+  return each[..., 0, :], each[..., -1, :]
 
 
 def _as(bits: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -76,21 +101,36 @@ def write(
 
   `v` is None if pages hold keys only.
   """
-  t, bits = pages.kv.shape[3], stored(k, pages)
-  if v is not None:
-    bits = jnp.concatenate([bits, stored(v, pages)], axis=-1)
-  kv = pages.kv.at[slots // t, layer, :, slots % t].set(bits, mode="drop", unique_indices=True)
-  return dataclasses.replace(pages, kv=kv)
+  t = pages.kv.shape[3]
+  bits, scales = stored(k, v, pages)
+
+  def put(x, new):
+    return x.at[slots // t, layer, :, slots % t].set(new, mode="drop", unique_indices=True)
+
+  new = dataclasses.replace(pages, kv=jnp.concatenate(bits, axis=-1), scales=scales)
+  return jax.tree.map(put, pages, new)
 
 
 def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """K and V [R,P*T,H,channels] of one layer by block `tables` i32[R,P], zero where no page is."""
+  """K and V [R,P*T,H,channels] of one layer by block `tables` i32[R,P], zero where no page is.
+
+  In the pages' dtype; of 8-bit pages float32.
+  """
   _, _, h, t, d = sizes(pages)
-  bits = pages.kv.at[tables, layer].get(mode="fill", fill_value=0)  # [R,P,H,T,2D]
   r, p = tables.shape
-  kv = values(bits.transpose(0, 1, 3, 2, 4).reshape(r, p * t, h, -1), pages)
-  behind = kv[..., d:] if pages.value_dim is None else kv
-  return kv[..., : pages.head_dim], cropped(behind, pages)
+
+  def in_order(x):
+    """[R,P,H,T,...] as [R,P*T,H,...]."""
+    return x.swapaxes(2, 3).reshape(r, p * t, h, *x.shape[4:])
+
+  found = jax.tree.map(lambda x: x.at[tables, layer].get(mode="fill", fill_value=0), pages)
+  kv = values(in_order(found.kv), pages)
+  k, v = kv[..., : pages.head_dim], cropped(kv[..., d:] if pages.value_dim is None else kv, pages)
+  if found.scales is None:
+    return k, v
+  scales = map(in_order, by_head(found.scales, pages))
+  k, v = (quantization.dequantize(*each) for each in zip((k, v), scales))
+  return k, v
 
 
 @jax.custom_jvp
@@ -109,23 +149,27 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
   def target(row, column):
     return block_tables.at[row, column].get(mode="fill", fill_value=n)
 
-  def copy(kv, rows, nth):
+  def copy(pages, rows, nth):
     row, nth = rows[0], nth[0]
     column = copies.first.at[row].get(mode="fill", fill_value=0) + nth
     source = copies.sources.at[row, nth].get(mode="fill", fill_value=n)
     kept = copies.lengths.at[row].get(mode="fill", fill_value=0) - column * t
-    offsets = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
-    page = jnp.where(offsets < kept, _page(kv, source), jnp.zeros((), kv.dtype))
-    return _replace(kv, target(row, column), page)
+    live = jnp.arange(t, dtype=jnp.int32) < kept
+    to = target(row, column)
+    return jax.tree.map(lambda x: _replace(x, to, _only(live, _page(x, source), 2)), pages)
 
-  def clear(kv, rows, nth):
+  def clear(pages, rows, nth):
     column = first_new.at[rows[0]].get(mode="fill", fill_value=0) + nth[0]
-    zero = jnp.zeros_like(jax.lax.index_in_dim(kv, 0, keepdims=False))  # sharded as pages are
-    return _replace(kv, target(rows[0], column), zero)
+    to = target(rows[0], column)
 
-  kv = loops.fold(num_copied, copy, pages.kv, chunk=1)
-  kv = loops.fold(copies.num_pages - num_copied, clear, kv, chunk=1)
-  return dataclasses.replace(pages, kv=kv)
+    def clear_one(x):
+      zero = jnp.zeros_like(jax.lax.index_in_dim(x, 0, keepdims=False))  # sharded as pages are
+      return _replace(x, to, zero)
+
+    return jax.tree.map(clear_one, pages)
+
+  pages = loops.fold(num_copied, copy, pages, chunk=1)
+  return loops.fold(copies.num_pages - num_copied, clear, pages, chunk=1)
 
 
 @renew.defjvp
@@ -152,11 +196,12 @@ def _renew_jvp(primals, tangents):
 
 
 def check_differentiable(pages: Pages) -> None:
-  """Raises if the page array keeps bits, because no gradient passes through them."""
-  if not jnp.issubdtype(pages.kv.dtype, jnp.floating):
+  """Raises if the page array keeps bits or 8-bit numbers: no gradient passes through them."""
+  if pages.scales is not None or not jnp.issubdtype(pages.kv.dtype, jnp.floating):
+    kept = "" if pages.kv.dtype == pages.dtype else f" as {pages.kv.dtype}"
     raise NotImplementedError(
-      f"gradients do not pass through pages that keep {pages.dtype} as {pages.kv.dtype}: use a"
-      " float32 cache, or differentiate a forward pass without a cache, like `Decoder.dense`"
+      f"gradients do not pass through pages that keep {pages.dtype}{kept}: use a float32 cache, or"
+      " differentiate a forward pass without a cache, like `Decoder.dense`"
     )
 
 
@@ -167,29 +212,27 @@ def read(pages: Pages, ids: jax.Array) -> Pages:
 
 def read_one(pages: Pages, page: jax.Array) -> Pages:
   """The bytes of one page i32[], kv [L,H,T,2D], zero if there is no such page."""
-  kv = jnp.where(page < pages.kv.shape[0], _page(pages.kv, page), jnp.zeros((), pages.kv.dtype))
-  return dataclasses.replace(pages, kv=kv)
+  there = page < pages.kv.shape[0]
+  return jax.tree.map(lambda x: jnp.where(there, _page(x, page), jnp.zeros((), x.dtype)), pages)
 
 
 def put_one(pages: Pages, page: jax.Array, image: Pages) -> Pages:
   """Writes the bytes of `image` [L,H,T,2D] into one page i32[], or nowhere."""
-  return dataclasses.replace(pages, kv=_set_page(pages.kv, page, image.kv))
+  return jax.tree.map(lambda x, new: _set_page(x, page, new), pages, image)
 
 
 def clear(pages: Pages, ids: jax.Array) -> Pages:
   """Zero in pages `ids` i32[B], dropping those out of range."""
-  zero = jnp.zeros(pages.kv.shape[1:], pages.kv.dtype)
-  kv = jax.lax.fori_loop(0, ids.shape[0], lambda i, kv: _set_page(kv, ids[i], zero), pages.kv)
-  return dataclasses.replace(pages, kv=kv)
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), pages)
+  return jax.lax.fori_loop(0, ids.shape[0], lambda i, pages: put_one(pages, ids[i], zero), pages)
 
 
 def only(image: Pages, start: jax.Array, end: jax.Array) -> Pages:
   """The bytes of the tokens `start..end` of consecutive pages, and zero elsewhere."""
   b, t = image.kv.shape[0], image.kv.shape[3]
-  positions = jnp.arange(b * t, dtype=jnp.int32).reshape(b, 1, 1, t, 1)
+  positions = jnp.arange(b * t, dtype=jnp.int32).reshape(b, 1, 1, t)
   live = (positions >= start) & (positions < end)
-  kv = jnp.where(live, image.kv, jnp.zeros((), image.kv.dtype))
-  return dataclasses.replace(image, kv=kv)
+  return jax.tree.map(lambda x: _only(live, x, 3), image)
 
 
 def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
@@ -197,26 +240,32 @@ def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
   n = pages.kv.shape[0]
   count = jnp.sum(ids < n, dtype=jnp.int32)  # the pages come first, then padding
 
-  def step(kv, rows, nth):
+  def step(pages, rows, nth):
     del rows
     target = ids.at[nth[0]].get(mode="fill", fill_value=n)
-    return _set_page(kv, target, _page(image.kv, nth[0]))
+    return put_one(pages, target, jax.tree.map(lambda x: _page(x, nth[0]), image))
 
-  return dataclasses.replace(pages, kv=loops.fold(count[None], step, pages.kv, chunk=1))
+  return loops.fold(count[None], step, pages, chunk=1)
 
 
-def _page(kv: jax.Array, page: jax.Array) -> jax.Array:
-  """One page [L,H,T,2D]; any page if there is no such page."""
-  return jax.lax.dynamic_index_in_dim(kv, page, axis=0, keepdims=False)
+def _only(live: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+  """`x` where tokens are `live`, else zero; `axis` is that of its tokens, and the last of `live`."""
+  live = live.reshape(*live.shape, *[1] * (x.ndim - axis - 1))
+  return jnp.where(live, x, jnp.zeros((), x.dtype))
+
+
+def _page(x: jax.Array, page: jax.Array) -> jax.Array:
+  """One page, kv [L,H,T,2D]; any page if there is no such page."""
+  return jax.lax.dynamic_index_in_dim(x, page, axis=0, keepdims=False)
 
 
 @jax.custom_batching.custom_vmap
-def _replace(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
+def _replace(x: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
   """Replaces one page, which must exist, and does not read it; under `vmap` as `_set_page`.
 
   Under `vmap` an element of the batch that is done has no page, while others go on.
   """
-  return jax.lax.dynamic_update_index_in_dim(kv, values, page, axis=0)
+  return jax.lax.dynamic_update_index_in_dim(x, values, page, axis=0)
 
 
 @_replace.def_vmap
@@ -225,7 +274,7 @@ def _replace_batch(axis_size, in_batched, *args):
   return jax.vmap(_set_page, [0 if batched else None for batched in in_batched])(*args), True
 
 
-def _set_page(kv: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
+def _set_page(x: jax.Array, page: jax.Array, values: jax.Array) -> jax.Array:
   """Replaces one page, or none. By dynamic slices: a scatter of pages is not in place on TPU."""
-  values = jnp.where(page < kv.shape[0], values, _page(kv, page))
-  return jax.lax.dynamic_update_index_in_dim(kv, values, page, axis=0)
+  values = jnp.where(page < x.shape[0], values, _page(x, page))
+  return jax.lax.dynamic_update_index_in_dim(x, values, page, axis=0)

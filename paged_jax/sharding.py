@@ -15,7 +15,8 @@ Configs = CacheConfig | tuple[CacheConfig, ...]
 
 
 def shardings(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
-  """A cache of `NamedSharding`s: the H axis of the page array over `axis`, all else replicated.
+  """A cache of `NamedSharding`s: the head axis of the page array, and of its scales, over `axis`; all else
+  replicated.
 
   Attention and writes then need no collectives, and every device runs the same ledger. If the size
   of the mesh axis does not divide the KV heads, they are replicated, with a warning.
@@ -74,7 +75,8 @@ def specs(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
 def _specs(config: CacheConfig, axis: str | None) -> Cache:
   """The specs of one cache, whose KV heads are split over `axis`."""
   cache = jax.eval_shape(lambda: cache_lib.init(config))
-  return jax.tree.map(
-    lambda x: PartitionSpec(None, None, axis, None, None) if x.ndim == 5 else PartitionSpec(),
-    cache,
+  by_head = (
+    PartitionSpec(None, None, axis, *[None] * (x.ndim - 3)) for x in jax.tree.leaves(cache.pages)
   )
+  ledger = jax.tree.map(lambda x: PartitionSpec(), cache.ledger)
+  return Cache(ledger, jax.tree.unflatten(jax.tree.structure(cache.pages), by_head))

@@ -106,6 +106,9 @@ class Pages:
   With a `value_dim` pages hold keys only: kv is [N,L,H,T,D], and a token's value is the first
   `value_dim` channels of its key (see `CacheConfig.value_dim`).
 
+  Pages of 8 bits have scales: rows 2h and 2h + 1 are those of the keys and of the values of KV head
+  h, or row h is that of the keys that contain the values. Where pages go, their scales go, too.
+
   >>> import paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
   >>> pj.init(config).pages.kv.shape
@@ -116,6 +119,7 @@ class Pages:
   dtype: np.dtype = _static()
   head_dim: int = _static()
   value_dim: int | None = _static(default=None)
+  scales: jax.Array | None = None  # f32[N,L,2H,T] of 8-bit pages, else None
 
 
 @jax.tree_util.register_dataclass

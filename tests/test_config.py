@@ -26,7 +26,8 @@ def test_a_size_that_is_not_a_positive_integer_is_named(field, value):
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("dtype", "int8", "dtype.*int8"),
+    ("dtype", "int32", "dtype.*int32"),
+    ("dtype", "float8_e5m2", "dtype.*float8_e5m2"),
     ("dtype", "nonsense", "dtype.*nonsense"),
     ("dtype", None, "dtype.*None"),
     ("storage_dtype", "float32", "storage_dtype.*float32"),

@@ -27,6 +27,7 @@ TABLES = {
     attention plans
     ledger pages
     types config arguments loops interrupts groups
+    quantization
   """,
   "paged_jax.ledger": """
     __init__

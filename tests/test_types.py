@@ -16,10 +16,12 @@ from paged_jax import ledger as ledger_lib
 from paged_jax import types as types_lib
 from paged_jax.attention import tpu_write
 
-COMMENT = re.compile(r"^  (\w+): jax\.Array  # (\w+)(?:\[(.*?)\])?(?:,? .*)?$", re.MULTILINE)
+COMMENT = re.compile(
+  r"^  (\w+): jax\.Array(?: \| None = None)?  # (\w+)(?:\[(.*?)\])?(?:,? .*)?$", re.MULTILINE
+)
 CONFIG = config(num_pages=40, num_rows=5, num_layers=3)
 AXES = dict(N=40, T=4, S=5, P=6, L=3, H=2, D=2, B=7, C=1, X=7, ceil=math.ceil)
-DTYPES = dict(u32="uint32", i32="int32", bool="bool", storage="float32")
+DTYPES = dict(u32="uint32", i32="int32", bool="bool", storage="int8", f32="float32")
 
 
 @functools.cache
@@ -38,7 +40,8 @@ def states():
   (windows,) = tpu_write.windows(cache.pages, plan.slots, part.block_size)
   _, image, _ = paged_jax.swap_out(cache, jnp.int32(0), num_pages=3)
   ledger = cache.ledger
-  values = [ledger.pool, ledger.tables, cache.pages, info, copies, plan, image]
+  pages = paged_jax.init(dataclasses.replace(CONFIG, dtype="int8")).pages
+  values = [ledger.pool, ledger.tables, pages, info, copies, plan, image]
   values += [part, part.blocks, windows]
   return [*values, paged_jax.audit(cache)]
 

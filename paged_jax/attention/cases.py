@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from paged_jax import quantization
 from paged_jax.config import CacheConfig
 
 LAYER, NUM_LAYERS = 1, 2
@@ -35,7 +37,7 @@ class Case:
   page_size: int = 3
   dtype: str = "float32"
   bits: bool = False  # pages stored as unsigned integers
-  q_dtype: str = ""  # none: dtype
+  q_dtype: str = ""  # none: dtype, which must then be one of 16 or 32 bits
   scale: float | None = None
   window: int | None = None
   softcap: float | None = None
@@ -47,7 +49,8 @@ class Case:
   @property
   def tolerance(self) -> float:
     """Of errors on a CPU, relative to values of about 1; of devices see `proof.TOLERANCES`."""
-    return {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[self.dtype]
+    dtype = self.q_dtype or self.dtype
+    return {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
 
 
 ESSENTIAL = (
@@ -75,6 +78,7 @@ class Problem(NamedTuple):
 
   q: np.ndarray  # [B,Q,D]
   kv: np.ndarray  # storage[N,L,H,T,2*stored D] NaN in every place without a live token
+  scales: np.ndarray | None  # f32[N,L,2H,T] of 8-bit pages, NaN there, too
   block_tables: np.ndarray  # i32[S,P]
   starts: np.ndarray  # i32[S]
   lengths: np.ndarray  # i32[S]
@@ -128,6 +132,7 @@ def fitted(case: Case, config: CacheConfig, num_heads: int) -> Case:
     value_dim=config.value_dim,
     page_size=size,
     dtype=np.dtype(config.dtype).name,
+    q_dtype=case.q_dtype or ("bfloat16" if config.num_scales else ""),
     bits=config.array_dtype != config.dtype,
   )
 
@@ -149,9 +154,15 @@ def build(case: Case, seed: int = 0) -> Problem:
   tables = np.full((len(lengths) + case.spare_rows, per_row), n, np.int32)
   apart = 2 if case.value_dim is None else 1  # arrays: keys and values, or keys alone
   shape = (apart, len(tables), per_row * t, h, d)
-  rows_kv = rng.standard_normal(shape, np.float32).astype(case.dtype)
+  rows_kv, scales = rng.standard_normal(shape, np.float32), None
+  rows_scales = np.ones(shape[:-1], np.float32)
+  if quantization.quantized(case.dtype):
+    rows_kv, rows_scales = quantized(rows_kv, case.dtype)
+    scales = np.full((n, NUM_LAYERS, apart * h, t), np.nan, np.float32)
+  rows_kv = rows_kv.astype(case.dtype)
   stored = case.storage_head_dim or d
-  kv = np.full((n, NUM_LAYERS, h, t, apart * stored), np.nan, rows_kv.dtype)
+  worst = 127 if case.dtype == "int8" else np.nan
+  kv = np.full((n, NUM_LAYERS, h, t, apart * stored), worst, rows_kv.dtype)
   for row, (start, length) in enumerate(zip(starts, lengths)):
     for page in range(firsts[row], firsts[row] + counts[row]):
       tables[row, page], ids = ids[0], ids[1:]
@@ -159,11 +170,14 @@ def build(case: Case, seed: int = 0) -> Problem:
       page, offset = tables[row, position // t], position % t
       both = np.pad(rows_kv[:, row, position], ((0, 0), (0, 0), (0, stored - d)))
       kv[page, LAYER, :, offset] = np.concatenate(both, axis=-1)
+      if scales is not None:
+        scales[page, LAYER, :, offset] = rows_scales[:, row, position].T.reshape(-1)
   positions = np.arange(per_row * t)
   pad = (0, case.spare_rows)
   starts, lengths = np.pad(starts, pad), np.pad(lengths, pad)
   live = (positions >= starts[:, None]) & (positions < lengths[:, None])
-  rows_kv = np.where(live[..., None, None], rows_kv.astype(np.float32), 0)
+  rows_kv = rows_kv.astype(np.float32) * rows_scales[..., None]
+  rows_kv = np.where(live[..., None, None], rows_kv, 0)
   k, v = rows_kv[0], rows_kv[-1][..., : case.value_dim]
 
   rows, positions = _batch(case, len(tables))
@@ -175,6 +189,7 @@ def build(case: Case, seed: int = 0) -> Problem:
   return Problem(
     q=q.astype(case.q_dtype or case.dtype),
     kv=kv.view(f"uint{8 * kv.itemsize}") if case.bits else kv,
+    scales=scales,
     block_tables=tables,
     starts=starts,
     lengths=lengths,
@@ -186,6 +201,23 @@ def build(case: Case, seed: int = 0) -> Problem:
     k=k,
     v=v,
   )
+
+
+def quantized(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers [...,D] and scales f32[...] of x f32[...,D], none of it zero everywhere; in NumPy."""
+  limit, top = np.float32(quantization.LIMITS[dtype]), np.abs(x).max(axis=-1)
+  numbers = x * (limit / top)[..., None]
+  return (np.rint(numbers) if dtype == "int8" else numbers).astype(dtype), top * (1 / limit)
+
+
+def read(kv: np.ndarray, scales: np.ndarray | None, dtype: DTypeLike) -> np.ndarray:
+  """What a page array [N,L,H,T,2D] of values of `dtype` is read as."""
+  kv = kv.view(dtype)
+  if scales is None:
+    return kv
+  n, num_layers, h, t, width = kv.shape
+  scales = scales.reshape(n, num_layers, h, -1, t).swapaxes(3, 4)
+  return kv.astype(np.float32) * np.repeat(scales, width // scales.shape[-1], axis=-1)
 
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:

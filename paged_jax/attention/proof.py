@@ -110,7 +110,8 @@ class Report:
   @property
   def tolerances(self) -> tuple[float, float]:
     """Allowed errors of outputs and of the LSE."""
-    return TOLERANCES[np.dtype(self.config.dtype).name]
+    dtype = np.dtype(self.config.dtype).name
+    return TOLERANCES["bfloat16" if self.config.num_scales else dtype]
 
   @property
   def faults(self) -> list[str]:
@@ -196,18 +197,14 @@ def _check(step: Step, case: cases.Case) -> Check:
   n, _, _, t, _ = problem.kv.shape
   live = problem.slots < n * t
   at = problem.slots[live] // t, cases.LAYER, slice(None), problem.slots[live] % t
-  dtype = np.dtype(case.dtype)
-  before = problem.kv.view(dtype).copy()
+  want = cases.read(problem.kv, problem.scales, case.dtype)
   d, stored = case.head_dim, case.storage_head_dim
-  k = np.full((len(live), case.num_kv_heads, d), 7, dtype)  # 7 goes nowhere
+  k = np.full((len(live), case.num_kv_heads, d), 7, want.dtype)  # 7 goes nowhere
   v = k.copy() if case.value_dim is None else None
-  k[live] = before[at][..., :d]
+  k[live] = want[at][..., :d]
   if v is not None:
-    v[live] = before[at][..., stored : stored + d]
-  before[at] = np.nan
-  # A copy, made by the device: memory that NumPy has, too, would never be donated.
-  kv = jnp.copy(jax.device_put(before.view(problem.kv.dtype)))
-  pages = Pages(kv, dtype, d, case.value_dim)
+    v[live] = want[at][..., stored : stored + d]
+  pages = _before(case, problem, at)
   options: dict[str, Any] = {
     name: None if value is None else np.float32(value)
     for name, value in (("scale", case.scale), ("softcap", case.softcap), ("sinks", problem.sinks))
@@ -226,9 +223,11 @@ def _check(step: Step, case: cases.Case) -> Check:
   place = pages.kv.unsafe_buffer_pointer()
   run = jax.jit(step, static_argnames="parts", donate_argnums=0)
   pages, out, lse = run(*args, parts=case.parts, **options)
-  after = np.asarray(pages.kv).view(dtype)
-  want = problem.kv.view(dtype)
+  scales = None if pages.scales is None else np.asarray(pages.scales)
+  after = cases.read(np.asarray(pages.kv), scales, case.dtype)
   same = (after == want) | (np.isnan(after) & np.isnan(want))
+  if problem.scales is not None:  # devices may divide inexactly
+    same |= np.isclose(after, want, rtol=1e-5, atol=0)
   want_out, want_lse = cases.dense(case, problem)
   return Check(
     name=case.name,
@@ -237,6 +236,22 @@ def _check(step: Step, case: cases.Case) -> Check:
     wrong_values=int((~same).sum()),
     in_place=pages.kv.unsafe_buffer_pointer() == place,
   )
+
+
+def _before(case: cases.Case, problem: cases.Problem, at: tuple) -> Pages:
+  """The pages on the device, with NaN in the places `at` which the step writes.
+
+  Copies, made by the device: memory that NumPy has, too, would never be donated.
+  """
+  kv, scales = problem.kv.view(case.dtype).copy(), problem.scales
+  if scales is None:
+    kv[at] = np.nan
+  else:
+    scales = scales.copy()
+    scales[at] = np.nan
+    scales = jnp.copy(jax.device_put(scales))
+  kv = jnp.copy(jax.device_put(kv.view(problem.kv.dtype)))
+  return Pages(kv, np.dtype(case.dtype), case.head_dim, case.value_dim, scales)
 
 
 def _error(values: jax.Array, want: np.ndarray) -> float:
@@ -261,7 +276,8 @@ def _time(step: Step, config: CacheConfig, num_heads: int, memory_bytes: int) ->
   slots = ids[:, (NUM_TOKENS - 1) // t] * t + (NUM_TOKENS - 1) % t
   tokens = (np.arange(s, dtype=np.int32), last, slots, np.ones(s, bool))
   tables = _tables(ids, np.zeros(s, np.int32), last + 1)
-  q, k, v = (np.ones((s, heads, d), config.dtype) for heads in (num_heads, h, h))
+  dtype = jnp.bfloat16 if config.num_scales else config.dtype  # of queries
+  q, k, v = (np.ones((s, heads, d), dtype) for heads in (num_heads, h, h))
   v = v if config.value_dim is None else None
 
   def steps(state, *args):

@@ -21,10 +21,14 @@ class Sums(NamedTuple):
   acc: jax.Array  # f32[...,D] sum of exp(logit - top) * value
 
 
-def operands(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """What is multiplied: the arrays as they are if all have one dtype, else all in float32."""
-  same = len({x.dtype for x in arrays}) == 1
-  return arrays if same else tuple(x.astype(jnp.float32) for x in arrays)
+def operands(q: jax.Array, *kv: jax.Array) -> tuple[jax.Array, ...]:
+  """What is multiplied: queries, keys and values as they are if all have one dtype.
+
+  8-bit numbers are exact in bfloat16. Everything else is multiplied in float32.
+  """
+  exact = q.dtype == jnp.bfloat16 and all(x.dtype.itemsize == 1 for x in kv)
+  dtype = q.dtype if exact or all(x.dtype == q.dtype for x in kv) else jnp.float32
+  return tuple(x.astype(dtype) for x in (q, *kv))
 
 
 def logits(
@@ -42,9 +46,12 @@ def product(q: jax.Array, k: jax.Array) -> jax.Array:
   return _dot(q, k, -1)
 
 
-def step(sums: Sums, logits: jax.Array, v: jax.Array, exp=jnp.exp) -> Sums:
+def step(
+  sums: Sums, logits: jax.Array, v: jax.Array, exp=jnp.exp, scales: jax.Array | None = None
+) -> Sums:
   """Adds a piece: logits f32[...,M,X], -inf where masked, and its values [...,X,D].
 
+  Values are v * `scales` f32[...,1,X] if these are given; a scale must be finite if it is masked.
   A piece that is masked everywhere changes nothing. `exp` may have another base, if all logits, and
   `finish`, have it too.
   """
@@ -52,11 +59,10 @@ def step(sums: Sums, logits: jax.Array, v: jax.Array, exp=jnp.exp) -> Sums:
   base = _finite(top)
   weights = exp(logits - _spread(base, logits.shape[-1]))
   decay = exp(sums.top - base)
-  return Sums(
-    top=top,
-    total=sums.total * decay + _by_lane(weights, top.shape[-1]),
-    acc=sums.acc * _spread(decay, sums.acc.shape[-1]) + _dot(weights.astype(v.dtype), v, -2),
-  )
+  total = sums.total * decay + _by_lane(weights, top.shape[-1])
+  weights = weights if scales is None else weights * scales
+  acc = sums.acc * _spread(decay, sums.acc.shape[-1]) + _dot(weights.astype(v.dtype), v, -2)
+  return Sums(top, total, acc)
 
 
 def finish(sums: Sums, unit: float = 1.0) -> tuple[jax.Array, jax.Array]:

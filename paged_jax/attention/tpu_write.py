@@ -124,7 +124,7 @@ def write_windows(
   """Writes `k`, `v` [B,H,D] of one layer into the windows."""
   _, _, h, _, d = pages_lib.sizes(pages)
   b, size, dtype = k.shape[0], windows.size, pages.kv.dtype
-  new = tuple(pages_lib.stored(x, pages) for x in (k, v) if x is not None)
+  new, _ = pages_lib.stored(k, v, pages)
   ring = ring_size(pages, size, b)
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   kv = pl.pallas_call(
@@ -148,7 +148,7 @@ def write_windows(
     name="paged_write",
   )(
     layer[None], windows.count[None], windows.shared.astype(jnp.int32)[None], windows.first,
-    windows.lengths, windows.slots, new, pages.kv,
+    windows.lengths, windows.slots, tuple(new), pages.kv,
   )  # fmt: skip
   return dataclasses.replace(pages, kv=kv)
 

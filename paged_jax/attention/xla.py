@@ -114,9 +114,12 @@ def _attend_block(q, pages, layer, tables, part, options, size, g, outs):
     j = column * t + jnp.arange(chunk * t, dtype=jnp.int32)
     there = (j >= jnp.maximum(begin, wanted * t)) & (j < end) & jnp.repeat(ids < n, t)
     seen = (j[None] >= first) & (j[None] <= last) & there[None]
-    q, k, v = softmax.operands(queries, *_load(pages, layer, ids, there))
-    logits = softmax.logits(softmax.product(q, k), seen[None], options.scale, options.softcap)
-    return softmax.step(sums, logits, v)
+    k, v, k_scales, v_scales = _load(pages, layer, ids, there)
+    q, k, v = softmax.operands(queries, k, v)
+    products = softmax.product(q, k)
+    products = products if k_scales is None else products * k_scales
+    logits = softmax.logits(products, seen[None], options.scale, options.softcap)
+    return softmax.step(sums, logits, v, scales=v_scales)
 
   count = jax.lax.div(jnp.maximum(end - page * t, 0) + chunk * t - 1, chunk * t)
   start = blocks_lib.start(pages_lib.cropped(queries, pages), options.sinks)
@@ -137,10 +140,11 @@ def _chunk(pages: Pages, tables: Tables) -> int:
   return max(1, min(CHUNK_TOKENS // pages.kv.shape[3], fitting, max_pages))
 
 
-def _load(
-  pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """K and V [H,X,channels] of pages `ids` i32[C]. V is zero where not `live` bool[X]."""
+def _load(pages: Pages, layer: jax.Array, ids: jax.Array, live: jax.Array):
+  """K and V [H,X,channels] of pages `ids` i32[C], and their scales f32[H,1,X], None of 16-bit pages.
+
+  V, or its scale, is zero where not `live` bool[X].
+  """
   n, num_layers, h, t, d = pages_lib.sizes(pages)
   kv = pages.kv.reshape(n * num_layers, h, t, -1)
   rows = jnp.minimum(ids, n - 1) * num_layers + layer
@@ -156,7 +160,12 @@ def _load(
   v = part(d) if pages.value_dim is None else pages_lib.cropped(k, pages)
   v = jnp.where(live.reshape(-1, t, 1), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
   k, v = (pages_lib.values(x.reshape(h, live.shape[0], -1), pages) for x in (k, v))
-  return k, v
+  if pages.scales is None:
+    return k, v, None, None
+  scales = pages.scales.reshape(n * num_layers, -1, t).at[rows].get(mode="clip")  # [C,2H,T]
+  scales = (x.swapaxes(0, 1).reshape(h, 1, -1) for x in pages_lib.by_head(scales, pages))
+  k_scales, v_scales = scales
+  return k, v, k_scales, jnp.where(live, v_scales, 0.0)
 
 
 BACKEND = Backend(attend, block_size=block_size, as_stored=False)

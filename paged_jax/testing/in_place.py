@@ -58,7 +58,8 @@ def _num_caches(arg) -> int:
 
 def _num_bytes(arg) -> int:
   caches = filter(_is_cache, jax.tree.leaves(arg, is_leaf=_is_cache))
-  return sum(cache.pages.kv.size * cache.pages.kv.dtype.itemsize for cache in caches)
+  arrays = jax.tree.leaves([cache.pages for cache in caches])
+  return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def _with_pages(arg, scale: int):
@@ -78,7 +79,10 @@ def _with_pages(arg, scale: int):
       refcount=more(pool.refcount, -1, n),
       holds=more(pool.holds, -1, n),
     )
-    pages = dataclasses.replace(cache.pages, kv=more(cache.pages.kv, -5, n))
+    axes = dataclasses.replace(
+      cache.pages, kv=-5, scales=None if cache.pages.scales is None else -4
+    )
+    pages = jax.tree.map(lambda x, axis: more(x, axis, n), cache.pages, axes)
     ledger = dataclasses.replace(cache.ledger, pool=pool)
     return jax.tree.map(_shape, Cache(ledger=ledger, pages=pages))
 

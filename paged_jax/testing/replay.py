@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import cache as cache_lib
-from paged_jax import groups, jitted
+from paged_jax import groups, jitted, quantization
+from paged_jax.attention import cases
 from paged_jax.config import CacheConfig
 from paged_jax.ledger import HostLedger
 from paged_jax.testing import invariants, strategies
@@ -172,17 +173,24 @@ def _compare_tokens(cache: Cache, model: Group) -> None:
   for layer in range(cache.pages.kv.shape[1]):
     k, v = _gather(cache, jnp.int32(layer), rows)
     shape = (*tokens.shape, *k.shape[2:])
-    wanted = keys_and_values(tokens.reshape(-1), layer, shape[2:], cache.pages.value_dim)
+    wanted = keys_and_values(
+      tokens.reshape(-1), layer, shape[2:], cache.pages.value_dim, cache.pages.dtype
+    )
     wanted_k, wanted_v = (x.reshape(shape) for x in (wanted[0], wanted[-1]))
     np.testing.assert_array_equal(k, wanted_k, f"keys of layer {layer}")
     np.testing.assert_array_equal(v, wanted_v[..., : v.shape[-1]], f"values of layer {layer}")
 
 
 def keys_and_values(
-  tokens, layer: int, shape: tuple[int, int], value_dim: int | None
+  tokens, layer: int, shape: tuple[int, int], value_dim: int | None, dtype: np.dtype
 ) -> list[np.ndarray]:
-  """What is stored of `tokens` [B] in a layer: K and V f32[B,H,D], or K alone if it contains V."""
-  return [values(tokens, x, shape) for x in ((layer, ~layer) if value_dim is None else (layer,))]
+  """What is read of `tokens` [B] in a layer: K and V f32[B,H,D], or K alone if it contains V."""
+  kept = [values(tokens, x, shape) for x in ((layer, ~layer) if value_dim is None else (layer,))]
+  if not quantization.quantized(dtype):
+    return kept
+  numbers, scales = zip(*(cases.quantized(np.where(x == 0, 1, x), dtype.name) for x in kept))
+  read = [n.astype(np.float32) * scale[..., None] for n, scale in zip(numbers, scales)]
+  return [np.where(x == 0, 0, y) for x, y in zip(kept, read)]
 
 
 def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
@@ -199,10 +207,14 @@ def poison(cache: Any) -> Any:
 
 
 def _poisoned(cache: Cache) -> Cache:
-  free = (cache.ledger.pool.refcount == 0)[:, None, None, None, None]
-  nan = jax.lax.bitcast_convert_type(jnp.full((), jnp.nan, cache.pages.dtype), cache.pages.kv.dtype)
-  kv = jnp.where(free, nan, cache.pages.kv)
-  return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, kv=kv))
+  pages, free = cache.pages, cache.ledger.pool.refcount == 0
+  worst = 127 if pages.dtype == np.int8 else np.nan
+  worst = jnp.asarray(np.array(worst, pages.dtype).view(pages.kv.dtype))
+  kv = jnp.where(free[:, None, None, None, None], worst, pages.kv)
+  scales = pages.scales
+  if scales is not None:
+    scales = jnp.where(free[:, None, None, None], jnp.nan, scales)
+  return dataclasses.replace(cache, pages=dataclasses.replace(pages, kv=kv, scales=scales))
 
 
 _gather = jax.jit(cache_lib.gather)
@@ -245,7 +257,9 @@ def _written(verbs, config: CacheConfig, cache: Cache, plan: Plan, tokens: np.nd
   """The cache with tokens in every layer."""
   for layer in range(config.num_layers):
     shape = (config.num_kv_heads, config.head_dim)
-    k, *v = keys_and_values(tokens, layer, shape, config.value_dim)
+    k, *v = (
+      values(tokens, x, shape) for x in ((layer, ~layer) if config.value_dim is None else (layer,))
+    )
     cache = verbs.write(cache, jnp.int32(layer), k, v[0] if v else None, plan)
   return cache
 
@@ -272,8 +286,10 @@ def _compare_image(config: CacheConfig, image: Pages, content: list) -> None:
   shape = (config.num_kv_heads, config.head_dim)
   tokens = [0 if token is None else token for token in content]
   kv = np.asarray(image.kv).view(config.dtype)  # [L,H,T,2D], or [L,H,T,D] of keys alone
+  if image.scales is not None:
+    kv = cases.read(kv[None], np.asarray(image.scales)[None], config.dtype)[0]
   padding = (0, 0), (0, 0), (0, config.array_head_dim - config.head_dim)
   for layer in range(config.num_layers):
-    kept = keys_and_values(tokens, layer, shape, config.value_dim)
+    kept = keys_and_values(tokens, layer, shape, config.value_dim, np.dtype(config.dtype))
     wanted = np.concatenate([np.pad(x.transpose(1, 0, 2), padding) for x in kept], axis=-1)
     np.testing.assert_array_equal(kv[layer], wanted, f"image {content}")

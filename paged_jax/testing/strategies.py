@@ -58,7 +58,7 @@ def configs(draw, **fixed) -> CacheConfig:
     num_pages=draw(st.sampled_from([1, 2, 7, 31, 32, 33])),
     num_rows=draw(st.integers(1, 5)),
     max_length=draw(st.integers(1, 14)),
-    dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+    dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])),
     storage_head_dim=draw(st.sampled_from([None, 5])),
     value_dim=draw(st.sampled_from([None, None, 1])),
     copy_on_write=draw(st.sampled_from([True, True, False])),

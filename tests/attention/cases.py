@@ -69,6 +69,20 @@ CASES = (
        head_dim=576, value_dim=512, storage_head_dim=640, page_size=16, dtype="bfloat16"),
   Case("values in keys, bfloat16 bits", (9, 64), (2, 30), num_heads=16, num_kv_heads=1, head_dim=24,
        value_dim=16, page_size=16, dtype="bfloat16", bits=True, spare_rows=0),
+  *(Case(f"{dtype}{kind}", **{"lengths": (9, 64), "queries": (1, 30), "spare_rows": 0} | fields,
+         dtype=dtype)
+    for dtype in ("int8", "float8_e4m3fn") for kind, fields in {
+      ", everything": dict(starts=(2, 0), queries=(2, 30), padding=1, refused=(8,), scale=0.4, window=11,
+                           softcap=3.0, sinks=True, traced=True, q_dtype="bfloat16"),
+      ", float32 queries": dict(q_dtype="float32", head_dim=16, page_size=16),
+      ", bits": dict(q_dtype="bfloat16", bits=True, page_size=16, head_dim=64),
+      ", float16 queries": dict(q_dtype="float16"),
+      ", values in keys": dict(num_heads=16, num_kv_heads=1, head_dim=24, value_dim=16, page_size=8,
+                               q_dtype="float32"),
+      ", head dim 80 padded, several chunks": dict(
+        lengths=(1700, 3, 600), queries=(1, 3, 2), head_dim=80, storage_head_dim=128, page_size=128,
+        q_dtype="bfloat16"),
+    }.items()),
   Case("float16", (9, 64), (1, 30), dtype="float16", head_dim=64),
   Case("float16 bits", (9, 64), (1, 30), dtype="float16", bits=True),
 )  # fmt: skip
@@ -123,7 +137,8 @@ def forget(keep=None):
 def build(case: Case, seed: int = 0) -> Problem:
   made = essential.build(case, seed)
   stale = np.zeros(len(made.lengths), bool)
-  pages = Pages(device(made.kv), np.dtype(case.dtype), case.head_dim, case.value_dim)
+  scales = None if made.scales is None else device(made.scales)
+  pages = Pages(device(made.kv), np.dtype(case.dtype), case.head_dim, case.value_dim, scales)
   kept = Tables(*map(device, (made.block_tables, made.starts, made.lengths, stale)))
   return Problem(
     q=device(made.q),
@@ -159,7 +174,7 @@ def dense(case: Case, p: Problem) -> tuple[np.ndarray, np.ndarray]:
   """Attention in float64, of what a test may have changed in a problem."""
   tables, plan = p.tables, p.plan
   arrays = (
-    p.q, p.pages.kv, tables.block_tables, tables.starts, tables.lengths, plan.rows, plan.positions,
+    p.q, p.pages.kv, p.pages.scales, tables.block_tables, tables.starts, tables.lengths, plan.rows, plan.positions,
     plan.slots, plan.ok, p.options["sinks"], p.k, p.v,
   )  # fmt: skip
   made = (None if x is None else np.asarray(x) for x in arrays)
