@@ -40,6 +40,9 @@ Caches = TypeVar("Caches", Cache, tuple[Cache, ...])
 def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   """An empty cache: all pages free, all rows empty, all bytes zero. A tuple of configs: a tuple.
 
+  Bytes are stored as the platform works with them best, unless the config says how
+  (`CacheConfig.stored_for`).
+
   Raises:
     ValueError: The configs of a tuple differ in `num_rows` or `copy_on_write`.
 
@@ -48,8 +51,15 @@ def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   >>> int(pj.init(config).num_free)
   8
   """
+  config = stored(config)
   made = zip(groups.each(ledger_lib.init(config)), map(pages_lib.init, groups.each(config)))
   return groups.like(config, [Cache(*each) for each in made])
+
+
+def stored(config: Any) -> Any:
+  """The config, or each of a tuple, with the storage that `init` gives it on this platform."""
+  platform = jax.default_backend()
+  return groups.like(config, [each.stored_for(platform) for each in groups.each(config)])
 
 
 def pages_needed(cache: Caches, num_tokens: jax.Array) -> Any:
@@ -220,13 +230,16 @@ def check_plan(cache: Caches, plan: Any) -> None:
 def write(
   cache: Cache, layer: int | jax.Array, k: jax.Array, v: jax.Array | None, plan: Plan
 ) -> Cache:
-  """Writes keys and values [B,H,D] of the plan's tokens in one layer, cast to the cache's dtype.
+  """Writes keys and values [B,H,D] of the plan's tokens in one layer, in the cache's dtype.
+
+  In a cache of 8 bits each key and value gets a scale of its own (`quantization.quantize`): one with
+  a NaN or an infinity reads NaN.
 
   `v` is None if values are channels of the keys (`CacheConfig.value_dim`), and only then.
 
   Tokens without a slot are dropped. The write is in place if the cache is donated or carried by a
   loop. Read the cache that is returned, never the one that was passed. `write` has gradients,
-  except if the cache keeps 16-bit values as bits (see `CacheConfig.storage_dtype`).
+  except if the cache has 8 bits or keeps bits (see `CacheConfig.storage_dtype`).
 
   A traced `layer` out of range writes keys of NaN into the last layer, so that the mistake shows.
 
@@ -321,7 +334,7 @@ def gather(
 ) -> tuple[jax.Array, jax.Array]:
   """Keys and values of `rows` i32[R] in token order: two arrays [R,C,H,D].
 
-  If the cache has a `value_dim`, the values are that many channels of the keys.
+  They have the cache's dtype; those of a cache of 8 bits are float32, numbers times scales. If the cache has a `value_dim`, the values are that many channels of the keys.
   C is `num_tokens`, or a row's capacity by default. Where a row has no live token the result is
   zero, whatever its pages contain. A traced `layer` out of range gives NaN.
 

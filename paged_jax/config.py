@@ -50,8 +50,8 @@ class CacheConfig:
   num_rows: int = 32  # sequences that live in the cache at once
   max_length: int = 4096  # tokens per row, rounded up to whole pages
   dtype: DTypeLike = np.dtype(jnp.bfloat16)  # float32, bfloat16, float16, int8 or float8_e4m3fn
-  storage_dtype: DTypeLike | None = None  # of the page array: None = `dtype`, or uint16/8 for bits
-  storage_head_dim: int | None = None  # of the page array: None = `head_dim`, or more, padded
+  storage_dtype: DTypeLike | None = None  # of the page array: `dtype`, or uint16 or uint8 for bits
+  storage_head_dim: int | None = None  # of the page array: `head_dim`, or more, padded
   value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
   copy_on_write: bool = True  # False: only whole pages are shared
   window: int | None = None  # tokens that a token sees, itself included; None = all before it
@@ -67,11 +67,11 @@ class CacheConfig:
     if storage is not None and storage.name not in (dtype.name, bits):
       raise ValueError(f"storage_dtype must be None, {dtype} or {bits}, got {storage}")
     object.__setattr__(self, "dtype", dtype)
-    object.__setattr__(self, "storage_dtype", None if storage == dtype else storage)
+    object.__setattr__(self, "storage_dtype", storage)
     stored = self._size("storage_head_dim")
     if stored is not None and stored < self.head_dim:
       raise ValueError(f"storage_head_dim must be at least {self.head_dim=}, got {stored}")
-    object.__setattr__(self, "storage_head_dim", None if stored == self.head_dim else stored)
+    object.__setattr__(self, "storage_head_dim", stored)
     value_dim = self._size("value_dim")
     if value_dim is not None and not 1 <= value_dim <= self.head_dim:
       raise ValueError(f"value_dim must be from 1 to {self.head_dim=}, got {value_dim}")
@@ -131,6 +131,9 @@ class CacheConfig:
   def stored_for(self, platform: str) -> "CacheConfig":
     """The same cache, stored as a `platform` ("cpu", "gpu", "tpu", ...) works with it best.
 
+    `init`, `Manager` and `Engine` do this for the platform that they run on, so only programs that
+    are compiled for another one need it. What a config already says of its storage stays.
+
     `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16 or
     float8. It updates the same bits in place if they are kept as uint16 or uint8. `storage_head_dim`: the kernels of
     attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. With a
@@ -144,10 +147,11 @@ class CacheConfig:
     """
     dtype, old = np.dtype(self.dtype), jax.__version_info__ < (0, 11)
     bits = platform == "cpu" and old and dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
+    stored = np.dtype(f"uint{8 * dtype.itemsize}") if bits else dtype
     return dataclasses.replace(
       self,
-      storage_dtype=np.dtype(f"uint{8 * dtype.itemsize}") if bits else None,
-      storage_head_dim=self._served(platform),
+      storage_dtype=stored if self.storage_dtype is None else self.storage_dtype,
+      storage_head_dim=self.storage_head_dim or self._served(platform),
     )
 
   def _positive(self, name: str) -> int:

@@ -500,14 +500,12 @@ def swapped(cache, row):
 
 
 def keys_written(cache, k):
-  """The same array as pages of keys alone, and of twice as many channels."""
-  pages = dataclasses.replace(cache.pages, head_dim=32, value_dim=16)
   plan = paged_jax.plan(cache, ROWS, ROWS)
-  return paged_jax.write(dataclasses.replace(cache, pages=pages), 1, k, None, plan)
+  return paged_jax.write(cache, 1, k, None, plan)
 
 
-def restored(cache, kv, count):
-  image = dataclasses.replace(cache.pages, kv=kv)
+def restored(cache, value, count):
+  image = jax.tree.map(lambda x: jnp.full(x.shape[1:], value).astype(x.dtype), cache.pages)
   return paged_jax.restore(cache, (image, image), count)
 
 
@@ -515,7 +513,7 @@ CALLS = {name: (getattr(paged_jax, name), args) for name, args in OPERANDS.items
 CALLS["write"] = (written, (jnp.zeros((3, 2, 16)), jnp.int32(1)))
 CALLS["write keys"] = (keys_written, (jnp.zeros((3, 2, 32)),))
 CALLS["swap"] = (swapped, (jnp.int32(0),))
-CALLS["restore"] = (restored, (jnp.zeros((4, 2, 4, 32)), jnp.int32(2)))
+CALLS["restore"] = (restored, (jnp.float32(0), jnp.int32(2)))
 CALLS["scrub"] = (paged_jax.scrub, (ROWS,))
 
 
@@ -524,16 +522,19 @@ LEDGER_ONLY = ("fork", "reorder", "trim", "slide", "free", "hold", "drop", "adop
 # them in the way that 16 bits are stored.
 IN_PLACE = [(name, "float32", True) for name in CALLS]
 IN_PLACE += [
-  (name, "bfloat16" if name in ("extend", "write") else "float32", False)
+  (name, dtype, False)
   for name in CALLS
   if name not in LEDGER_ONLY
+  for dtype in ("bfloat16" if name in ("extend", "write") else "float32", "int8", "float8_e4m3fn")
 ]
+IN_PLACE += [("write", "int8", True)]
 
 
 @pytest.mark.parametrize(("name", "dtype", "batched"), IN_PLACE)
 def test_no_verb_copies_the_pool(name, dtype, batched):
   verb, args = CALLS[name]
-  cache = abstract(dataclasses.replace(BIG, dtype=dtype).stored_for("cpu"))
+  keys = dict(head_dim=32, value_dim=16) if name == "write keys" else {}
+  cache = abstract(dataclasses.replace(BIG, dtype=dtype, **keys))
   if batched:
     cache, *args = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (cache, *args)
@@ -580,8 +581,9 @@ def test_a_copy_of_the_pool_is_caught():
 # Persistence.
 
 
-def test_a_cache_survives_a_checkpoint(tmp_path):
-  cache, _ = write(extend(empty(dtype="bfloat16"), 5, 0, 0)[0], 0, [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_cache_survives_a_checkpoint(tmp_path, dtype):
+  cache, _ = write(extend(empty(dtype=dtype), 5, 0, 0)[0], 0, [1, 2, 3, 4, 5])
   cache, _ = jitted.fork(cache, ids(0), ids(1))
   with ocp.StandardCheckpointer() as saver:
     saver.save(tmp_path / "cache", cache)
@@ -589,7 +591,8 @@ def test_a_cache_survives_a_checkpoint(tmp_path):
     restored = saver.restore(tmp_path / "cache", jax.eval_shape(lambda: cache))
   chex.assert_trees_all_equal(restored, cache)
   restored, ok = extend(restored, 1, 1, 1)
-  assert ok == [True] * 3 and read(restored, 1) == [1, 2, 3, 4, 5, 0]
+  assert ok == [True] * 3
+  np.testing.assert_allclose(read(restored, 1), [1, 2, 3, 4, 5, 0], rtol=1e-6)
   assert isinstance(restored, paged_jax.Cache)
 
 
@@ -643,50 +646,107 @@ def test_values_that_are_channels_of_keys_are_stored_once_and_seen_as_if_apart(
 
 
 def random_bytes(dtype):
-  """A cache of two rows, 9 and 4 tokens, whose pages hold any bits, NaN too; and these bits."""
-  cache, _ = extend(jitted.init(config(dtype=dtype).stored_for("cpu")), 9, 0, 4)
-  bits = np.random.default_rng(0).integers(0, 256, cache.pages.kv.nbytes, np.uint8)
-  kv = bits.view(cache.pages.kv.dtype).reshape(cache.pages.kv.shape)
-  return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, kv=jnp.asarray(kv))), kv
+  """A cache of two rows, 9 and 4 tokens, whose pages hold any bits, NaN too; and its arrays."""
+  cache, _ = extend(jitted.init(config(dtype=dtype)), 9, 0, 4)
+  rng = np.random.default_rng(0)
+
+  def any_bits(x):
+    return rng.integers(0, 256, x.nbytes, np.uint8).view(x.dtype).reshape(x.shape)
+
+  pages = jax.tree.map(any_bits, cache.pages)
+  return dataclasses.replace(cache, pages=jax.tree.map(jnp.asarray, pages)), arrays(pages)
 
 
-DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def arrays(pages):
+  """Numbers, and scales if there are any."""
+  return [np.asarray(x) for x in jax.tree.leaves(pages)]
+
+
+def bits(pages, *places):
+  """What each array has in a place."""
+  return [x[places].tobytes() for x in arrays(pages)]
+
+
+DTYPES = pytest.mark.parametrize(
+  "dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
+)
 
 
 @DTYPES
 def test_offloaded_pages_come_back_bit_for_bit_whatever_they_hold(dtype):
-  cache, kv = random_bytes(dtype)
+  cache, before = random_bytes(dtype)
   images = jitted.offload(cache, ids(2, 0, 99, -1))
-  assert {image.kv.sharding.memory_kind for image in images} == {"pinned_host"}
-  assert not any(np.asarray(image.kv).any() for image in images[2:])
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(images)}
+  assert kinds == {"pinned_host"}
+  assert not any(x.any() for image in images[2:] for x in arrays(image))
   cache, pages, info = jitted.restore(cache, images, jnp.int32(3))
   assert bool(info.ok) and int(info.num_free) == 1 and pages.tolist() == [4, 5, 6, 8]
   assert cache.ledger.pool.holds.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
   for taken, source in ((4, 2), (5, 0)):
-    assert np.asarray(cache.pages.kv[taken]).tobytes() == kv[source].tobytes()
-  assert not np.asarray(cache.pages.kv[6]).any()
-  untouched = [0, 1, 2, 3, 7]
-  assert np.asarray(cache.pages.kv)[untouched].tobytes() == kv[untouched].tobytes()
+    assert bits(cache.pages, taken) == bits(before, source)
+  assert not any(x[6].any() for x in arrays(cache.pages))
+  assert bits(cache.pages, [0, 1, 2, 3, 7]) == bits(before, [0, 1, 2, 3, 7])
   invariants.check(cache)
 
 
 @DTYPES
 def test_a_swapped_row_comes_back_bit_for_bit_and_its_image_holds_nothing_else(dtype):
-  cache, kv = random_bytes(dtype)
+  cache, before = random_bytes(dtype)
   cache, image, _ = jitted.swap_out(cache, jnp.int32(0))
   assert (int(image.start), int(image.length), image.pages.kv.shape[0]) == (0, 9, 6)
-  bits = np.array(image.pages.kv)
-  assert (
-    bits[:2].tobytes() == kv[:2].tobytes()
-    and bits[2, :, :, 0].tobytes() == kv[2, :, :, 0].tobytes()
-  )
-  assert not bits[2, :, :, 1:].any() and not bits[3:].any()  # one token in the third page
+  image_bits, everything = arrays(image.pages), slice(None)
+  assert bits(image_bits, slice(2)) == bits(before, slice(2))
+  one = 2, everything, everything, 0  # one token in the third page
+  assert bits(image_bits, *one) == bits(before, *one)
+  assert not any(x[2, :, :, 1:].any() or x[3:].any() for x in image_bits)
   cache, info = jitted.swap_in(cache, jnp.int32(1), image)
   assert bool(info.ok) and pages_of(cache, 1) == [4, 5, 6]
-  assert np.asarray(cache.pages.kv[4:7]).tobytes() == bits[:3].tobytes()
-  assert np.asarray(cache.pages.kv[3]).tobytes() == kv[3].tobytes()
+  assert bits(cache.pages, slice(4, 7)) == bits(image_bits, slice(3))
+  assert bits(cache.pages, 3) == bits(before, 3)
   assert not cache.ledger.pool.holds.any()
   invariants.check(cache)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("worst", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value_dim", [None, 3])
+def test_a_key_or_value_of_8_bits_that_is_not_finite_reads_nan_in_its_head_and_row_alone(
+  dtype, worst, value_dim
+):
+  config_ = config(head_dim=5, dtype=dtype, value_dim=value_dim)
+  k = KEYS.copy()
+  k[2, 1, 3] = worst  # token 2 of row 0, head 1
+  v = None if value_dim else VALUES
+  rows, positions = ids(0, 0, 0, 0, 1, 1), ids(0, 1, 2, 3, 0, 1)
+  cache, _ = extend(jitted.init(config_), 4, 2, 0)
+  plan = jitted.plan(cache, rows, positions)
+  cache = jitted.write(cache, 1, k, v, plan)
+  got, _ = jitted.gather(cache, 1, ROWS, num_tokens=4)
+  bad = np.zeros((3, 4, 2), bool)
+  bad[0, 2, 1] = True
+  np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(bad[..., None], got.shape))
+  out = np.asarray(jitted.attend(cache, 1, Q, plan))
+  assert np.isnan(out[2:4, 1]).all()  # those that see it
+  assert np.isfinite(out[:, 0]).all() and np.isfinite(out[4:]).all()  # the other head and row
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_zero_tiny_and_huge_channels_are_kept_as_their_scale_allows(dtype):
+  k = np.zeros((4, 2, 5), np.float32)
+  k[1] = 1e-42  # a denormal
+  k[2, :, 0], k[2, :, 1:] = 1e4, 1.0  # one channel far above the others
+  k[3] = np.finfo(np.float32).max
+  cache, _ = extend(jitted.init(config(head_dim=5, dtype=dtype)), 4, 0, 0)
+  plan = jitted.plan(cache, ids(0, 0, 0, 0), ids(0, 1, 2, 3))
+  cache = jitted.write(cache, 0, k, -k, plan)
+  got_k, got_v = jitted.gather(cache, 0, ids(0), num_tokens=6)
+  np.testing.assert_array_equal(got_v, -got_k)
+  got = np.asarray(got_k[0])
+  assert not got[:2].any() and not got[4:].any()
+  np.testing.assert_allclose(got[2, :, 0], 1e4, rtol=1e-6)
+  small = 0.0 if dtype == "int8" else 1.0  # int8 has steps of 1e4 / 127, e4m3 of a part of itself
+  np.testing.assert_allclose(got[2, :, 1:], small, rtol=0.07)
+  np.testing.assert_allclose(got[3], k[3], rtol=1e-6)
 
 
 def test_a_restore_that_does_not_fit_changes_nothing():

@@ -1,9 +1,11 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import paged_jax
 from paged_jax import CacheConfig
 
 
@@ -56,13 +58,25 @@ def test_configs_are_hashable_and_equal_by_value():
     CacheConfig().num_pages = 1  # pyright: ignore
 
 
-def test_storage_never_depends_on_the_machine_unless_asked():
-  config = CacheConfig(dtype="bfloat16")
+def test_storage_is_that_of_a_platform_unless_the_config_says_how():
+  config = CacheConfig(dtype="bfloat16", head_dim=80)
   assert config.array_dtype == jnp.bfloat16
   assert config.stored_for("gpu").array_dtype == jnp.bfloat16
   assert config.stored_for("cpu").array_dtype in (jnp.bfloat16, jnp.uint16)
   assert CacheConfig(dtype="float32").stored_for("cpu").array_dtype == jnp.float32
-  assert CacheConfig(dtype="float32", storage_dtype="float32") == CacheConfig(dtype="float32")
+  bits = dataclasses.replace(config, storage_dtype="uint16", storage_head_dim=80)
+  for stored in (bits, config.stored_for("gpu")):
+    assert [stored.stored_for(platform) for platform in ("cpu", "gpu", "tpu")] == [stored] * 3
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 33 / 64), ("float8_e4m3fn", 33 / 64)])
+def test_bytes_of_8_bit_pages_count_their_scales(dtype, share):
+  config = CacheConfig(head_dim=128, dtype=dtype)
+  assert config.page_bytes == share * CacheConfig(head_dim=128).page_bytes
+  cache = paged_jax.init(config_ := CacheConfig(1, 2, 4, 8, 16, 2, 16, dtype=dtype))
+  assert sum(x.nbytes for x in jax.tree.leaves(cache.pages)) == 16 * config_.page_bytes
+  assert config.value_dtype == jnp.float32 and config.num_scales == 64
+  assert dataclasses.replace(config, value_dim=64).num_scales == 32
 
 
 @pytest.mark.parametrize(
@@ -91,8 +105,7 @@ def test_keys_that_contain_values_are_stored_as_a_kernel_serves_them(platform, s
 def test_a_padded_page_has_the_bytes_of_what_is_stored():
   config = CacheConfig(head_dim=80, storage_head_dim=np.int64(128))
   assert config.page_bytes == CacheConfig(head_dim=128).page_bytes
-  assert hash(config) == hash(CacheConfig(head_dim=80).stored_for("tpu"))
-  assert CacheConfig(head_dim=80, storage_head_dim=80) == CacheConfig(head_dim=80)
+  assert hash(config.stored_for("tpu")) == hash(CacheConfig(head_dim=80).stored_for("tpu"))
 
 
 def test_a_page_of_keys_alone_has_their_bytes():

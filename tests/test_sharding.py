@@ -26,6 +26,10 @@ def mesh(kind, shape=(8,), names=("model",)):
   return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
+def mesh_of(ways):
+  return jax.sharding.Mesh(np.array(jax.devices()[:ways]), ("model",))
+
+
 def step(cache, q, k):
   """A decode step with a fork before it and a swap behind it."""
   cache, _ = paged_jax.extend(cache, ids(5, 0, 3))
@@ -145,3 +149,26 @@ def test_each_cache_of_a_tuple_is_split_by_its_own_heads():
   with pytest.warns(UserWarning, match="3 KV heads do not divide"):
     split, whole = specs(configs, mesh(AxisType.Auto))
   assert (split.pages.kv[2], whole.pages.kv[2]) == ("model", None)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_8_bit_pages_and_answers_are_equal_bit_for_bit_on_1_2_and_4_devices(dtype):
+  small = dataclasses.replace(HEADS, dtype=dtype)
+
+  def on(ways):
+    where = mesh_of(ways)
+    split = NamedSharding(where, PartitionSpec(None, "model"))
+    cache = jax.device_put(jitted.init(small), shardings(small, where))
+    args = (cache, *jax.device_put(operands(), split))
+    compiled = (
+      jax.jit(step, out_shardings=(shardings(small, where), split, None)).lower(*args).compile()
+    )
+    assert ways == 1 or not re.search(COLLECTIVES, compiled.as_text())
+    cache, out, info = compiled(*args)
+    assert cache.pages.scales.sharding.spec[2] == "model"
+    return jax.tree.map(np.asarray, (cache, out, info))
+
+  one = on(1)
+  assert one[0].pages.kv.any() and one[0].pages.scales.any() and one[1].any()
+  for ways in (2, 4):
+    chex.assert_trees_all_equal(on(ways), one)

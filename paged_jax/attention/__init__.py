@@ -231,8 +231,8 @@ def verify(
   >>> report.ok, len(report.checks)
   (True, 12)
   """
-  if config is None:
-    config = CacheConfig(num_kv_heads=8).stored_for(jax.default_backend())
+  config = CacheConfig(num_kv_heads=8) if config is None else config
+  config = config.stored_for(jax.default_backend())
   num_heads = 4 * config.num_kv_heads if num_heads is None else num_heads
   if num_heads < 1 or num_heads % config.num_kv_heads:
     raise ValueError(f"num_heads must be a multiple of {config.num_kv_heads}, got {num_heads}")

@@ -11,7 +11,6 @@ from rich.live import Live
 from rich.panel import Panel
 
 from paged_jax import models, viz
-from paged_jax.cli import model as model_lib
 from paged_jax.cli import progress
 from paged_jax.cli.progress import Update
 from paged_jax.engine import Engine, EngineConfig, Sampling
@@ -66,7 +65,7 @@ def start(
   engine = Engine(
     decoder,
     EngineConfig(
-      model_lib.stored(config),
+      config,
       ManagerConfig(0, swapping=False, prefix_cache=False),
       num_steps=4,
       prompt_sizes=(128,),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import typer
 
 import paged_jax
-from paged_jax import attention
+from paged_jax import attention, models
 from paged_jax.cli import model as model_lib
 from paged_jax.cli import programs, progress
 
@@ -20,16 +20,19 @@ def run(
   attention_name: Annotated[
     str | None, typer.Option("--attention", help="Backend to verify; default: what is chosen.")
   ] = None,
-  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  page_size: Annotated[int | None, typer.Option(min=1, help="Tokens per page.")] = None,
   num_kv_heads: Annotated[int, typer.Option(min=1, help="KV heads of a layer.")] = 8,
   num_heads: Annotated[
     int | None, typer.Option(min=1, help="Query heads; default: 4 per KV head.")
   ] = None,
   head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
-  dtype: Annotated[model_lib.Dtype, typer.Option(help="Of the cache.")] = model_lib.Dtype.bfloat16,
+  dtype: Annotated[
+    model_lib.KvDtype, typer.Option(help="Of the cache.")
+  ] = model_lib.KvDtype.bfloat16,
 ) -> None:
   """Shows versions, the platform, and what the cache would choose on it; `--verify` proves it."""
   platform = jax.default_backend()
+  page_size = page_size or models.default_page_size(dtype.value)
   config = paged_jax.CacheConfig(
     num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=jnp.dtype(dtype.value)
   ).stored_for(platform)

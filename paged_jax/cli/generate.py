@@ -51,13 +51,16 @@ def run(
   top_p: Annotated[float, typer.Option(help="Draw from the likely tokens of this mass.")] = 1.0,
   seed: Annotated[int, typer.Option(help="Sample i draws with SEED + i.")] = 0,
   stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
-  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  page_size: Annotated[
+    int | None, typer.Option(min=1, help="Tokens per page; default: 16, or 128 of 8 bits on TPU.")
+  ] = None,
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
   ] = None,
   dtype: Annotated[
     model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
   ] = None,
+  kv_dtype: model_lib.KvDtypes = None,
 ) -> None:
   """Continues prompts: arguments, or lines of a file or of standard input.
 
@@ -78,12 +81,16 @@ def run(
 
   with progress.status("loading and compiling"):
     decoder = models.load(folder, dtype)
+    kv_dtypes = model_lib.kv_dtypes(decoder, kv_dtype)
+    page_size = page_size or models.default_page_size(*kv_dtypes)
     longest = _longest(decoder.config.max_length, page_size, num_pages)
     counts = _new_tokens(ids, max_new_tokens, *longest)
     requests = [
       (x, dataclasses.replace(wanted, max_new_tokens=n)) for x, n in zip(ids, counts, strict=True)
     ]
-    engine = _engine(decoder, requests, page_size, num_pages, models.eos_tokens(folder), tokenizer)
+    engine = _engine(
+      decoder, requests, kv_dtypes, page_size, num_pages, models.eos_tokens(folder), tokenizer
+    )
     updates = progress.follow(engine, requests)
     last = next(updates)
     engine.warm_up(samplings=[sampling for _, sampling in requests])
@@ -220,6 +227,7 @@ def _new_tokens(
 def _engine(
   decoder: Decoder,
   requests: list[tuple[tuple[int, ...], Sampling]],
+  kv_dtypes: tuple,
   page_size: int,
   num_pages: int | None,
   eos: Sequence[int],
@@ -233,16 +241,14 @@ def _engine(
   needs = sorted(s + num_samples * (-(-n // page_size) - s) for n, s in zip(lengths, shared))
   total = sum(len(prompt) for prompt, _ in requests)
   budget = next((size for size in _PROMPT_SIZES if size >= total), _PROMPT_SIZES[-1])
-  config = model_lib.stored(
-    models.cache_config(
-      decoder.config,
-      num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
-      num_rows=at_once * num_samples,
-      page_size=page_size,
-      max_length=max(lengths),
-      dtype=decoder.embed_tokens.weight.dtype,
-      step_tokens=budget,
-    )
+  config = models.cache_config(
+    decoder.config,
+    num_pages=sum(needs[-at_once:]) if num_pages is None else num_pages,
+    num_rows=at_once * num_samples,
+    page_size=page_size,
+    max_length=max(lengths),
+    dtype=kv_dtypes,
+    step_tokens=budget,
   )
   options = ManagerConfig(0, swapping=False, prefix_cache=len(requests) > 1)
   with model_lib.memory_for(config):

@@ -5,8 +5,11 @@ import enum
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import jax
+import numpy as np
+import typer
 
 from paged_jax import groups, models
 from paged_jax.config import CacheConfig
@@ -15,11 +18,47 @@ Configs = CacheConfig | tuple[CacheConfig, ...]
 
 
 class Dtype(enum.StrEnum):
-  """Of weights and cache."""
+  """Of weights."""
 
   float32 = "float32"
   bfloat16 = "bfloat16"
   float16 = "float16"
+
+
+class KvDtype(enum.StrEnum):
+  """Of keys and values."""
+
+  float32 = "float32"
+  bfloat16 = "bfloat16"
+  float16 = "float16"
+  int8 = "int8"
+  float8_e4m3fn = "float8_e4m3fn"
+
+
+KvDtypes = Annotated[
+  list[KvDtype] | None,
+  typer.Option(
+    "--kv-dtype",
+    help="Of the cache; default: as the weights. int8 and float8_e4m3fn take about half the memory"
+    " of 16 bits. Repeatable: one for each group of layers.",
+  ),
+]
+
+
+def kv_dtypes(decoder: models.Decoder, asked: list[KvDtype] | None) -> tuple:
+  """The dtype of each group's cache.
+
+  Raises:
+    ValueError: There are several, and not as many as groups.
+  """
+  count = len(decoder.config.groups)
+  if not asked:
+    return (decoder.embed_tokens.weight.dtype,) * count
+  if len(asked) not in (1, count):
+    names = " ".join(asked)
+    raise ValueError(f"--kv-dtype takes one, or one for each of {count} groups, got {names}")
+  dtypes = tuple(np.dtype(name) for name in asked)
+  return dtypes * count if len(dtypes) == 1 else dtypes
 
 
 def folder(model: Path | None) -> Path:
@@ -34,12 +73,6 @@ def folder(model: Path | None) -> Path:
   if not (path / "config.json").is_file():
     raise ValueError(f"{path} is no checkpoint: it has no config.json")
   return path
-
-
-def stored(config: Configs) -> Configs:
-  """The cache, or that of each group, as this platform stores it best."""
-  platform = jax.default_backend()
-  return groups.like(config, [each.stored_for(platform) for each in groups.each(config)])
 
 
 def free_bytes() -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paged_jax import groups, interrupts, models
+from paged_jax import cache, groups, interrupts, models
 from paged_jax.cli import model as model_lib
 from paged_jax.cli import progress
 from paged_jax.engine import Engine, EngineConfig
@@ -21,7 +21,9 @@ def run(
   name: Annotated[str | None, typer.Option(help="The model's; default: the folder's.")] = None,
   host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
   port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-  page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
+  page_size: Annotated[
+    int | None, typer.Option(min=1, help="Tokens per page; default: 16, or 128 of 8 bits on TPU.")
+  ] = None,
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool, instead of --memory.")
   ] = None,
@@ -44,6 +46,7 @@ def run(
   dtype: Annotated[
     model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
   ] = None,
+  kv_dtype: model_lib.KvDtypes = None,
   attention: Annotated[
     str | None, typer.Option(help="Attention backend; default: the best that is right here.")
   ] = None,
@@ -58,9 +61,12 @@ def run(
     tokenizer = models.tokenizer(folder)
     with progress.status(f"loading {name}"):
       decoder = models.load(folder, dtype)
+    kv_dtypes = model_lib.kv_dtypes(decoder, kv_dtype)
+    page_size = page_size or models.default_page_size(*kv_dtypes)
     max_length = _max_length(max_length, decoder.config.max_length, page_size, num_pages)
     sizes = {"num_rows": num_rows, "page_size": page_size, "max_length": max_length}
-    config = _caches(decoder, num_pages, memory, sizes | {"step_tokens": max(prompt_size)})
+    sizes |= {"dtype": kv_dtypes, "step_tokens": max(prompt_size)}
+    config = _caches(decoder, num_pages, memory, sizes)
     with model_lib.memory_for(config):
       engine = Engine(
         decoder,
@@ -96,15 +102,14 @@ def _caches(
   """
   if num_pages is not None and memory is not None:
     raise ValueError(f"give --num-pages or --memory, got {num_pages} and {memory}")
-  sizes = sizes | {"dtype": decoder.embed_tokens.weight.dtype}
   whole = sizes["num_rows"] * -(-sizes["max_length"] // sizes["page_size"])
   config = models.cache_config(decoder.config, num_pages=num_pages or whole, **sizes)
-  size = sum(each.num_pages * each.page_bytes for each in groups.each(model_lib.stored(config)))
+  size = sum(each.num_pages * each.page_bytes for each in groups.each(cache.stored(config)))
   free = model_lib.free_bytes() if memory is None else int(memory * 1e9)
   if memory is not None or (num_pages is None and size > free):
     config = models.cache_config(decoder.config, memory_bytes=free, **sizes)
     progress.say(models.describe(config))
-  return model_lib.stored(config)
+  return config
 
 
 def _max_length(asked: int | None, longest: int, page_size: int, num_pages: int | None) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from paged_jax import cache as cache_lib
 from paged_jax import groups, jitted
 from paged_jax.config import CacheConfig
 from paged_jax.host import events, pressure, report
@@ -79,7 +80,8 @@ class Manager:
     shardings: Any = None,
     verbs=jitted,
   ):
-    self.config, configs = config, groups.each(config)
+    self.config = config = cache_lib.stored(config)
+    configs = groups.each(config)
     self.options = options = ManagerConfig() if options is None else options
     options.check(configs)
     stored = [dataclasses.replace(x, num_layers=x.num_layers + options.canary) for x in configs]

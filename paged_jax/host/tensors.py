@@ -3,6 +3,9 @@
 Canary mode adds one layer. In it each written slot has a mark: its key spells the token's
 position, and its value spells the cache id of the sequence that wrote it, in digits that every
 dtype represents exactly. Marks move with their pages.
+
+    # 16 bits, base 128    position 300   [44 2 0 0 | 44 2 0 0]
+    # 8 bits, base 8       position 300   [7 4 5 4 0 0 ...]        7 is the largest: the scale's
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +23,7 @@ from paged_jax.host.sharing import Sharing
 from paged_jax.host.state import ID_SIZES, bucket
 
 _BASE, _DIGITS = 128, 4
+_SMALL_BASE, _SMALL_DIGITS = 8, 10  # of 8 bits, behind the largest digit; read to the next integer
 
 
 class Tensors:
@@ -83,7 +87,7 @@ class Tensors:
     pad = ((0, size - count), (0, 0), (0, 0))
     cache = state.cache_of(group)
     plan = state.verbs.plan(cache, rows, positions)
-    padded = [x if x is None else jnp.pad(x.astype(config.dtype), pad) for x in (k, v)]
+    padded = [x if x is None else jnp.pad(x.astype(config.value_dtype), pad) for x in (k, v)]
     cache = state.verbs.write(cache, jnp.int32(layer), *padded, plan)
     if self._canary:
       marks = _marks(handle.cache_id, positions, config)
@@ -145,11 +149,12 @@ def _marks(
   Where values are part of keys, the key has digits of both, in turn.
   """
   shape = (len(positions), config.num_kv_heads, config.head_dim)
-  texts = [_spelled(x, config.head_dim) for x in (positions, np.full_like(positions, cache_id))]
+  texts = [_spelled(x, config) for x in (positions, np.full_like(positions, cache_id))]
   if config.value_dim is not None:
-    first = np.arange(config.head_dim) // _DIGITS % 2 == 0
+    digits = _SMALL_DIGITS if config.num_scales else _DIGITS
+    first = np.arange(config.head_dim) // digits % 2 == 0
     texts = [np.where(first, *texts)]
-  k, *v = (np.broadcast_to(x[:, None], shape).astype(config.dtype) for x in texts)
+  k, *v = (np.broadcast_to(x[:, None], shape).astype(config.value_dtype) for x in texts)
   return k, v[0] if v else None
 
 
@@ -160,14 +165,19 @@ def _mismatch(
   for i, writer in enumerate(writers):
     if writer is None:
       continue
-    found = (k[i : i + 1], v[i : i + 1])
+    found = (x[i : i + 1] for x in (k, v))
+    if config.num_scales:  # numbers times scales
+      found = map(np.rint, found)
     wanted = _marks(writer, np.array([start + i]), config)
     if not all(y is None or np.array_equal(x, y) for x, y in zip(found, wanted)):
       return start + i
   return None
 
 
-def _spelled(numbers: np.ndarray, width: int) -> np.ndarray:
+def _spelled(numbers: np.ndarray, config: CacheConfig) -> np.ndarray:
   """Digits [B,D] of numbers, lowest digit first, repeated over the width."""
-  digits = np.arange(width) % _DIGITS
-  return numbers[:, None].astype(np.int64) // _BASE**digits % _BASE
+  channels = np.arange(config.head_dim)
+  if not config.num_scales:
+    return numbers[:, None].astype(np.int64) // _BASE ** (channels % _DIGITS) % _BASE
+  digits = numbers[:, None].astype(np.int64) // _SMALL_BASE ** ((channels - 1) % _SMALL_DIGITS)
+  return np.where(channels == 0, _SMALL_BASE - 1, digits % _SMALL_BASE)

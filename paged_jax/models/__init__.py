@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from paged_jax.models.caches import cache_config as cache_config
+from paged_jax.models.caches import default_page_size as default_page_size
 from paged_jax.models.caches import describe as describe
 from paged_jax.models.config import DecoderConfig as DecoderConfig
 from paged_jax.models.config import Experts as Experts
@@ -17,7 +18,7 @@ from paged_jax.models.loading import tokenizer as tokenizer
 from paged_jax.models.ropes import Rope as Rope
 
 __all__ = [
-  "Decoder", "DecoderConfig", "Experts", "Group", "Latent", "Rope", "Shape", "cache_config", "describe", "embedded", "eos_tokens", "load", "save",
+  "Decoder", "DecoderConfig", "Experts", "Group", "Latent", "Rope", "Shape", "cache_config", "default_page_size", "describe", "embedded", "eos_tokens", "load", "save",
   "tokenizer",
 ]  # fmt: skip
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paged_jax import cache as cache_lib
+from paged_jax import quantization
 from paged_jax.config import CacheConfig
 from paged_jax.models.config import DecoderConfig, Group
 
@@ -15,7 +17,7 @@ MAX_TOKENS = 2**30 - 1  # in a pool, see `CacheConfig`
 
 def cache_config(
   config: DecoderConfig, *, num_rows: int, num_pages: int | None = None,
-  memory_bytes: int | None = None, page_size: int = 16, max_length: int | None = None,
+  memory_bytes: int | None = None, page_size: int | None = None, max_length: int | None = None,
   dtype: Any = jnp.bfloat16, step_tokens: int = 512, prefix_ends: int | None = None,
   uniform: bool = False,
 ) -> Any:  # fmt: skip
@@ -37,9 +39,10 @@ def cache_config(
     num_rows: Sequences that run at once.
     num_pages: Pages of the groups with the longest window.
     memory_bytes: Bytes of all pools together, as this platform stores them, instead of `num_pages`.
-    page_size: Tokens per page.
+    page_size: Tokens per page; see `default_page_size`.
     max_length: Most tokens of a row; by default the longest text of the model.
-    dtype: Of keys and values: float32, bfloat16 or float16.
+    dtype: Of keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn; or a tuple, one
+      for each group in the order of `config.groups`.
     step_tokens: Most tokens that a step adds, one per row not counted: the largest of the engine's
       `prompt_sizes`, and the drafts of all rows.
     prefix_ends: Ends of prefixes whose windows the prefix cache can keep; by default `num_rows`, and
@@ -66,18 +69,34 @@ def cache_config(
   max_length = config.max_length if max_length is None else max_length
   _check_ropes(config, max_length)
   groups = (config.uniform,) if uniform else config.groups
+  dtypes = tuple(dtype) if isinstance(dtype, tuple | list) else (dtype,) * len(groups)
+  if len(dtypes) != len(groups):
+    raise ValueError(f"dtype must be one, or one for each of {len(groups)} groups, got {dtype}")
+  page_size = default_page_size(*dtypes) if page_size is None else page_size
   caches = [
     CacheConfig(
       num_layers=len(group.layers), num_kv_heads=group.num_kv_heads, head_dim=group.head_dim,
       page_size=page_size, num_pages=num_pages or 1, num_rows=num_rows, max_length=max_length,
-      dtype=jnp.dtype(dtype), value_dim=group.value_dim, window=group.window,
+      dtype=jnp.dtype(own), value_dim=group.value_dim, window=group.window,
     )
-    for group in groups
+    for group, own in zip(groups, dtypes)
   ]  # fmt: skip
   if len(groups) > 1 or memory_bytes is not None:
     pages = _split(groups, caches, prefix_ends, step_tokens, num_pages, memory_bytes)
     caches = [dataclasses.replace(each, num_pages=n) for each, n in zip(caches, pages)]
   return caches[0] if len(caches) == 1 else tuple(caches)
+
+
+def default_page_size(*dtypes: Any) -> int:
+  """Tokens per page: 16, or 128 on TPU if pages of 8 bits are among `dtypes`.
+
+  There the scales of fewer tokens do not fill the lanes (`paged_jax.attention.tpu_limits`).
+
+  >>> from paged_jax import models
+  >>> models.default_page_size("bfloat16")
+  16
+  """
+  return 128 if jax.default_backend() == "tpu" and any(map(quantization.quantized, dtypes)) else 16
 
 
 def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
@@ -89,8 +108,8 @@ def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
   >>> config = dataclasses.replace(config, windows=(32, 32, 32, None))
   >>> sizes = dict(num_rows=4, dtype="float32", step_tokens=32)
   >>> print(models.describe(models.cache_config(config, memory_bytes=2**21, **sizes)))
-  1 layer, all 512 tokens of a row: 172 pages of 8,192 bytes, 1.4 MB (67%)
-  3 layers, the last 32 tokens of a row: 28 pages of 24,576 bytes, 0.7 MB (33%)
+  1 layer, all 512 tokens of a row in float32: 172 pages of 8,192 bytes, 1.4 MB (67%)
+  3 layers, the last 32 tokens of a row in float32: 28 pages of 24,576 bytes, 0.7 MB (33%)
   """
   caches = [caches] if isinstance(caches, CacheConfig) else caches
   sizes = [cache.num_pages * page for cache, page in zip(caches, _page_bytes(caches))]
@@ -99,7 +118,7 @@ def describe(caches: CacheConfig | Sequence[CacheConfig]) -> str:
     layers = f"{cache.num_layers} layer{'s' if cache.num_layers > 1 else ''}"
     kept = f"all {cache.max_length:,}" if cache.window is None else f"the last {cache.window:,}"
     lines.append(
-      f"{layers}, {kept} tokens of a row: {cache.num_pages:,} pages of"
+      f"{layers}, {kept} tokens of a row in {cache.dtype}: {cache.num_pages:,} pages of"
       f" {size // cache.num_pages:,} bytes, {size / 1e6:,.1f} MB ({size / sum(sizes):.0%})"
     )
   return "\n".join(lines)
@@ -142,7 +161,7 @@ def _split(
 
 def _page_bytes(caches: Sequence[CacheConfig]) -> list[int]:
   """Bytes of a page of each cache, as this platform stores it."""
-  return [cache.stored_for(jax.default_backend()).page_bytes for cache in caches]
+  return [cache.page_bytes for cache in cache_lib.stored(tuple(caches))]
 
 
 def _check_ropes(config: DecoderConfig, max_length: int) -> None:

@@ -27,7 +27,7 @@ def test_each_piece_and_token_is_read_once(folder, monkeypatch):
     ((65,), Sampling(12, num_samples=2, temperature=1.0)),
   ]
   tokenizer = models.tokenizer(folder)
-  engine = generate._engine(models.load(folder), requests, 16, 8, (), tokenizer)
+  engine = generate._engine(models.load(folder), requests, ("float32",), 16, 8, (), tokenizer)
   updates = progress.follow(engine, requests)
   first = next(updates)
   assert (first.done, first.rows) == ([False] * 3, {})

@@ -133,5 +133,21 @@ def test_bound_of_a_window_is_what_rows_hold_in_the_worst_case(window, page_size
 
 def test_description_has_a_line_per_cache():
   full, window = models.describe(models.cache_config(GEMMA3, num_pages=4096, **SIZES)).splitlines()
-  assert full.startswith("4 layers, all 8,192 tokens of a row: 4,096 pages")
-  assert window.startswith("22 layers, the last 512 tokens of a row: 592 pages")
+  assert full.startswith("4 layers, all 8,192 tokens of a row in bfloat16: 4,096 pages")
+  assert window.startswith("22 layers, the last 512 tokens of a row in bfloat16: 592 pages")
+
+
+def test_each_group_may_have_a_dtype_of_its_own():
+  full, window = models.cache_config(GEMMA3, num_pages=64, dtype=("int8", "bfloat16"), **SIZES)
+  assert (full.dtype, window.dtype) == (jnp.int8, jnp.bfloat16)
+  with pytest.raises(ValueError, match="dtype must be one, or one for each of 2 groups, got"):
+    models.cache_config(GEMMA3, num_pages=64, dtype=("int8",), **SIZES)
+
+
+@pytest.mark.parametrize(
+  ("platform", "dtype", "size"),
+  [("cpu", "int8", 16), ("tpu", "bfloat16", 16), ("tpu", "int8", 128), ("gpu", "int8", 16)],
+)
+def test_pages_of_8_bits_are_large_on_tpu_by_default(monkeypatch, platform, dtype, size):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert models.cache_config(MISTRAL, num_pages=64, num_rows=1, dtype=dtype).page_size == size
