@@ -134,8 +134,9 @@ class CacheConfig:
     `init`, `Manager` and `Engine` do this for the platform that they run on, so only programs that
     are compiled for another one need it. What a config already says of its storage stays.
 
-    `storage_dtype`: on CPU with jax 0.10, XLA rewrites the whole pool when it scatters bfloat16 or
-    float8. It updates the same bits in place if they are kept as uint16 or uint8. `storage_head_dim`: the kernels of
+    `storage_dtype`: on CPU, XLA rewrites the whole pool when it updates float8, and with jax 0.10
+    bfloat16. It updates the same bits in place if they are kept as uint8 or uint16. float8 is kept
+    as uint8 on GPU, too, where not every device has it. `storage_head_dim`: the kernels of
     attention serve multiples of 64 on TPU, and powers of two from 16 to 256 on GPU. With a
     `value_dim` they serve multiples of 128 on TPU, and as many channels behind the value on GPU.
     Other head dims are padded with zeros to the next one. No verb shows the padding.
@@ -146,7 +147,8 @@ class CacheConfig:
     (128, 80)
     """
     dtype, old = np.dtype(self.dtype), jax.__version_info__ < (0, 11)
-    bits = platform == "cpu" and old and dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
+    bits = platform == "cpu" and old and dtype == jnp.bfloat16
+    bits |= platform in ("cpu", "gpu") and dtype == jnp.float8_e4m3fn
     stored = np.dtype(f"uint{8 * dtype.itemsize}") if bits else dtype
     return dataclasses.replace(
       self,
