@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from paged_jax import cache as cache_lib
 from paged_jax import groups, jitted, quantization
@@ -182,22 +183,34 @@ def _compare_tokens(cache: Cache, model: Group) -> None:
 
 
 def keys_and_values(
-  tokens, layer: int, shape: tuple[int, int], value_dim: int | None, dtype: np.dtype
+  tokens, layer: int, shape: tuple[int, int], value_dim: int | None, dtype: DTypeLike = np.float32
 ) -> list[np.ndarray]:
-  """What is read of `tokens` [B] in a layer: K and V f32[B,H,D], or K alone if it contains V."""
-  kept = [values(tokens, x, shape) for x in ((layer, ~layer) if value_dim is None else (layer,))]
+  """Of `tokens` [B] in a layer: K and V f32[B,H,D], or K alone if it contains V.
+
+  What is written is that of float32, and what is read that of the pages' dtype.
+  """
+  written = [values(tokens, x, shape) for x in ((layer, ~layer) if value_dim is None else (layer,))]
+  return [_read(x, np.dtype(dtype)) for x in written]
+
+
+def _read(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """What pages of a dtype read of values that are exact in 16 bits."""
   if not quantization.quantized(dtype):
-    return kept
-  numbers, scales = zip(*(cases.quantized(np.where(x == 0, 1, x), dtype.name) for x in kept))
-  read = [n.astype(np.float32) * scale[..., None] for n, scale in zip(numbers, scales)]
-  return [np.where(x == 0, 0, y) for x, y in zip(kept, read)]
+    return x
+  numbers, scales = cases.quantized(np.where(x.any(axis=-1, keepdims=True), x, 1), dtype.name)
+  return np.where(x == 0, 0, numbers.astype(np.float32) * scales[..., None])
 
 
 def values(tokens, layer: int, shape: tuple[int, int]) -> np.ndarray:
-  """The values of `tokens` [B] in a layer (`~layer` for V): float32 [B,H,D], exact in 16 bits."""
-  own = np.asarray(tokens, np.float32)[:, None, None] * np.ones(shape, np.float32)
-  signs = 1 - 2 * ((np.arange(shape[0])[:, None] + np.arange(shape[1]) + layer) % 2)
-  return own * signs * (1.0 if layer >= 0 else 0.5)
+  """The values of `tokens` [B] in a layer (`~layer` for V): float32 [B,H,D], exact in 16 bits.
+
+  Even channels spell the token and odd ones another number, so that 8 bits need both the numbers
+  and the scale of each.
+  """
+  tokens, channels = np.asarray(tokens, np.int64)[:, None, None], np.arange(shape[1])
+  own = np.where(channels % 2, tokens * 37 % 251, tokens)
+  signs = 1 - 2 * ((np.arange(shape[0])[:, None] + channels + layer) % 2)
+  return (own * signs).astype(np.float32) * (1.0 if layer >= 0 else 0.5)
 
 
 @jax.jit
@@ -257,9 +270,7 @@ def _written(verbs, config: CacheConfig, cache: Cache, plan: Plan, tokens: np.nd
   """The cache with tokens in every layer."""
   for layer in range(config.num_layers):
     shape = (config.num_kv_heads, config.head_dim)
-    k, *v = (
-      values(tokens, x, shape) for x in ((layer, ~layer) if config.value_dim is None else (layer,))
-    )
+    k, *v = keys_and_values(tokens, layer, shape, config.value_dim)
     cache = verbs.write(cache, jnp.int32(layer), k, v[0] if v else None, plan)
   return cache
 
@@ -290,6 +301,6 @@ def _compare_image(config: CacheConfig, image: Pages, content: list) -> None:
     kv = cases.read(kv[None], np.asarray(image.scales)[None], config.dtype)[0]
   padding = (0, 0), (0, 0), (0, config.array_head_dim - config.head_dim)
   for layer in range(config.num_layers):
-    kept = keys_and_values(tokens, layer, shape, config.value_dim, np.dtype(config.dtype))
+    kept = keys_and_values(tokens, layer, shape, config.value_dim, config.dtype)
     wanted = np.concatenate([np.pad(x.transpose(1, 0, 2), padding) for x in kept], axis=-1)
     np.testing.assert_array_equal(kv[layer], wanted, f"image {content}")

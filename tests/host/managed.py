@@ -54,8 +54,8 @@ def fill(manager, handle, tokens, start):
   for group, each, begin in live(manager, handle, start):
     if values := fingerprints(tokens)[begin:]:
       for layer in range(each.num_layers):
-        k, v = (replay.values(values, x, SHAPE) for x in (layer, ~layer))
-        manager.write_kv(handle, layer, begin, k, None if each.value_dim else v, group=group)
+        k, *v = replay.keys_and_values(values, layer, SHAPE, each.value_dim)
+        manager.write_kv(handle, layer, begin, k, v[0] if v else None, group=group)
 
 
 def check_bytes(manager, handle, tokens, start=0):
@@ -65,9 +65,9 @@ def check_bytes(manager, handle, tokens, start=0):
     if values := fingerprints(tokens)[begin:]:
       for layer in range(each.num_layers):
         k, v = manager.read_kv(handle, layer, begin, len(values), group=group)
-        np.testing.assert_array_equal(k, replay.values(values, layer, SHAPE))
-        if not each.value_dim:
-          np.testing.assert_array_equal(v, replay.values(values, ~layer, SHAPE))
+        wanted = replay.keys_and_values(values, layer, SHAPE, each.value_dim, each.dtype)
+        np.testing.assert_array_equal(k, wanted[0])
+        np.testing.assert_array_equal(v, wanted[-1][..., : each.value_dim])
 
 
 FIVE = [1, 2, 3, 4, 5]

@@ -1,7 +1,6 @@
 """Every row of the contract of the seed that is the manager's, on pages of four tokens."""
 
 import contextlib
-import dataclasses
 import functools
 import threading
 
@@ -13,7 +12,7 @@ from managed import Clock, check_bytes, fill, fingerprints, manager
 from story import config
 
 import paged_jax
-from paged_jax.host import Level, ManagerConfig, Request, errors, eviction
+from paged_jax.host import Level, ManagerConfig, Request, errors, eviction, tensors
 from paged_jax.testing import replay
 
 FIVE = [1, 2, 3, 4, 5]
@@ -1679,35 +1678,58 @@ def test_scrub_leaves_what_another_still_holds():
   check_bytes(m, child, SIX)
 
 
-def overwrite(m, page, value):
-  """Somebody else's bytes in a page, behind the manager's back."""
-  kv = m.cache.pages.kv.at[page].set(value)
-  pages = dataclasses.replace(m.cache.pages, kv=kv)
+def overwrite(m, page, values):
+  """Somebody else's bytes in a page, behind the manager's back: of each array, or one for all."""
+  if not isinstance(values, list):
+    values = [values] * len(jax.tree.leaves(m.cache.pages))
+  values = jax.tree.unflatten(jax.tree.structure(m.cache.pages), values)
+  pages = jax.tree.map(lambda x, new: x.at[page].set(new), m.cache.pages, values)
   m._state.cache = paged_jax.types.Cache(ledger=m.cache.ledger, pages=pages)
 
 
+def bytes_of(m, page):
+  """What each array has in a page."""
+  return [x[page] for x in jax.tree.leaves(m.cache.pages)]
+
+
+of_8_bits_too = pytest.mark.parametrize("dtype", ["float32", "int8"])
+
+
+@of_8_bits_too
 @pytest.mark.parametrize("value", [0.0, 1.0, np.nan])
-def test_the_canary_finds_a_slot_that_was_overwritten(value):
-  m = manager(dict(canary=True))
+def test_the_canary_finds_a_slot_that_was_overwritten(value, dtype):
+  m = manager(dict(canary=True), dtype=dtype)
   handle = begin(m, SIX)
   check_bytes(m, handle, SIX)
-  overwrite(m, 1, value)
+  overwrite(m, 1, [1, value] if dtype == "int8" else value)
   m.read_kv(handle, 0, 0, 4)
   with pytest.raises(errors.CanaryMismatch, match="'a': token 4, on page 1, is not what"):
     m.read_kv(handle, 0, 0, 6)
 
 
-def test_the_canary_finds_a_page_that_was_swapped_for_another():
-  m = manager(dict(canary=True))
+@of_8_bits_too
+def test_the_canary_finds_a_page_that_was_swapped_for_another(dtype):
+  m = manager(dict(canary=True), dtype=dtype)
   handle, other = begin(m, [1, 2, 3, 4]), begin(m, [1, 2, 3, 4], "b")
-  overwrite(m, handle.pages[0], m.cache.pages.kv[other.pages[0]])
+  overwrite(m, handle.pages[0], bytes_of(m, other.pages[0]))
   with pytest.raises(errors.CanaryMismatch, match="'a': token 0, on page 0"):
     m.read_kv(handle, 0, 0, 4)
   check_bytes(m, other, [1, 2, 3, 4])
 
 
-def test_canary_marks_move_with_clones_hits_copies_and_swaps():
-  m = manager(dict(canary=True))
+@of_8_bits_too
+def test_the_canary_finds_a_page_whose_scales_were_not_moved(dtype):
+  m = manager(dict(canary=True), dtype=dtype)
+  handle, other = begin(m, [1, 2, 3, 4]), begin(m, [7, 7, 7, 7], "b")
+  mine, others = bytes_of(m, handle.pages[0]), bytes_of(m, other.pages[0])
+  overwrite(m, handle.pages[0], [others[0], *mine[1:]])
+  with pytest.raises(errors.CanaryMismatch, match="'a': token 0, on page 0"):
+    m.read_kv(handle, 0, 0, 4)
+
+
+@of_8_bits_too
+def test_canary_marks_move_with_clones_hits_copies_and_swaps(dtype):
+  m = manager(dict(canary=True), dtype=dtype)
   store(m, SIX)
   a = begin(m, [*SIX, 7])
   b = a.clone("b")
@@ -1718,6 +1740,20 @@ def test_canary_marks_move_with_clones_hits_copies_and_swaps():
   m.trim(a, 5)
   check_bytes(m, a, FIVE)
   check_bytes(m, b, [*SIX, 7, 8])
+
+
+@pytest.mark.parametrize("head_dim", [2, 12, 25])
+@pytest.mark.parametrize("value_dim", [None, 1])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+def test_canary_marks_of_8_bits_differ_and_are_read_back(dtype, head_dim, value_dim):
+  sizes = config(dtype=dtype, head_dim=head_dim, value_dim=value_dim)
+  numbers = np.array([0, 1, 7, 8, 63, 300])
+  marks = [tensors._marks(cache_id, numbers, sizes)[0] for cache_id in (0, 5)]
+  for k in marks:
+    read = np.rint(replay._read(k.astype(np.float32), np.dtype(dtype)))
+    np.testing.assert_array_equal(read, k.astype(np.float32))
+  if head_dim > 2:
+    assert len({k[:, 0].tobytes() for k in marks[0][:, None]}) == len(numbers)
 
 
 def test_the_canary_layer_is_not_the_users():

@@ -32,16 +32,21 @@ def run(seed, options, num_steps, **fields):
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=12, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
-@given(seed=st.integers(0, 2**32), num_pages=st.sampled_from([1, 6]))
-def test_a_history_keeps_every_byte_and_every_count(name, seed, num_pages):
-  run(seed, OPTIONS[name], 40, num_pages=num_pages)
+@given(
+  seed=st.integers(0, 2**32),
+  num_pages=st.sampled_from([1, 6]),
+  dtype=st.sampled_from(["float32", "int8"]),
+)
+def test_a_history_keeps_every_byte_and_every_count(name, seed, num_pages, dtype):
+  run(seed, OPTIONS[name], 40, num_pages=num_pages, dtype=dtype)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", OPTIONS)
 def test_many_histories(name):
   for seed in range(100):
-    run(seed, OPTIONS[name], 150, num_pages=(1, 5, 9, 14)[seed % 4])
+    dtype = ("float32", "int8", "float8_e4m3fn")[seed % 3]
+    run(seed, OPTIONS[name], 150, num_pages=(1, 5, 9, 14)[seed % 4], dtype=dtype)
 
 
 @pytest.mark.sweep
