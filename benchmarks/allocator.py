@@ -125,7 +125,7 @@ def ledger_share_of_decode(rounds: int) -> float:
   rows, prompt, steps = 64, 100, 32
   config = models.cache_config(
     decoder.config, num_pages=1024, num_rows=rows, page_size=16, max_length=256
-  ).stored_for(jax.default_backend())
+  )
   every = jnp.arange(rows, dtype=jnp.int32)
   ones = jnp.ones(rows, jnp.int32)
 

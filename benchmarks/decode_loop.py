@@ -8,13 +8,11 @@ crosses a page boundary does so every step here, since 16 rows at 16 different o
 every step: `speedup_over_boundaries` is the best over one step.
 """
 
-import measure  # first: it sets XLA's flags
-
-import jax  # isort: skip
 import functools
 import statistics
 import time
 
+import measure  # first: it sets XLA's flags
 import tape
 
 from paged_jax import models
@@ -28,7 +26,7 @@ ROWS, NEW_TOKENS, SIZE = 16, 160, 16
 def engine(model, num_steps: int) -> Engine:
   config = models.cache_config(
     model.config, num_pages=ROWS * 16, num_rows=ROWS, page_size=SIZE, max_length=256
-  ).stored_for(jax.default_backend())
+  )
   options = ManagerConfig(prefix_cache=False)
   return Engine(model, EngineConfig(config, options, num_steps, prompt_sizes=(ROWS * SIZE,)))
 

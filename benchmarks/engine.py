@@ -276,7 +276,7 @@ def main():
   config = models.cache_config(
     model.config, num_pages=DENSE_ROWS * LONGEST // SIZE, num_rows=ROWS, page_size=SIZE,
     max_length=LONGEST,
-  ).stored_for(jax.default_backend())  # fmt: skip
+  )  # fmt: skip
   options = ManagerConfig(prefix_cache=False)
   engine = Engine(model, EngineConfig(config, options, num_steps=STEPS, prompt_sizes=PROMPT_SIZES))
   engine.warm_up()

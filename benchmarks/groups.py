@@ -69,12 +69,6 @@ PIECE = 512  # tokens of a prompt that a step computes
 PARTS = ("bytes", "engine", "step", "hits", "checkpoint")
 
 
-def stored(caches):
-  """The same caches, as this platform stores them."""
-  each = [x.stored_for(jax.default_backend()) for x in paged_jax.groups.each(caches)]
-  return paged_jax.groups.like(caches, each)
-
-
 # Bytes of a row
 
 
@@ -108,7 +102,7 @@ def bytes_of_rows() -> tuple[list[dict], dict]:
       make = functools.partial(
         models.cache_config, config, num_pages=length // 16, num_rows=1, max_length=length
       )
-      caches, uniform = stored(make()), (stored(make(uniform=True)),)
+      caches, uniform = make(), (make(uniform=True),)
       held, whole = most_bytes(caches, length), most_bytes(uniform, length)
       rows.append({
         "what": f"row of a {name}", "tokens": length, "MB": held / 2**20,
@@ -160,12 +154,12 @@ def at_once(uniform: bool, work, load: Load) -> dict:
     models.cache_config, config, num_rows=load.num_rows, page_size=4, dtype="float32",
     step_tokens=PIECE // SCALE, prefix_ends=0,
   )  # fmt: skip
-  whole = stored(make(num_pages=load.pool // 4, uniform=True))
+  whole = make(num_pages=load.pool // 4, uniform=True)
   caches = whole if uniform else make(memory_bytes=whole.num_pages * whole.page_bytes)
   options = ManagerConfig(num_host_pages=0, swapping=False, prefix_cache=False)
   engine = Engine(
     models.Decoder(config, rngs=nnx.Rngs(0)),
-    EngineConfig(stored(caches), options, prompt_sizes=(PIECE // SCALE,), preemption="recompute"),
+    EngineConfig(caches, options, prompt_sizes=(PIECE // SCALE,), preemption="recompute"),
   )
   handles = [engine.submit(p, Sampling(max_new_tokens=n)) for p, n in work]
   running = []
@@ -224,7 +218,7 @@ class Steps:
       decoder.config, num_pages=STEP_ROWS * -(-longest // 16), num_rows=STEP_ROWS,
       max_length=longest, dtype="float32", uniform=uniform,
     )  # fmt: skip
-    self.decoder, self.cache = decoder, paged_jax.init(stored(caches))
+    self.decoder, self.cache = decoder, paged_jax.init(caches)
     self.tokens = jnp.arange(STEP_ROWS, dtype=jnp.int32)
     for at in range(0, context, PIECE):
       count = np.full(STEP_ROWS, min(PIECE, context - at), np.int32)
@@ -351,7 +345,7 @@ def checkpoint(folder) -> tuple[list[dict], dict]:
     step_tokens=2 * PIECE,  # a row has the pages of its last piece until the next one
   )  # fmt: skip
   options = ManagerConfig(num_host_pages=0, swapping=False, prefix_cache=False)
-  engine = Engine(decoder, EngineConfig(stored(caches), options, prompt_sizes=(PIECE,)))
+  engine = Engine(decoder, EngineConfig(caches, options, prompt_sizes=(PIECE,)))
   handle = engine.submit(prompt, Sampling(max_new_tokens=new_tokens))
   held = []
   while engine.step():

@@ -50,7 +50,7 @@ class Loop:
     config = paged_jax.CacheConfig(
       num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, num_pages=num_pages, num_rows=ROWS,
       max_length=2 * LENGTH, dtype=dtype,
-    ).stored_for(jax.default_backend())  # fmt: skip
+    )  # fmt: skip
     self.cache, _ = paged_jax.jitted.extend(
       paged_jax.jitted.init(config), jnp.full(ROWS, LENGTH, jnp.int32)
     )

@@ -79,7 +79,7 @@ class Sequence:
     config = models.cache_config(
       decoder.config, num_pages=2 * LONGEST // page_size, num_rows=ROWS, page_size=page_size,
       max_length=LONGEST,
-    ).stored_for(jax.default_backend())  # fmt: skip
+    )  # fmt: skip
     options = ManagerConfig(num_host_pages=config.pages_per_row, prefix_cache=False)
     self.manager, self.decoder = Manager(config, options), decoder
     self.tokens = np.random.default_rng(0).integers(0, decoder.config.vocab_size, length, np.int32)

@@ -12,12 +12,10 @@ thread had a core, which on a CPU the device's threads want, too.
 The seed's successor on such a burst: throughput 1.24, TTFT 0.27, TPOT p99 22 times worse.
 """
 
-import measure  # first: it sets XLA's flags
-
-import jax  # isort: skip
 import functools
 import time
 
+import measure  # first: it sets XLA's flags
 import numpy as np
 
 from paged_jax import models
@@ -38,7 +36,7 @@ def prompts(count: int, *, shared: bool) -> list[list[int]]:
 def engine(model, *, prefix_cache: bool) -> Engine:
   config = models.cache_config(
     model.config, num_pages=PAGES, num_rows=ROWS, page_size=SIZE, max_length=512
-  ).stored_for(jax.default_backend())
+  )
   options = ManagerConfig(prefix_cache=prefix_cache, max_prefixes=4096)
   e = Engine(model, EngineConfig(config, options, prompt_sizes=(32, 128, 512)))
   e.warm_up()

@@ -63,7 +63,7 @@ def step_seconds(decoder, rows: int, prompt: int, context: int, rounds: int) -> 
   """Median of steps that decode `rows` with `context` tokens each, beside a prompt."""
   s = MOST_ROWS + 1  # the last row is the prompt's
   config = models.cache_config(decoder.config, num_pages=s * preemption.LONGEST // 16, num_rows=s)
-  cache = paged_jax.init(config.stored_for(jax.default_backend()))
+  cache = paged_jax.init(config)
   counts = np.zeros(s, np.int32)
   counts[:rows], counts[-1] = context, prompt
   cache, _ = paged_jax.jitted.extend(cache, counts)

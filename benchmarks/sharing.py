@@ -81,7 +81,7 @@ def saved(decoder, sizes: np.ndarray, width: int, *, beams: bool) -> float:
   per_row = -(-2000 // SIZE)
   config = models.cache_config(
     decoder.config, num_pages=rows * per_row, num_rows=rows, max_length=2000, page_size=SIZE
-  ).stored_for(jax.default_backend())
+  )
   for group in sizes.reshape(-1, GROUPS, 2):
     cache = paged_jax.init(config)
     heads = np.arange(GROUPS) * width

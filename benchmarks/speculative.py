@@ -7,12 +7,11 @@ decoding, with one row and with 8 at once. The texts are equal, or this script f
 limited by arithmetic, of which there is more with drafts: it gains with few rows alone.
 """
 
-import measure  # first: it sets XLA's flags
-
-import jax  # isort: skip
 import pathlib
 import statistics
 import time
+
+import measure  # first: it sets XLA's flags
 
 from paged_jax import models
 from paged_jax.cli.demo import PROMPTS
@@ -38,7 +37,7 @@ def texts(path: pathlib.Path | None, count: int) -> list[list[int]]:
 def engine(model, rows: int, num_drafts: int) -> Engine:
   config = models.cache_config(
     model.config, num_pages=rows * 32, num_rows=rows, page_size=SIZE, max_length=512
-  ).stored_for(jax.default_backend())
+  )
   drafter = PromptLookup(num_drafts) if num_drafts else None
   options = ManagerConfig(prefix_cache=False)
   return Engine(model, EngineConfig(config, options, prompt_sizes=(512,), drafter=drafter))

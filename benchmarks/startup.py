@@ -126,7 +126,7 @@ def main():
   model = models.load(models.embedded())
   config = models.cache_config(
     model.config, num_pages=512, num_rows=32, dtype=model.embed_tokens.weight.dtype
-  ).stored_for(jax.default_backend())
+  )
   rows = [
     starts()
     | both("extend_compile", lambda: compile_extend(config))

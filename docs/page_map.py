@@ -2,8 +2,6 @@
 
 import pathlib
 
-import jax
-
 from paged_jax import models, viz
 from paged_jax.cli import demo, progress
 from paged_jax.engine import Engine, EngineConfig, Sampling
@@ -18,7 +16,7 @@ def main() -> None:
   decoder, tokenizer = models.load(folder), models.tokenizer(folder)
   config = models.cache_config(
     decoder.config, num_pages=48, num_rows=3, page_size=8, max_length=256
-  ).stored_for(jax.default_backend())
+  )
   options = ManagerConfig(prefix_cache=False)
   engine = Engine(decoder, EngineConfig(config, options, num_steps=10, prompt_sizes=(128,)))
   wanted = Sampling(max_new_tokens=60, num_samples=3, temperature=0.8, seed=7)

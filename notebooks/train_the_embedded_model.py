@@ -82,10 +82,7 @@ def write(decoder, tokenizer, prompt, *, max_new_tokens, num_samples=16):
   config = models.cache_config(
     decoder.config, num_pages=num_samples * 32, num_rows=num_samples, dtype=dtype
   )
-  engine = Engine(
-    decoder,
-    EngineConfig(config.stored_for(jax.default_backend()), num_steps=64, prompt_sizes=(32,)),
-  )
+  engine = Engine(decoder, EngineConfig(config, num_steps=64, prompt_sizes=(32,)))
   wanted = Sampling(
     max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=0.8, top_p=0.95
   )

@@ -33,12 +33,10 @@ def app(
 ) -> Starlette:
   """The ASGI application that serves an engine. The first request starts the engine's thread.
 
-  >>> import jax
   >>> from starlette.testclient import TestClient
   >>> from paged_jax import engine, models, server
   >>> decoder = models.load(models.embedded())
   >>> cache = models.cache_config(decoder.config, num_pages=64, num_rows=4, max_length=128)
-  >>> cache = cache.stored_for(jax.default_backend())
   >>> serving = engine.Engine(decoder, engine.EngineConfig(cache))
   >>> client = TestClient(server.app(serving, "shakespeare"))
   >>> client.get("/v1/models").json()["data"][0]["id"]

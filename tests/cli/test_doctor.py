@@ -27,6 +27,12 @@ def test_doctor_shows_what_would_be_chosen(paged_jax):
   assert f"compiled programs: kept in {jax.config.jax_compilation_cache_dir}\n" in out
 
 
+def test_doctor_verifies_pages_of_8_bits(paged_jax, few):
+  code, out, _ = paged_jax("doctor", "--verify", "--dtype", "int8", "--head-dim", 16)
+  assert code == 0
+  assert "int8 pages: stored as int8" in out and "all cases agree, in place" in out
+
+
 def test_verify_shows_a_table_on_standard_output_and_progress_elsewhere(paged_jax, few):
   code, out, err = paged_jax("doctor", "--verify", *SMALL)
   assert code == 0, out

@@ -8,9 +8,10 @@ import tokenizers
 from command_line import assert_refused, byte_tokenizer, process, without_progress
 
 from paged_jax import models
-from paged_jax.cli import progress
+from paged_jax.cli import generate, progress
 from paged_jax.cli.generate import Writer
 from paged_jax.cli.progress import Summary, Update
+from paged_jax.engine import Engine
 
 # Equal sizes, so that most runs share their compiled programs.
 
@@ -24,6 +25,17 @@ def test_generate_streams_text_and_sums_up(paged_jax, folder):
   (first, last) = err.splitlines()
   assert first == "loading and compiling"
   assert last.startswith("20 tokens in ") and " 2 pages used at most, 2 without sharing" in last
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_keys_and_values_may_have_8_bits(paged_jax, folder, dtype, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    generate, "Engine", lambda *args, **kw: made.append(Engine(*args, **kw)) or made[0]
+  )
+  code, out, _ = paged_jax("generate", "To be", "--model", folder, *SIZES, "--kv-dtype", dtype)
+  assert code == 0 and len(out) > 1
+  assert made[0].manager.cache.pages.dtype == dtype
 
 
 def test_stop_text_ends_a_sample_and_is_not_shown(paged_jax, folder, tmp_path):
@@ -119,7 +131,11 @@ def test_a_long_prompt_gets_the_room_that_is_left_in_the_dtype_asked_for(paged_j
 BAD = [
   (["generate", "a", "--model", "nowhere"], "there is no model folder nowhere"),
   (["generate", "x" * 64], "prompt 1 has 64 tokens, but the model takes 64, new ones included"),
-  (["generate", ""], "prompt 1 is empty"),
+  (["generate", "", "--kv-dtype", "int8"], "prompt 1 is empty"),
+  (
+    ["generate", "a", "--kv-dtype", "int8", "--kv-dtype", "float32"],
+    "--kv-dtype takes one, or one for each of 1 groups, got int8 float32",
+  ),
   (["generate", "a", ""], "prompt 2 is empty"),
   (["generate"], "standard input has no prompt"),
   (["generate", "--prompts", "absent.txt"], "[Errno 2] No such file or directory: 'absent.txt'"),

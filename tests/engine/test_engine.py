@@ -37,6 +37,24 @@ def test_padded_storage_gives_the_same_text():
   finish(e)
 
 
+@pytest.mark.once
+@pytest.mark.timeout(180)  # it compiles the programs of an engine
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_text_of_8_bit_pages_does_not_depend_on_what_runs_beside_it(preemption):
+  """Prefixes, copies on write, swaps and recomputation move scales with their pages."""
+  pages = dict(cache=dict(dtype="int8"), preemption=preemption)
+  prompts = [*PROMPTS, (1, 2, 3, 9), tuple(range(4, 12)), (3,) * 15]
+  e = engine(**pages, options=dict(prefix_cache=False))
+  alone = [e.generate([p], Sampling(max_new_tokens=12))[0][0].tokens for p in prompts]
+  assert sum(a == tiny.greedy(p, 12) for a, p in zip(alone, prompts)) > len(prompts) / 2
+  crowded = engine(**pages, num_pages=8)
+  got = crowded.generate(prompts, Sampling(max_new_tokens=12, num_samples=2))
+  assert [[c.tokens for c in each] for each in got] == [[text] * 2 for text in alone]
+  done = crowded.counts
+  assert (done.swaps if preemption == "swap" else done.recomputations) and done.cached_tokens
+  finish(crowded)
+
+
 @st.composite
 def stories(draw):
   """Settings of an engine, and requests with the round in which each arrives."""

@@ -117,11 +117,10 @@ def search(prompt, num_beams, max_new_tokens, stops=(), length_penalty=1.0, logp
 
 def cache(**fields) -> paged_jax.CacheConfig:
   """A small cache for it."""
-  small = dict(page_size=4, num_pages=24, num_rows=4, max_length=LONGEST)
+  small = dict(page_size=4, num_pages=24, num_rows=4, max_length=LONGEST, dtype="float32")
   return paged_jax.CacheConfig(
-    num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32",
-    **(small | fields),
-  )  # fmt: skip
+    num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, **(small | fields)
+  )
 
 
 def options(**fields) -> ManagerConfig:

@@ -12,7 +12,6 @@ import threading
 import time
 
 import httpx
-import jax
 import openai
 import pytest
 import tokenizers
@@ -38,7 +37,7 @@ def served():
   cache = models.cache_config(
     decoder.config, num_pages=64, num_rows=8, max_length=MAX_LENGTH,
     dtype=decoder.embed_tokens.weight.dtype,
-  ).stored_for(jax.default_backend())  # fmt: skip
+  )  # fmt: skip
   engine = Engine(
     decoder, EngineConfig(cache, num_steps=4, prompt_sizes=(32,)), tokenizer=TOKENIZER
   )
