@@ -179,10 +179,15 @@ def test_gradients_of_the_packaged_decoder_are_those_of_its_dense_pass():
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_kept_as_bits_is_refused_and_never_zero():
+@pytest.mark.parametrize(
+  ("dtype", "stored", "message"),
+  [("bfloat16", "uint16", "keep bfloat16 as uint16"), ("int8", "int8", "keep int8:"),
+   ("float8_e4m3fn", "float8_e4m3fn", "keep float8_e4m3fn:")],
+)  # fmt: skip
+def test_what_is_kept_as_bits_or_in_8_is_refused_and_never_zero(dtype, stored, message):
   config = paged_jax.CacheConfig(
     num_layers=1, num_kv_heads=HEADS, head_dim=DIM, num_pages=4, num_rows=3, page_size=4,
-    max_length=16, dtype="bfloat16", storage_dtype="uint16",
+    max_length=16, dtype=dtype, storage_dtype=stored,
   )  # fmt: skip
   cache, plan = prefilled(config=config)
 
@@ -190,7 +195,7 @@ def test_what_is_kept_as_bits_is_refused_and_never_zero():
     full = paged_jax.write(cache, 0, padded(k), padded(V), plan)
     return jnp.sum(paged_jax.attend(full, 0, padded(Q), plan))
 
-  with pytest.raises(NotImplementedError, match=r"bfloat16 as uint16.* `Decoder.dense`"):
+  with pytest.raises(NotImplementedError, match=message + ".* `Decoder.dense`"):
     jax.eval_shape(jax.grad(paged), K)
   slope = jax.eval_shape(
     jax.grad(lambda q: jnp.sum(paged_jax.attend(cache, 0, padded(q), plan) ** 2)), Q
