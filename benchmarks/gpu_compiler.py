@@ -133,35 +133,19 @@ SMALL = Step("Llama-3.2-1B", 32, 8, 64, 32)
 MLA = Step("DeepSeek-V3", 128, 1, 576, 32, value_dim=512)
 # Rows that decode, one row, rows that verify 4 drafts each, and prompts.
 PARTS = ((32, 32), (1, 1), (160, 32), (512, 8))
-STEPS = (
-  [
-    dataclasses.replace(model, num_tokens=num_tokens, num_rows=num_rows)
-    for model in (LLAMA, QWEN, GEMMA, SMALL)
-    for num_tokens, num_rows in PARTS
-  ]
-  + [
-    dataclasses.replace(
-      model, page_size=page_size, dtype=dtype, num_tokens=part[0], num_rows=part[1]
-    )
-    for model, page_size, dtype in (
-      (LLAMA, 64, "bfloat16"),
-      (LLAMA, 16, "float16"),
-      (LLAMA, 16, "float32"),
-      (GEMMA, 16, "float32"),
-    )
-    for part in (PARTS[0], PARTS[-1])
-  ]
-  + [
-    dataclasses.replace(model, dtype=dtype, kv_dtype=kv_dtype, num_tokens=part[0], num_rows=part[1])
+STEPS = [
+  *(dataclasses.replace(model, num_tokens=part[0], num_rows=part[1])
+    for model in (LLAMA, QWEN, GEMMA, SMALL) for part in PARTS),
+  *(dataclasses.replace(model, page_size=size, dtype=dtype, num_tokens=part[0], num_rows=part[1])
+    for model, size, dtype in ((LLAMA, 64, "bfloat16"), (LLAMA, 16, "float16"),
+                               (LLAMA, 16, "float32"), (GEMMA, 16, "float32"))
+    for part in (PARTS[0], PARTS[-1])),
+  *(dataclasses.replace(model, dtype=dtype, kv_dtype=kv_dtype, num_tokens=part[0], num_rows=part[1])
     for kv_dtype in ("int8", "float8_e4m3fn")
-    for models, dtype in (
-      ((LLAMA, QWEN, GEMMA, SMALL, MLA), "bfloat16"),
-      ((LLAMA, GEMMA), "float32"),
-    )
-    for model in models
-    for part in PARTS
-  ]
-)
+    for model, dtype in (*((m, "bfloat16") for m in (LLAMA, QWEN, GEMMA, SMALL, MLA)),
+                         (LLAMA, "float32"), (GEMMA, "float32"))
+    for part in PARTS),
+]  # fmt: skip
 
 
 def arguments(step: Step, sharding):
@@ -237,10 +221,9 @@ def main():
   found = GPUS[ARGS.gpu]
   target = TARGET.format(name=ARGS.gpu, gpu=found, shared_block=found.shared_bytes - 1024)
   topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-  steps = [
-    step for step in (STEPS[:4:3] if ARGS.quick else STEPS)
-    if step.kv_dtype != "float8_e4m3fn" or found.arch != "sm_80"  # which cannot convert it
-  ]  # fmt: skip
+  steps = STEPS[:4:3] if ARGS.quick else STEPS
+  if found.arch == "sm_80":  # cannot convert it
+    steps = [step for step in steps if step.kv_dtype != "float8_e4m3fn"]
   rows = [compiled(step, topology.devices[0]) for step in steps]
   summary = {
     "compiled for": ARGS.gpu,

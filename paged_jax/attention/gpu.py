@@ -50,14 +50,19 @@ class Config(NamedTuple):
   num_stages: int
 
 
-# By bits of the products' operands, then the most queries M of a block: of rows that decode, of rows
-# that verify drafts, of prompts. Not tuned on hardware: chosen 2026-11 by what the compiler of jax
+# By bits of the numbers in pages, 32 where products are of float32; then the most queries M of a
+# block: of rows that decode, of rows that verify drafts, of prompts. Not tuned on hardware: chosen 2026-11 by what the compiler of jax
 # 0.12.0 makes for H200, A100 and L4 (benchmarks/gpu_compiler.py): nothing spills, and shared memory
 # fits in the 99 KB of compute capability 8.6 and 8.9. Rows that decode leave room for three programs
 # on an SM; prompts take large tiles, since each tile reads the row's keys and values again. Through
 # the block table a chunk ahead takes two stages. Chunks of as many tokens as threads would not have
 # their ids loaded ahead.
 CONFIGS = {
+  8: {
+    16: Config(tile_size=16, chunk_size=64, num_warps=4, num_stages=5),
+    64: Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
+    _NEVER: Config(tile_size=128, chunk_size=32, num_warps=8, num_stages=3),
+  },
   16: {
     16: Config(tile_size=16, chunk_size=64, num_warps=8, num_stages=5),
     64: Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
@@ -129,7 +134,8 @@ def attend(
   width = values[1] - values[0]
   m = part.block_size * (num_heads // h)
   dtype = jax.eval_shape(softmax.operands, q, jax.ShapeDtypeStruct((), pages.dtype))[0].dtype
-  config = next(c for most, c in CONFIGS[8 * dtype.itemsize].items() if m <= most)
+  bits = 32 if dtype == jnp.float32 else 8 * pages.dtype.itemsize
+  config = next(c for most, c in CONFIGS[bits].items() if m <= most)
   tile_size = min(config.tile_size, TILE_CHANNELS // width, max(16, pl.next_power_of_2(m)))
   num_tiles = pl.cdiv(m, tile_size)
   alone = part.block_size == 1
