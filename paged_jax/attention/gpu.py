@@ -51,12 +51,12 @@ class Config(NamedTuple):
 
 
 # By bits of the numbers in pages, 32 where products are of float32; then the most queries M of a
-# block: of rows that decode, of rows that verify drafts, of prompts. Not tuned on hardware: chosen 2026-11 by what the compiler of jax
-# 0.12.0 makes for H200, A100 and L4 (benchmarks/gpu_compiler.py): nothing spills, and shared memory
-# fits in the 99 KB of compute capability 8.6 and 8.9. Rows that decode leave room for three programs
-# on an SM; prompts take large tiles, since each tile reads the row's keys and values again. Through
-# the block table a chunk ahead takes two stages. Chunks of as many tokens as threads would not have
-# their ids loaded ahead.
+# block: of rows that decode, of rows that verify drafts, of prompts. Not tuned on hardware: chosen
+# 2026-11 by what jax 0.12.0's compiler makes for H200, A100 and L4 (benchmarks/gpu_compiler.py):
+# nothing spills, and shared memory fits in the 99 KB of compute capability 8.6 and 8.9. Rows that
+# decode leave room for three programs on an SM; prompts take large tiles, since each tile reads the
+# row's keys and values again. Through the block table a chunk ahead takes two stages. Chunks of as
+# many tokens as threads would not have their ids loaded ahead.
 CONFIGS = {
   8: {
     16: Config(tile_size=16, chunk_size=64, num_warps=4, num_stages=5),
@@ -261,7 +261,8 @@ def _kernel(
 
       def load(channel):
         place = ids[:, None], layer, head, jax.lax.rem(at, t)[:, None], channel[None]
-        bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=jnp.zeros((), kv_ref.dtype))
+        zero = jnp.zeros((), kv_ref.dtype)  # 0 * NaN is NaN
+        bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=zero)
         return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
 
       def load_scales(nth):

@@ -348,4 +348,4 @@ def test_offsets_into_the_pages_never_overflow(kv_dtype, num_bytes, bits, monkey
 def test_8_bit_pages_whose_offsets_overflow_are_refused(num_pages, monkeypatch):
   shapes = dataclasses.replace(LLAMA, kv_dtype="int8", num_pages=num_pages)
   assert offset_bits(shapes, monkeypatch) == {32}
-  assert "take fewer or more pages" in gpu.refusal(shapes.arguments()[1], 16)
+  assert "take fewer or more pages" in (gpu.refusal(shapes.arguments()[1], 16) or "")
