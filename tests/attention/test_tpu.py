@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import paged_jax
 from paged_jax import jitted
 from paged_jax import pages as pages_lib
+from paged_jax import quantization
 from paged_jax.attention import tpu, tpu_write
 from paged_jax.types import Pages
 
@@ -31,6 +32,7 @@ SERVED = [
   pytest.param(c, marks=pytest.mark.sweep if c.name in COVERED else ())
   for c in cases.CASES
   if not c.bits and c.dtype != "float16" and c.name not in STRICT
+  if not quantization.quantized(c.dtype) or c.page_size % 128 == 0
 ]
 races = functools.partial(
   pltpu.InterpretParams, detect_races=True, uninitialized_memory="nan", random_seed=0
