@@ -23,6 +23,7 @@ windows of numbers may share such a row, so each array needs runs of its own.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -82,22 +83,22 @@ def of_kernel(pages: Pages, slots: jax.Array, size: int) -> Windows:
 def window_size(pages: Pages, block_size: int) -> int:
   """Tokens of a window, whole tiles or a part of one, at most as many as come together and fit."""
   _, _, _, t, _ = pages_lib.sizes(pages)
-  fitting = RING_BYTES // (MIN_SLOTS * _slot_bytes(pages, 1))
+  fitting = RING_BYTES // (MIN_SLOTS * _slot_bytes(pages.kv, 1))
   size = max(4 // pages.kv.dtype.itemsize, min(MAX_WINDOW, block_size, fitting))
   while t % size or (size % TILE and TILE % size):
     size -= 1
   return size
 
 
-def ring_size(pages: Pages, size: int, num_tokens: int) -> int:
-  """Slots of the ring: windows of `size` tokens that are on their way at once."""
-  return max(2, min(MAX_SLOTS, RING_BYTES // _slot_bytes(pages, size), num_tokens))
+def ring_size(array: jax.Array, size: int, num_tokens: int) -> int:
+  """Slots of the ring: windows of `size` tokens of `array` that are on their way at once."""
+  return max(2, min(MAX_SLOTS, RING_BYTES // _slot_bytes(array, size), num_tokens))
 
 
-def _slot_bytes(pages: Pages, size: int) -> int:
+def _slot_bytes(array: jax.Array, size: int) -> int:
   """VMEM of a slot of the ring: a window, and room for twice as many tokens."""
-  _, _, _, t, _ = pages_lib.sizes(pages)
-  return 3 * size * (pages_lib.layer_bytes(pages) // t)
+  _, _, h, _, *width = array.shape
+  return 3 * size * h * math.prod(width) * array.dtype.itemsize
 
 
 def write(
@@ -116,40 +117,27 @@ def write(
   begin, windows = 0, iter([each for part in plan.parts for each in part.windows])
   for numbers in windows:
     end = begin + numbers.first.shape[0]
-    given = k[begin:end], None if v is None else v[begin:end]
-    new, scales = pages_lib.stored(*given, pages)
-    kv = _write_numbers(
-      pages.kv, layer, new, numbers, ring_size(pages, numbers.size, end - begin), interpret
-    )
-    pages = dataclasses.replace(pages, kv=kv)
-    if scales is not None:
-      written = _write_scales(pages.scales, layer, scales, next(windows), interpret)
-      pages = dataclasses.replace(pages, scales=written)
+    new, scales = pages_lib.stored(k[begin:end], None if v is None else v[begin:end], pages)
+    kv = _in_place(_Numbers, pages.kv, layer, new, numbers, interpret)
+    if scales is not None:  # a token of the batch becomes a lane, too; one more block is read
+      by_row = jnp.pad(scales.T, ((0, 0), (0, -len(scales) % LANES + LANES)))
+      scales = _in_place(_Scales, pages.scales, layer, [by_row], next(windows), interpret)
+    pages = dataclasses.replace(pages, kv=kv, scales=scales)
     begin = end
   return pages
 
 
-def _write_numbers(kv, layer, new: list[jax.Array], windows: Windows, ring: int, interpret):
-  """Writes keys, and values if there are any, [B,H,D] each."""
-  _, h, d = new[0].shape
-  return _in_place(_Numbers, kv, layer, new, (2 * windows.size, h, d), windows, ring, interpret)
-
-
-def _write_scales(scales, layer, new: jax.Array, windows: Windows, interpret):
-  """Writes `new` f32[B,2H]. A token of the batch is a lane, too, and one block of lanes more is
-  there to be read."""
-  b, rows = new.shape
-  by_row = jnp.pad(new.T, ((0, 0), (0, -b % LANES + LANES)))
-  ring = max(2, min(MAX_SLOTS, RING_BYTES // (3 * rows * LANES * 4), b))
-  return _in_place(_Scales, scales, layer, [by_row], (rows, 2 * LANES), windows, ring, interpret)
-
-
-def _in_place(kind, array, layer, new, room, windows: Windows, ring: int, interpret):
-  """`array` [N,L,H,T,...] with what is `new` in one layer's windows.
-
-  Each slot of the ring has `room` for the tokens of each array of `new` that a window needs.
-  """
+def _in_place(
+  kind: type["_Numbers"] | type["_Scales"],
+  array: jax.Array,
+  layer: jax.Array,
+  new: list[jax.Array],
+  windows: Windows,
+  interpret: bool | pltpu.InterpretParams,
+) -> jax.Array:
+  """`array` [N,L,H,T,...] with what is `new` in one layer's windows."""
   _, _, h, _, *width = array.shape
+  ring = ring_size(array, windows.size, windows.first.shape[0])
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
   return pl.pallas_call(
     functools.partial(_kernel, kind),
@@ -160,7 +148,7 @@ def _in_place(kind, array, layer, new, room, windows: Windows, ring: int, interp
       out_specs=any_memory,
       scratch_shapes=[
         pltpu.VMEM((ring, h, windows.size, *width), array.dtype),
-        (pltpu.VMEM((ring, *room), array.dtype),) * len(new),
+        (pltpu.VMEM((ring, *kind.room(new[0].shape, windows.size)), array.dtype),) * len(new),
         pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SemaphoreType.DMA((ring,)),
       ],
@@ -188,6 +176,11 @@ class _Numbers:
   """A token is a row: of a window [H,W,2D], and of the batch [B,H,D]."""
 
   name = "paged_write"
+
+  @staticmethod
+  def room(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Of new tokens in a slot of the ring."""
+    return 2 * size, *shape[1:]
 
   @staticmethod
   def source(runs: _Runs, i, size: int, b: int):
@@ -233,6 +226,11 @@ class _Scales:
   """
 
   name = "paged_scales"
+
+  @staticmethod
+  def room(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Of new tokens in a slot of the ring."""
+    return shape[0], 2 * size
 
   @staticmethod
   def copies(runs: _Runs, i, at, size: int, new_hbm, new_refs):
