@@ -12,6 +12,8 @@ on a core; `extend`, which copies and clears pages; a swap out and in.
 Needs the libtpu wheel; `--generations` names the TPUs to compile for.
 """
 
+import dataclasses
+
 import tpu_compiler  # first: it sets the compiler's environment
 
 import jax  # isort: skip
@@ -27,7 +29,10 @@ HEADS = (8, 2, 1)  # KV heads of Llama-3-8B on one core, on 4 and on 8
 
 
 def moves(mesh, config):
-  """`extend`, and a swap, compiled."""
+  """`extend`, and a swap, compiled; few layers and short rows, since an image is temporary memory."""
+  config = dataclasses.replace(
+    config, num_layers=4, max_length=512, num_pages=config.num_pages * config.num_layers // 4
+  )
   cache = tpu_compiler.shapes(mesh, jax.eval_shape(lambda: paged_jax.init(config)))
   row, counts = kernels.integers(mesh), kernels.integers(mesh, config.num_rows)
 

@@ -40,7 +40,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.sharding import PartitionSpec as P
 
 import paged_jax
-from paged_jax.attention import tpu, tpu_limits, tpu_write
+from paged_jax.attention import tpu, tpu_write
 from paged_jax.engine.device import records
 from paged_jax.models import decoder as decoder_lib
 
@@ -336,7 +336,7 @@ def write_bundles(compiled, config, num_tokens: int, block_size: int) -> int:
   registers = config.num_kv_heads * size * config.head_dim * pages.kv.dtype.itemsize // 4096
   found = bundles("paged_write", pages.kv, size, num_tokens // min(size, block_size), registers)
   if pages.scales is not None:
-    size = tpu_limits.LANES
+    size = tpu.LANES
     num_windows = num_tokens if block_size == 1 else num_tokens // size
     registers = -(-config.num_scales // 8) * 2
     found += bundles("paged_scales", pages.scales, size, num_windows, registers)

@@ -242,7 +242,7 @@ def _wait(there, sem):
 def _clear(ref, base, span: _Span, *lanes: slice):
   """Zeroes values [C,H,T,`lanes`], or scales [C,2H,T], outside the span: 0 * NaN is NaN, so nothing
   stale may be multiplied."""
-  c, _, t, *_ = ref.shape
+  c, _, t = ref.shape[:3]
 
   @pl.loop(0, c)
   def _(i):

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
-from paged_jax.attention.tpu_limits import LANES
+from paged_jax.attention.tpu_kernel import LANES
 from paged_jax.types import Pages, Plan, Windows
 
 RING_BYTES = 8 * 2**20
@@ -128,13 +128,8 @@ def write(
 
 
 def _in_place(
-  kind: type["_Numbers"] | type["_Scales"],
-  array: jax.Array,
-  layer: jax.Array,
-  new: list[jax.Array],
-  windows: Windows,
-  interpret: bool | pltpu.InterpretParams,
-) -> jax.Array:
+  kind: type["_Numbers"] | type["_Scales"], array, layer, new: list, windows: Windows, interpret
+):
   """`array` [N,L,H,T,...] with what is `new` in one layer's windows."""
   _, _, h, _, *width = array.shape
   ring = ring_size(array, windows.size, windows.first.shape[0])
@@ -219,10 +214,12 @@ class _Numbers:
 
 
 class _Scales:
-  """A token is a lane: of a window [2H,128], and of the batch [2H,B].
+  """A token is a lane: of a window [2H,W], and of the batch [2H,B].
 
-  # batch     [. . . . . a b c|. . . . . . . .]     the block where the run begins, and the next
-  # turned    [a b c . . . . .]                     so that its lanes are those of the window
+      # batch     [. . . . . a b c|d . . . . . . .]     a run that goes to lanes 2 to 5 of its window
+      # rolled    [. . a b c d . .|. . . . . . . .]
+
+  The block of lanes where the run begins, and the next one, are rolled until it is in place.
   """
 
   name = "paged_scales"
@@ -273,8 +270,8 @@ def _kernel(
   write_sems,
 ):
   del array_in
-  ring, _, size, *_ = windows_ref.shape
-  _, num_layers, _, t, *_ = array_hbm.shape
+  ring, _, size = windows_ref.shape[:3]
+  _, num_layers, _, t = array_hbm.shape[:4]
   b, runs = new_hbm[0].shape[0], _Runs(first_ref, lengths_ref, slots_ref)
   count = jnp.where(layer_ref[0] < num_layers, count_ref[0], 0)
   # Runs of one window go one by one: the next one reads what this one wrote.
