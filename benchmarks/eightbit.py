@@ -35,27 +35,25 @@ The others are costs: see `eightbit_cost.py`. `--parts` names what to run.
 import measure  # first: it sets XLA's flags
 
 import jax  # isort: skip
-import contextlib
 import dataclasses
 import functools
 import pathlib
 from typing import Any
 
 import eightbit_cost
+import eightbit_scales
 import jax.numpy as jnp
 import numpy as np
+from eightbit_cost import FORMATS
+from eightbit_scales import LARGE, per_tensor
 from flax import nnx
 
 import paged_jax
-from eightbit_cost import EIGHT, FORMATS
-
-from paged_jax import cache as cache_lib
 from paged_jax import groups, models, quantization
 
 PARTS = ("text", "greedy", "needle", "scales", "attention", *eightbit_cost.PARTS)
 WINDOW, PIECES, NEW = 2048, 4, 500
 LOGITS_AT_ONCE = 64  # tokens: a Gemma has 262,144 logits for each
-FACTORS = (1, 16, 64)  # powers of two, which round nothing
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NAMES = ("Paris", "London", "Berlin", "Madrid", "Rome")
 
@@ -93,38 +91,6 @@ def subject(model, text, dtype: str, num_tokens: int) -> Subject:
   content = text.read_text(encoding="utf-8")[-12 * num_tokens :]
   tokens = np.array(tokenizer.encode(content, add_special_tokens=False).ids, np.int32)
   return Subject(models.load(model, dtype), tokenizer, tokens[-num_tokens:])
-
-
-# One static scale per layer
-
-
-@contextlib.contextmanager
-def per_tensor(scales: Any, rounded: str | None):
-  """Inside, `write` rounds keys and values as pages of dtype `rounded` would with these `scales`.
-
-  `scales`: by the number of a cache's layers those of keys and of values, f32[L] each.
-  """
-  write = cache_lib.write
-
-  def rounding(cache, layer, k, v, plan):
-    pairs = zip((k, v), scales[cache.pages.kv.shape[1]])
-    k, v = (fixed(x, scale[layer], rounded) for x, scale in pairs)
-    return write(cache, layer, k, v, plan)
-
-  if rounded is not None:
-    cache_lib.write = rounding
-  try:
-    yield
-  finally:
-    cache_lib.write = write
-
-
-def fixed(x: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
-  """`x`, rounded to numbers of `dtype` times one scale; too large ones to the largest."""
-  limit = quantization.LIMITS[dtype]
-  numbers = jnp.clip(x.astype(jnp.float32) / scale, -limit, limit)
-  numbers = jnp.round(numbers) if dtype == "int8" else numbers
-  return (numbers.astype(dtype).astype(jnp.float32) * scale).astype(x.dtype)
 
 
 # A piece of rows
@@ -191,9 +157,7 @@ def read(subject: Subject, dtype: str, scales=None, rounded=None, most=None) -> 
   found = []
   for row in text[:most]:
     cache = subject.cache(dtype, 1, text.shape[1])
-    _, logp, best = add_all(
-      subject.decoder, cache, [0], row[None], piece, scales, rounded=rounded
-    )
+    _, logp, best = add_all(subject.decoder, cache, [0], row[None], piece, scales, rounded=rounded)
     found.append((logp[0], best[0]))
   return tuple(np.stack(x) for x in zip(*found))
 
@@ -351,9 +315,9 @@ def static_scales(subject: Subject, dtype: str | None) -> dict:
   return scales
 
 
-def scales(subject: Subject, most: int = 1) -> tuple[list[dict], dict]:
+def scales(subject: Subject, factors: list[int], most: int = 1) -> tuple[list[dict], dict]:
   rows, summary = [], {}
-  for factor in (1,) if subject.decoder.config.qk_norm else FACTORS:
+  for factor in [1] if subject.decoder.config.qk_norm else factors:
     it = dataclasses.replace(subject, decoder=with_outliers(subject.decoder, factor))
     found = {name: read(it, dtype, most=most)[0] for name, dtype in FORMATS.items()}
     for name in ("int8", "fp8"):
@@ -371,54 +335,8 @@ def scales(subject: Subject, most: int = 1) -> tuple[list[dict], dict]:
         "ppl": float(np.exp(-logp.mean())), "ppl_ratio": ratio,
         "logp_mean": float(np.abs(logp - base).mean()),
       })  # fmt: skip
-      if factor == FACTORS[-1] and name != "bf16":
+      if factor == LARGE and name != "bf16":
         summary[f"outlier_ppl_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
-  return rows, summary
-
-
-def attention_errors() -> tuple[list[dict], dict]:
-  """Errors of attention in the shape of a Qwen2-7B's layer."""
-  length, heads, dim, queries = 1024, 4, 128, 28
-  rng = np.random.default_rng(0)
-  q, k, v = (
-    rng.standard_normal((length, n, dim), np.float32) for n in (queries, heads, heads)
-  )  # fmt: skip
-  top = float(FACTORS[-1])
-
-  @functools.partial(jax.jit, static_argnames="dtype")
-  def run(q, k, v, dtype):
-    cache = paged_jax.init(
-      paged_jax.CacheConfig(1, heads, dim, num_pages=64, num_rows=1, max_length=length, dtype=dtype)
-    )
-    cache, _ = paged_jax.extend(cache, jnp.array([length]))
-    plan = paged_jax.plan(cache, jnp.zeros(length, jnp.int32), jnp.arange(length))
-    return paged_jax.attend(paged_jax.write(cache, 0, k, v, plan), 0, q, plan)
-
-  rows, summary = [], {}
-  for what in ("nothing", "channel", "token", "head"):
-    own_q, own_k, own_v = q.copy(), k.copy(), v.copy()
-    if what == "channel":
-      own_k[..., 5] *= top
-      own_q[..., 5] /= top
-    if what == "token":
-      own_v[0] *= top
-    if what == "head":
-      own_k[:, 0] *= top
-      own_v[:, 0] *= top
-      own_q[:, : queries // heads] /= top
-    exact = run(own_q, own_k, own_v, "float32")
-    outs = {name: run(own_q, own_k, own_v, dtype) for name, dtype in FORMATS.items()}
-    for name in ("int8", "fp8"):
-      dtype = FORMATS[name]
-      k_v = (fixed(x, np.abs(x).max() / quantization.LIMITS[dtype], dtype) for x in (own_k, own_v))
-      outs[f"{name}, per tensor"] = run(own_q, *k_v, "float32")
-    for name, out in outs.items():
-      sizes = (np.linalg.norm(np.asarray(x), axis=(0, 2)) for x in (out - exact, exact))
-      error = float(np.mean(np.divide(*sizes)))  # of each head, whatever the size of its values
-      label = "no outlier" if what == "nothing" else f"one {what} 64 times as large"
-      rows.append({"what": f"attention, {label}", "pages": name, "error": error})
-      if name != "bf16" and what != "nothing":
-        summary[f"attention_{what}_{name.replace(', ', '_').replace(' ', '_')}"] = error
   return rows, summary
 
 
@@ -431,6 +349,7 @@ def main():
     dtype=(str, "float32", "of the weights"),
     prompts=(int, 4, "that greedy texts have"),
     haystack=(int, 4096, "most tokens around the needles"),
+    outliers=(str, f"1,16,{LARGE}", "how many times as large a channel of the keys is"),
     requests=(int, 200, "how many for the engine"),
     parts=(str, ",".join(PARTS), "what to run"),
   )
@@ -439,8 +358,8 @@ def main():
     "text": lambda: text(it),
     "greedy": lambda: greedy(it, args.prompts),
     "needle": lambda: needle(it, args.haystack),
-    "scales": lambda: scales(it),
-    "attention": attention_errors,
+    "scales": lambda: scales(it, [int(x) for x in args.outliers.split(",")]),
+    "attention": eightbit_scales.attention_errors,
     "bytes": eightbit_cost.bytes_of_tokens,
     "engine": lambda: eightbit_cost.requests_at_once(args.requests),
     "decode": lambda: eightbit_cost.decode(args.rounds),
