@@ -20,14 +20,15 @@ most the model's length), then a question for each. `needle_*` is the share of t
 a greedy decoder would give back whole, `needle_digits_*` the share of their tokens, `needle_logp_*`
 the mean log-probability of these tokens; the table has each depth.
 
-`scales`: the same scales per token and head against one static scale per layer for all keys, and one
-for all values (`per tensor`: the largest of the first piece; `scale 1`: none at all), on models whose
-keys have outliers: one channel, and the one that it turns with, are `x` times as large, and the queries'
-as much smaller, so the model computes the same. `outlier_ppl_*` are ratios with x = 64.
+`scales`: perplexity of the first window with scales per token and head, against one static scale per
+layer for all keys and one for all values (`per tensor`: the largest of the first piece; `scale 1`:
+none at all). The keys have outliers: one channel, and the one that it turns with, are `x`
+(`--outliers`) times as large, and the queries' as much smaller, so the model computes the same. A
+model with QK norm stays as it is. `outlier_ppl_*` are ratios with x = 64.
 
-`attention`: error of one call's outputs, over their size, in the shape of a Qwen2-7B's layer (28
-queries, 4 heads of 128, no QK norm), on random keys and values with one channel, one token or one head
-64 times as large; `attention_token_*` and so on.
+`attention`: error of one call's outputs, over the outputs without the outlier, in the shape of a
+Qwen2-7B's layer (28 queries, 4 heads of 128, no QK norm), on random keys and values with one channel
+of the keys, the values of one token, or one head 64 times as large: `attention_token_*` and so on.
 
 The others are costs: see `eightbit_cost.py`. `--parts` names what to run.
 """
@@ -44,7 +45,7 @@ import eightbit_cost
 import eightbit_scales
 import jax.numpy as jnp
 import numpy as np
-from eightbit_cost import FORMATS
+from eightbit_cost import EIGHT, FORMATS
 from eightbit_scales import LARGE, per_tensor
 from flax import nnx
 
@@ -101,8 +102,8 @@ def add(decoder, cache, rows, tokens, targets, scales=None, *, rounded=None, sco
   """The cache with `tokens` i32[R,C] behind the `rows` i32[R], and what they predict.
 
   Returns:
-    The cache, the log-probability f32[R,C] of `targets` i32[R,C] and the best tokens i32[R,C].
-    `scales` and `rounded`: see `per_tensor`.
+    The cache, the log-probability f32[R,C] of `targets` i32[R,C] and the best tokens i32[R,C]. If
+    not `scored`: the cache, which rows are ok, and None. `scales`, `rounded`: see `per_tensor`.
   """
   r, c = tokens.shape
   num_rows = groups.each(cache)[0].ledger.num_rows
@@ -182,7 +183,7 @@ def text(subject: Subject) -> tuple[list[dict], dict]:
 # Greedy texts
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames="count")
+@functools.partial(jax.jit, static_argnames="count")
 def generate(decoder, cache, tokens, *, count: int):
   """The next `count` greedy tokens [R,count] behind those of all rows, i32[R]."""
   rows = jnp.arange(len(tokens))
@@ -320,8 +321,7 @@ def scales(subject: Subject, factors: list[int], most: int = 1) -> tuple[list[di
   for factor in [1] if subject.decoder.config.qk_norm else factors:
     it = dataclasses.replace(subject, decoder=with_outliers(subject.decoder, factor))
     found = {name: read(it, dtype, most=most)[0] for name, dtype in FORMATS.items()}
-    for name in ("int8", "fp8"):
-      dtype = FORMATS[name]
+    for name, dtype in EIGHT.items():
       static = {"per tensor": static_scales(it, dtype)}
       if name == "fp8":
         static["scale 1"] = static_scales(it, None)
