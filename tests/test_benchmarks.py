@@ -64,6 +64,14 @@ def test_groups_count_bytes_and_hits(trace):
   assert found["hit_rate_vs_uniform"] == 1
 
 
+@pytest.mark.once
+def test_eight_bits_read_a_text_as_well_as_sixteen():
+  found = run("eightbit.py", "--parts", "text,bytes", "--tokens", 1024)
+  assert found["ppl_ratio_int8"] <= 1.005 and found["ppl_ratio_fp8"] <= 1.01
+  assert 0 < found["logp_mean_int8"] < found["logp_mean_fp8"] < 0.1
+  assert found["bytes_per_token_int8_d128"] == (128 + 4) / 256
+
+
 PROGRAM = """HloModule jit_run, is_scheduled=true
 
 FileNames
