@@ -39,9 +39,9 @@ TABLES = {
   """,
   "paged_jax.attention": """
     __init__ gpu hopper reference tpu xla
-    blocks proof tpu_kernel tpu_limits wgmma
+    blocks proof tpu_kernel tpu_limits tpu_write wgmma
     backend
-    cases options softmax splits tpu_write
+    cases options softmax splits
   """,
   "paged_jax.models": """
     __init__

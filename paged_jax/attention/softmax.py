@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LANES = 128  # of a TPU
+
 
 class Sums(NamedTuple):
   """What has been seen so far.

@@ -17,7 +17,8 @@ from paged_jax.attention import blocks as blocks_lib
 from paged_jax.attention import tpu_kernel, tpu_limits, tpu_write
 from paged_jax.attention.backend import Backend
 from paged_jax.attention.options import Options
-from paged_jax.attention.tpu_kernel import LANES, LN2
+from paged_jax.attention.softmax import LANES
+from paged_jax.attention.tpu_kernel import LN2
 from paged_jax.types import Pages, Part, Tables
 
 CHUNK_TOKENS = 512

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax.attention import softmax
+from paged_jax.attention.softmax import LANES
 
-LANES = 128
 LN2 = math.log(2)
 SMALL = 64  # queries of a block whose logits of all heads are found first
 

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import backend
-from paged_jax.attention.tpu_kernel import LANES
+from paged_jax.attention.softmax import LANES
 from paged_jax.types import Pages
 
 VMEM_BYTES = 48 * 2**20  # of 64 MiB on v5p and 7x, 128 on v5e and v6e; v4 has 16, and CMEM beside

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
-from paged_jax.attention.tpu_kernel import LANES
+from paged_jax.attention.softmax import LANES
 from paged_jax.types import Pages, Plan, Windows
 
 RING_BYTES = 8 * 2**20

@@ -1,6 +1,7 @@
 """What the TPU kernels refuse and why, and that what just fits is served."""
 
 import contextlib
+import dataclasses
 
 import cases
 import jax
@@ -14,6 +15,8 @@ def stored(**fields):
   """Pages of 8 KV heads, as shapes, and how many a row has."""
   small = dict(num_layers=2, num_kv_heads=8, page_size=16, num_pages=4, num_rows=1)
   config = paged_jax.CacheConfig(**small | fields)
+  if config.storage_dtype is None:  # else as this platform has it
+    config = dataclasses.replace(config, storage_dtype=config.dtype)
   return jax.eval_shape(lambda: paged_jax.init(config)).pages, config.pages_per_row
 
 
