@@ -27,7 +27,7 @@ TABLES = {
     attention plans
     ledger pages
     types config arguments loops interrupts groups
-    quantization
+    meshes quantization
   """,
   "paged_jax.ledger": """
     __init__
