@@ -1,7 +1,7 @@
 """What the real GPU compiler makes of our GPU kernel, without a GPU.
 
-Registers, spilled bytes and shared memory of the kernel, 16-byte asynchronous copies (the paged
-loads that run ahead) and how many other kernels a call launches. Nothing may spill, and shared
+Registers, spilled bytes and shared memory of the kernel, asynchronous copies of 8 or 16 bytes (the
+paged loads that run ahead) and how many other kernels a call launches. Nothing may spill, and shared
 memory must fit in the 99 KB of compute capability 8.6 and 8.9. Needs the wheels of the CUDA plugin
 and the compiler, of the version of the installed jax, in a folder of their own (some 600 MB):
 
@@ -13,7 +13,6 @@ and the compiler, of the version of the installed jax, in a folder of their own 
 import argparse
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
@@ -45,12 +44,12 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarnin
 
 import jax  # noqa: E402
 import measure  # noqa: E402
-import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from paged_jax import attention  # noqa: E402
+from paged_jax import CacheConfig, attention  # noqa: E402
+from paged_jax import pages as pages_lib  # noqa: E402
 from paged_jax.attention import gpu  # noqa: E402
-from paged_jax.types import Pages, Tables  # noqa: E402
+from paged_jax.types import Tables  # noqa: E402
 
 
 class Gpu(NamedTuple):
@@ -120,7 +119,9 @@ class Step:
   num_tokens: int
   num_rows: int = 32  # most of the part
   page_size: int = 16
+  value_dim: int | None = None
   dtype: str = "bfloat16"
+  kv_dtype: str = ""  # of pages, none: dtype
   softcap: float | None = None
   window: int | None = None
 
@@ -129,22 +130,22 @@ LLAMA = Step("Llama-3-8B", 32, 8, 128, 32)
 QWEN = dataclasses.replace(LLAMA, name="Qwen3-0.6B", num_heads=16)
 GEMMA = Step("Gemma-2-9B", 16, 8, 256, 32, softcap=50.0, window=4096)
 SMALL = Step("Llama-3.2-1B", 32, 8, 64, 32)
+MLA = Step("DeepSeek-V3", 128, 1, 576, 32, value_dim=512)
 # Rows that decode, one row, rows that verify 4 drafts each, and prompts.
 PARTS = ((32, 32), (1, 1), (160, 32), (512, 8))
 STEPS = [
-  dataclasses.replace(model, num_tokens=num_tokens, num_rows=num_rows)
-  for model in (LLAMA, QWEN, GEMMA, SMALL)
-  for num_tokens, num_rows in PARTS
-] + [
-  dataclasses.replace(model, page_size=page_size, dtype=dtype, num_tokens=part[0], num_rows=part[1])
-  for model, page_size, dtype in (
-    (LLAMA, 64, "bfloat16"),
-    (LLAMA, 16, "float16"),
-    (LLAMA, 16, "float32"),
-    (GEMMA, 16, "float32"),
-  )
-  for part in (PARTS[0], PARTS[-1])
-]
+  *(dataclasses.replace(model, num_tokens=part[0], num_rows=part[1])
+    for model in (LLAMA, QWEN, GEMMA, SMALL) for part in PARTS),
+  *(dataclasses.replace(model, page_size=size, dtype=dtype, num_tokens=part[0], num_rows=part[1])
+    for model, size, dtype in ((LLAMA, 64, "bfloat16"), (LLAMA, 16, "float16"),
+                               (LLAMA, 16, "float32"), (GEMMA, 16, "float32"))
+    for part in (PARTS[0], PARTS[-1])),
+  *(dataclasses.replace(model, dtype=dtype, kv_dtype=kv_dtype, num_tokens=part[0], num_rows=part[1])
+    for kv_dtype in ("int8", "float8_e4m3fn")
+    for model, dtype in (*((m, "bfloat16") for m in (LLAMA, QWEN, GEMMA, SMALL, MLA)),
+                         (LLAMA, "float32"), (GEMMA, "float32"))
+    for part in PARTS),
+]  # fmt: skip
 
 
 def arguments(step: Step, sharding):
@@ -154,11 +155,15 @@ def arguments(step: Step, sharding):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
   b, s = step.num_tokens, step.num_rows
-  page = 32, step.num_kv_heads, step.page_size, 2 * step.head_dim
-  num_pages = POOL_BYTES // (math.prod(page) * np.dtype(step.dtype).itemsize)
+  config = CacheConfig(
+    num_kv_heads=step.num_kv_heads, head_dim=step.head_dim, value_dim=step.value_dim,
+    page_size=step.page_size, dtype=step.kv_dtype or step.dtype, num_pages=1,
+  )  # fmt: skip
+  config = dataclasses.replace(config, num_pages=POOL_BYTES // config.page_bytes)
   tokens, rows = shape(b), shape(s)
   tables = Tables(shape(s, 32_768 // step.page_size), rows, rows, shape(s, dtype="bool"))
-  pages = Pages(shape(num_pages, *page, dtype=step.dtype), np.dtype(step.dtype), step.head_dim)
+  pages = jax.eval_shape(functools.partial(pages_lib.init, config))
+  pages = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), pages)
   cut = functools.partial(attention.cut, "gpu", parts=((b, s),))
   [part] = jax.eval_shape(cut, tokens, tokens, tokens, shape(b, dtype="bool"), pages, tables)
   return (
@@ -197,6 +202,7 @@ def compiled(step: Step, device) -> dict:
   return {
     "model": step.name,
     "dtype": step.dtype,
+    "pages": step.kv_dtype or step.dtype,
     "page size": step.page_size,
     "tokens": step.num_tokens,
     "rows": step.num_rows,
@@ -204,7 +210,7 @@ def compiled(step: Step, device) -> dict:
     "registers": int(re.search(r"Used (\d+) registers", log)[1]),
     "spilled": int(re.search(r"(\d+) bytes spill stores", log)[1]),
     "shared": int(shared),
-    "async copies": ptx.count("cp.async.cg"),
+    "async copies": len(re.findall(r"cp\.async\.c[ag]\.[^;]*, 0x(?:8|10),", ptx)),
     "products": ptx.count("mma.sync") + ptx.count("wgmma.mma"),
     "other kernels": sum(x.count(".entry ") for x in texts.values()) - 1,
     "temp": program.memory_analysis().temp_size_in_bytes,
@@ -216,6 +222,8 @@ def main():
   target = TARGET.format(name=ARGS.gpu, gpu=found, shared_block=found.shared_bytes - 1024)
   topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
   steps = STEPS[:4:3] if ARGS.quick else STEPS
+  if found.arch == "sm_80":  # cannot convert it
+    steps = [step for step in steps if step.kv_dtype != "float8_e4m3fn"]
   rows = [compiled(step, topology.devices[0]) for step in steps]
   summary = {
     "compiled for": ARGS.gpu,

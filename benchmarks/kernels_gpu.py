@@ -11,7 +11,8 @@ for the host, and one dispatch is under 1%. PyTorch's are captured in a CUDA gra
 take turns over so many sets of pages that nothing is still in the L2 cache when it is read again.
 
 Then batches as engines make them, which only our kernel takes: rows that decode beside a piece of one
-prompt, attended as two parts and, to compare, as one.
+prompt, attended as two parts and, to compare, as one. And pages of 8 bits, beside a gather that
+dequantises, and beside our own time over pages of 16 bits.
 
 Goals: 0.90 of the copy's bandwidth from 32 rows of 4,096 tokens upwards, 0.75 from 8 rows, nobody
 faster. It fails if one is missed. `--smoke` runs tiny shapes, interpreted, on any machine.
@@ -35,7 +36,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from paged_jax import attention  # noqa: E402
+from paged_jax import CacheConfig, attention, quantization  # noqa: E402
+from paged_jax import pages as pages_lib  # noqa: E402
 from paged_jax.types import Pages, Tables  # noqa: E402
 
 SECONDS = 0.02  # of one program
@@ -61,6 +63,7 @@ class Case:
   num_kv_heads: int = 8
   head_dim: int = 128
   dtype: str = "bfloat16"
+  kv_dtype: str = ""  # of pages of 8 bits, none: dtype
   smoke: bool = False
 
   @property
@@ -69,8 +72,11 @@ class Case:
 
   @property
   def kv_bytes(self) -> int:
-    width = 2 * self.head_dim * np.dtype(self.dtype).itemsize
-    return self.batch * self.context * self.num_kv_heads * width
+    config = CacheConfig(
+      num_layers=1, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=1,
+      dtype=self.kv_dtype or self.dtype,
+    )  # fmt: skip
+    return self.batch * self.context * config.page_bytes
 
   @property
   def num_sets(self) -> int:
@@ -86,17 +92,33 @@ class Data:
 
   q: jax.Array  # [B,Q,D]
   kv: jax.Array  # [N,H,T,2D]
+  scales: jax.Array | None  # f32[N,2H,T] of pages of 8 bits
   tables: jax.Array  # i32[sets,B,P]
   lengths: jax.Array  # i32[B]
 
 
+def formats(implementation: str) -> list[str]:
+  """The formats of 8 bits that the implementation has on this device."""
+  configs = {x: CacheConfig(head_dim=128, dtype=x, num_pages=1) for x in quantization.LIMITS}
+  made = {x: jax.eval_shape(lambda c=c: pages_lib.init(c)) for x, c in configs.items()}
+  return [x for x, pages in made.items() if attention.refusal(implementation, pages, 1) is None]
+
+
 def cases(args) -> list[Case]:
   if args.smoke:
-    return [Case(2, 64, 16, 8, 2, 16, "float32", smoke=True), Case(1, 80, 16, 4, 2, 16, smoke=True)]
+    one = Case(1, 80, 16, 4, 2, 16, smoke=True)
+    two = Case(2, 64, 16, 8, 2, 16, "float32", smoke=True)
+    eight = (dataclasses.replace(one, kv_dtype=x) for x in formats(args.implementation))
+    return [two, one, *eight]
   sizes = itertools.product((8, 4), (16, 64), (1, 8, 32, 128), (512, 2048, 4096, 8192, 32_768))
   if args.quick:
     sizes = itertools.product((4,), (16,), (1, 8, 32), (512, 4096))
   all_cases = [Case(b, x, t, num_kv_heads=8, num_heads=8 * repeats) for repeats, t, b, x in sizes]
+  all_cases += [
+    dataclasses.replace(case, kv_dtype=kv_dtype)
+    for kv_dtype in formats(args.implementation)
+    for case in all_cases if case.num_heads == 32 and case.context >= 2048
+  ]  # fmt: skip
   limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**34)
   return [c for c in all_cases if 6 * max(c.kv_bytes, CACHE_BYTES) < limit]
 
@@ -108,12 +130,39 @@ def data(case: Case) -> Data:
   ids = np.random.default_rng(0).permutation(n).reshape(sets, b, p)
   q_key, kv_key = jax.random.split(jax.random.key(0))
   normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+  kv, scales = kept(case, normal(kv_key, shape, case.dtype))
   return Data(
     q=normal(q_key, (b, case.num_heads, case.head_dim), case.dtype),
-    kv=normal(kv_key, shape, case.dtype),
+    kv=kv,
+    scales=scales,
     tables=jnp.asarray(ids, jnp.int32),
     lengths=jnp.full(b, case.context, jnp.int32),
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def kept(case: Case, kv: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  """What pages keep of K and V [N,H,T,2D]: numbers, and scales f32[N,2H,T] of 8 bits."""
+  if not case.kv_dtype:
+    return kv, None
+  n, h, t, _ = kv.shape
+  numbers, scales = quantization.quantize(kv.reshape(n, h, t, 2, -1), case.kv_dtype)
+  return numbers.reshape(kv.shape), scales.swapaxes(2, 3).reshape(n, 2 * h, t)
+
+
+def read(case: Case, kv: jax.Array, scales: jax.Array | None) -> jax.Array:
+  """K and V [...,H,T,2D] as `case.dtype`, of what `kept` made."""
+  if scales is None:
+    return kv
+  each = scales.reshape(*kv.shape[:-2], 2, -1).swapaxes(-1, -2)
+  numbers = kv.reshape(*kv.shape[:-1], 2, -1)
+  return quantization.dequantize(numbers, each).astype(case.dtype).reshape(kv.shape)
+
+
+def as_pages(case: Case, kv: jax.Array, scales: jax.Array | None) -> Pages:
+  dtype = np.dtype(case.kv_dtype or case.dtype)
+  scales = None if scales is None else scales[:, None]
+  return Pages(kv[:, None], dtype, case.head_dim, scales=scales)
 
 
 def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts = None):
@@ -131,12 +180,12 @@ def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts
   positions = d.lengths[rows] + nth
   slots = d.tables[0][rows, positions // case.page_size] * case.page_size
   slots += positions % case.page_size
-  pages = Pages(d.kv[:, None], np.dtype(case.dtype), case.head_dim)
+  pages = as_pages(case, d.kv, d.scales)
   cut = attention.cut(implementation, rows, positions, slots, live, pages, tables, parts)
 
   def step(q, kv, table):
     tables = Tables(table, starts, d.lengths, stale)
-    pages = Pages(kv[:, None], np.dtype(case.dtype), case.head_dim)
+    pages = as_pages(case, *kv)
     options, outs, begin = attention.options.make(q), [], 0
     for part in cut:
       end = begin + part.rows.shape[0]
@@ -144,19 +193,20 @@ def ours(case: Case, d: Data, implementation: str, prompt: int = 0, parts: Parts
       begin = end
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)
 
-  return step, d.kv
+  return step, (d.kv, d.scales)
 
 
 def gathered(case: Case, d: Data, implementation: str):
   def step(q, kv, table):
-    bits = kv[table].swapaxes(2, 3).reshape(case.batch, -1, case.num_kv_heads, 2 * case.head_dim)
-    k, v = bits[..., : case.head_dim], bits[..., case.head_dim :]
+    found = read(case, *(None if x is None else x[table] for x in kv)).swapaxes(2, 3)
+    found = found.reshape(case.batch, -1, case.num_kv_heads, 2 * case.head_dim)
+    k, v = found[..., : case.head_dim], found[..., case.head_dim :]
     out = jax.nn.dot_product_attention(
       q[:, None], k, v, key_value_seq_lengths=d.lengths, implementation=implementation
     )
     return out[:, 0]
 
-  return step, d.kv
+  return step, (d.kv, d.scales)
 
 
 def pallas(case: Case, d: Data, splits: int):
@@ -181,6 +231,8 @@ def contenders(case: Case, d: Data, implementation: str) -> dict:
   }
   if not case.smoke:
     found["gather + cudnn"] = lambda: gathered(case, d, "cudnn")
+  if case.kv_dtype:
+    return found
   if importlib.util.find_spec("jax.experimental.pallas.ops.gpu.paged_attention"):
     for splits in KEY_SPLITS:
       share, rest = divmod(case.pages_per_row, splits)
@@ -294,7 +346,7 @@ def compare(case: Case, bandwidth: float, args) -> dict:
     programs[name] = program(step, kv, d, iterations)
   times = measure.medians(programs, rounds=args.rounds)
   times = {name: t / iterations for name, t in times.items()}
-  times |= {} if case.smoke else torch_seconds(case, d, iterations, args.rounds)
+  times |= {} if case.smoke or case.kv_dtype else torch_seconds(case, d, iterations, args.rounds)
   tuned = [times.pop(name) for name in list(times) if name.startswith("pallas ")]
   times |= {"jax pallas": min(tuned)} if tuned else {}
   return {
@@ -302,6 +354,7 @@ def compare(case: Case, bandwidth: float, args) -> dict:
     "context": case.context,
     "page size": case.page_size,
     "heads": f"{case.num_heads}:{case.num_kv_heads}",
+    "pages": case.kv_dtype or case.dtype,
     "of copy": case.kv_bytes / times["ours"] / bandwidth,
     "vs best": times["ours"] / min(t for name, t in times.items() if name != "ours"),
     **{f"{name} us": round(1e6 * t, 2) for name, t in times.items()},
@@ -324,6 +377,7 @@ def compare_mixed(num_rows: int, context: int, bandwidth: float, args) -> dict:
   d = Data(
     q=normal(q_key, (num_rows + prompt, case.num_heads, case.head_dim), case.dtype),
     kv=normal(kv_key, (n, case.num_kv_heads, size, 2 * case.head_dim), case.dtype),
+    scales=None,
     tables=jnp.asarray(tables)[None],
     lengths=jnp.asarray(np.append(np.full(num_rows, case.context), context), jnp.int32),
   )
@@ -345,6 +399,7 @@ def compare_mixed(num_rows: int, context: int, bandwidth: float, args) -> dict:
     "context": case.context,
     "page size": size,
     "heads": f"{case.num_heads}:{case.num_kv_heads}",
+    "pages": case.dtype,
     "prompt": f"{prompt} at {context}",
     "of copy": d.kv.nbytes / times["ours"] / bandwidth,  # as if each row were read once
     **{f"{name} us": round(1e6 * t, 2) for name, t in times.items()},
@@ -366,14 +421,23 @@ def main():
   mixed = ((3, 70),) if args.smoke else MIXED[::3] if args.quick else MIXED
   mixed = [compare_mixed(num_rows, context, bandwidth, args) for num_rows, context in mixed]
 
+  def place(row):
+    return tuple(row[name] for name in ("batch", "context", "page size", "heads"))
+
+  eight = [row for row in rows if row["pages"] in quantization.LIMITS]
+  rows = [row for row in rows if row not in eight]  # the goals are those of 16 bits
+  times = {place(row): row["ours us"] for row in rows}
+  for row in eight:
+    row["of 16 bits"] = row["ours us"] / times[place(row)]
   large = [row for row in rows if row["context"] >= 4096]
   summary = {
     "copy_gb_per_s": bandwidth / 1e9,
     "worst_of_copy_32_rows": min((r["of copy"] for r in large if r["batch"] >= 32), default=None),
     "worst_of_copy_8_rows": min((r["of copy"] for r in large if r["batch"] >= 8), default=None),
     "worst_vs_best": max(row["vs best"] for row in rows),
+    "worst_8_of_16_bits": max((row["of 16 bits"] for row in eight), default=None),
   }
-  measure.report(rows + mixed, summary, as_json=args.json)
+  measure.report(rows + eight + mixed, summary, as_json=args.json)
   if not args.smoke:
     missed = [
       f"{name} is {summary[name]:.3g}, not {sign} {goal}"

@@ -13,6 +13,9 @@ The kernel reads and writes tokens where they are in the batch: in small batches
 first and their outputs after would launch kernels that cost as much as the attention itself. Where
 each token is a block of its own, programs go by token, and write those that attend to nothing, too.
 
+Numbers of 8 bits become the queries' bfloat16, which is exact, or float32. Their scales are
+multiplied with the logits and the weights, not with the keys and values.
+
 Letters as in types.py; G blocks, M = queries of a block x query heads per KV head, W splits, I
 queries in a tile, X positions in a chunk.
 """
@@ -22,7 +25,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -35,6 +37,7 @@ from paged_jax.types import Pages, Part, Tables
 HEAD_DIMS = 16, 32, 64, 128, 256
 CHUNK_BYTES = 2**15
 TILE_CHANNELS = 2**14  # queries of a tile x head dim, at most
+PIECE_8_BITS = 64  # channels of 8-bit keys that are converted at once: all of them would spill
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -47,14 +50,19 @@ class Config(NamedTuple):
   num_stages: int
 
 
-# By bits of the products' operands, then the most queries M of a block: of rows that decode, of rows
-# that verify drafts, of prompts. Not tuned on hardware: chosen 2026-11 by what the compiler of jax
-# 0.12.0 makes for H200, A100 and L4 (benchmarks/gpu_compiler.py): nothing spills, and shared memory
-# fits in the 99 KB of compute capability 8.6 and 8.9. Rows that decode leave room for three programs
-# on an SM; prompts take large tiles, since each tile reads the row's keys and values again. Through
-# the block table a chunk ahead takes two stages. Chunks of as many tokens as threads would not have
-# their ids loaded ahead.
+# By bits of the numbers in pages, 32 where products are of float32; then the most queries M of a
+# block: of rows that decode, of rows that verify drafts, of prompts. Not tuned on hardware: chosen
+# 2026-11 by what jax 0.12.0's compiler makes for H200, A100 and L4 (benchmarks/gpu_compiler.py):
+# nothing spills, and shared memory fits in the 99 KB of compute capability 8.6 and 8.9. Rows that
+# decode leave room for three programs on an SM; prompts take large tiles, since each tile reads the
+# row's keys and values again. Through the block table a chunk ahead takes two stages. Chunks of as
+# many tokens as threads would not have their ids loaded ahead.
 CONFIGS = {
+  8: {
+    16: Config(tile_size=16, chunk_size=64, num_warps=4, num_stages=5),
+    64: Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
+    _NEVER: Config(tile_size=128, chunk_size=32, num_warps=8, num_stages=3),
+  },
   16: {
     16: Config(tile_size=16, chunk_size=64, num_warps=8, num_stages=5),
     64: Config(tile_size=64, chunk_size=64, num_warps=8, num_stages=3),
@@ -72,8 +80,10 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
   del pages_per_row  # any number
   if jax.default_backend() == "gpu":
     capability = jax.devices()[0].compute_capability
-    if not capability[:1].isdigit() or float(capability) < 8.0:
-      return f"the GPU must have compute capability 8.0 or later, not {capability}"
+    least = 8.9 if pages.dtype == jnp.float8_e4m3fn else 8.0
+    if not capability[:1].isdigit() or float(capability) < least:
+      why = f" for {pages.dtype}" if least > 8 else ""
+      return f"the GPU must have compute capability {least} or later{why}, not {capability}"
   return pages_refusal(pages)
 
 
@@ -81,9 +91,13 @@ def pages_refusal(pages: Pages) -> str | None:
   """Why no device can serve `pages`."""
   _, _, _, _, d = pages_lib.sizes(pages)
   # Offsets count elements in 32 signed bits, in 64 if the array has more than 4 GiB
-  # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 from 2 GiB to 4.
-  if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    return f"dtype must be float32, bfloat16 or float16, not {pages.dtype}"
+  # (jax/_src/pallas/triton/lowering.py): right for 16 and 32 bits, wrong for 8 between 2 and 4 GiB.
+  num_bytes = pages.kv.size * pages.kv.dtype.itemsize
+  if pages.kv.size > 2**31 and num_bytes <= 2**32:
+    return (
+      f"8-bit pages must take at most {2**31} bytes or more than {2**32} (scales not counted), not"
+      f" {num_bytes}: take fewer or more pages"
+    )
   size, many = pages.value_dim, "a power of two from 16 to 256"
   pads = "(CacheConfig.stored_for pads smaller ones)"
   if size is None:
@@ -111,10 +125,17 @@ def attend(
   keys, values = ((0, d),), (d, 2 * d)  # channels of a token
   if (size := pages.value_dim) is not None:
     keys, values = ((0, size), (size, d)) if size < d else ((0, d),), (0, size)
+  if pages.scales is not None:
+    keys = tuple(
+      (i, min(i + PIECE_8_BITS, end))
+      for begin, end in keys
+      for i in range(begin, end, PIECE_8_BITS)
+    )
   width = values[1] - values[0]
   m = part.block_size * (num_heads // h)
-  dtype = pages.dtype if q.dtype == pages.dtype else np.dtype(jnp.float32)  # of products' operands
-  config = next(c for most, c in CONFIGS[8 * dtype.itemsize].items() if m <= most)
+  dtype = jax.eval_shape(softmax.operands, q, jax.ShapeDtypeStruct((), pages.dtype))[0].dtype
+  bits = 32 if dtype == jnp.float32 else 8 * pages.dtype.itemsize
+  config = next(c for most, c in CONFIGS[bits].items() if m <= most)
   tile_size = min(config.tile_size, TILE_CHANNELS // width, max(16, pl.next_power_of_2(m)))
   num_tiles = pl.cdiv(m, tile_size)
   alone = part.block_size == 1
@@ -155,7 +176,7 @@ def attend(
   )(
     layer[None], options.window[None], options.scale[None],
     None if options.softcap is None else options.softcap[None], options.sinks,
-    *by_block, rows, starts, part.last, tables.block_tables, q, pages.kv,
+    *by_block, rows, starts, part.last, tables.block_tables, q, pages.kv, pages.scales,
   )  # fmt: skip
   out, lse = (out[0], lse[0]) if num_splits == 1 else splits.combine(out, lse)
   if alone:
@@ -180,6 +201,7 @@ def _kernel(
   tables_ref,  # i32[S,P]
   q_ref,  # [B,Q,D]
   kv_ref,  # [N,L,H,T,2D]
+  scales_ref,  # f32[N,L,2H,T] or None
   # outputs
   out_ref,  # [W,B,Q,D]
   lse_ref,  # f32[W,B,Q]
@@ -239,8 +261,15 @@ def _kernel(
 
       def load(channel):
         place = ids[:, None], layer, head, jax.lax.rem(at, t)[:, None], channel[None]
-        bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=0)  # 0 * NaN is NaN
+        zero = jnp.zeros((), kv_ref.dtype)  # 0 * NaN is NaN
+        bits = plgpu.load(kv_ref.at[place], mask=mapped[:, None], other=zero)
         return jax.lax.bitcast_convert_type(bits, kv_dtype).astype(dtype)
+
+      def load_scales(nth):
+        """f32[1,X] those of the keys (0) or of the values (-1), which may be the same."""
+        each = scales_ref.shape[2] // h
+        place = ids, layer, head * each + nth % each, jax.lax.rem(at, t)
+        return plgpu.load(scales_ref.at[place], mask=mapped, other=0)[None]
 
       pieces = dict.fromkeys((*keys, values))  # none is loaded twice
       pieces = {piece: load(jnp.arange(*piece, dtype=jnp.int32)) for piece in pieces}
@@ -248,8 +277,10 @@ def _kernel(
       softcap = None if softcap_ref is None else softcap_ref[0]
       products = [softmax.product(q, pieces[piece]) for q, piece in zip(queries, keys)]
       products = functools.reduce(jnp.add, products)
+      products = products if scales_ref is None else products * load_scales(0)
       logits = softmax.logits(products, seen, scale_ref[0], softcap)
-      return softmax.step(sums, logits, pieces[values])
+      v_scales = None if scales_ref is None else load_scales(-1)
+      return softmax.step(sums, logits, pieces[values], scales=v_scales)
 
     top = jnp.full(tile_size, -jnp.inf, jnp.float32)
     if sinks_ref is not None:  # they count once

@@ -62,7 +62,10 @@ def pages_refusal(pages: Pages) -> str | None:
   if pages.value_dim is not None:
     return f"value_dim must be None, not {pages.value_dim}: the kernel reads values beside keys"
   if pages.kv.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"pages must be kept as bfloat16 or float16, not {pages.kv.dtype}: wgmma has no other"
+    return (
+      f"pages must be kept as bfloat16 or float16, not {pages.kv.dtype}: wgmma multiplies keys and"
+      " values in shared memory as they are kept, by queries and weights of the same dtype"
+    )
   if d not in CHUNKS:
     sizes = ", ".join(map(str, CHUNKS))
     return (

@@ -13,8 +13,9 @@ import pytest
 from jax._src.pallas.triton import lowering
 
 from paged_jax import CacheConfig, attention
+from paged_jax import pages as pages_lib
 from paged_jax.attention import gpu
-from paged_jax.types import Pages, Tables
+from paged_jax.types import Tables
 
 pytestmark = pytest.mark.filterwarnings(
   "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -120,9 +121,10 @@ def test_vmap_over_caches_equals_one_at_a_time(interpreted):
     close([x[i] for x in together], one(*args), 1e-5)
 
 
-def pages(d, dtype="bfloat16", t=16, value_dim=None):
-  width = 2 * d if value_dim is None else d
-  return Pages(jax.ShapeDtypeStruct((4, 2, 2, t, width), dtype), np.dtype(dtype), d, value_dim)
+def pages(d, dtype="bfloat16", t=16, value_dim=None, num_pages=4):
+  config = CacheConfig(num_layers=2, num_kv_heads=2, head_dim=d, dtype=dtype, page_size=t,
+                       value_dim=value_dim, num_pages=num_pages)  # fmt: skip
+  return jax.eval_shape(functools.partial(pages_lib.init, config))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,14 @@ def pages(d, dtype="bfloat16", t=16, value_dim=None):
       pages(560, value_dim=512),
       "head_dim must be value_dim=512 or a power of two from 16 to 256 more",
     ),
-    (pages(128, "int8"), "dtype must be float32, bfloat16 or float16, not int8"),
+    *(
+      (
+        pages(128, dtype, num_pages=num_pages),
+        "8-bit pages must take at most 2147483648 bytes or more than 4294967296 (scales not"
+        f" counted), not {num_pages * 2**14}: take fewer or more pages",
+      )
+      for dtype, num_pages in (("int8", 2**17 + 1), ("float8_e4m3fn", 2**18))
+    ),
   ],
 )
 def test_a_refusal_says_why(pages, why):
@@ -150,17 +159,34 @@ def test_every_page_size_is_served(t):
   assert gpu.refusal(pages(64, "float16", t), 16) is None
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("num_pages", [2**17, 2**18 + 1])
+def test_8_bit_pages_beside_the_gap_are_served(dtype, num_pages):
+  assert gpu.refusal(pages(128, dtype, num_pages=num_pages), 16) is None
+
+
 @pytest.mark.parametrize(
-  "capability, chosen", [("7.5", "xla"), ("8.0", "gpu"), ("8.9", "gpu"), ("12.0", "gpu")]
+  "capability, dtype, why",
+  [
+    ("7.5", "bfloat16", r"8\.0 or later, not 7\.5"),
+    ("8.0", "bfloat16", None),
+    ("8.9", "bfloat16", None),
+    ("12.0", "bfloat16", None),
+    ("8.0", "int8", None),
+    ("8.6", "float8_e4m3fn", r"8\.9 or later for float8_e4m3fn, not 8\.6"),
+    ("8.9", "float8_e4m3fn", None),
+    ("9.0", "float8_e4m3fn", None),
+  ],
 )
-def test_on_an_older_gpu_xla_is_chosen(capability, chosen, monkeypatch):
+def test_on_an_older_gpu_xla_is_chosen(capability, dtype, why, monkeypatch):
+  """On a Hopper `gpu` serves 8 bits, which `hopper` refuses."""
   device = types.SimpleNamespace(compute_capability=capability)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
-  assert attention.choose(None, pages(128), 16) == chosen
-  if chosen == "xla":
-    with pytest.raises(NotImplementedError, match=r"8\.0 or later, not 7\.5"):
-      attention.choose("gpu", pages(128), 16)
+  assert attention.choose(None, pages(128, dtype), 16) == ("gpu" if why is None else "xla")
+  if why is not None:
+    with pytest.raises(NotImplementedError, match=why):
+      attention.choose("gpu", pages(128, dtype), 16)
 
 
 # What the compiler is given, without a GPU.
@@ -182,17 +208,21 @@ class Shapes:
   num_pages: int = 4096
   num_layers: int = 32
   dtype: str = "bfloat16"
+  kv_dtype: str = ""  # of pages, none: dtype
   value_dim: int | None = None
 
   def arguments(self):
     shape = jax.ShapeDtypeStruct
     b, s = self.num_tokens, self.num_rows
-    width = (2 if self.value_dim is None else 1) * self.head_dim
-    kv = (self.num_pages, self.num_layers, self.num_kv_heads, self.page_size, width)
+    config = CacheConfig(
+      num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
+      value_dim=self.value_dim, page_size=self.page_size, num_pages=self.num_pages,
+      dtype=self.kv_dtype or self.dtype,
+    )  # fmt: skip
     lengths, tables = shape((s,), jnp.int32), shape((s, 8192 // self.page_size), jnp.int32)
     tables = Tables(tables, lengths, lengths, shape((s,), jnp.bool))
     rows = shape((b,), jnp.int32)
-    pages = Pages(shape(kv, self.dtype), np.dtype(self.dtype), self.head_dim, self.value_dim)
+    pages = jax.eval_shape(functools.partial(pages_lib.init, config))
     plan = jax.eval_shape(
       functools.partial(cases.traced_plan, implementation="gpu", parts=self.parts),
       rows, rows, shape((b,), jnp.bool), pages, tables,
@@ -260,17 +290,22 @@ def test_other_dtypes_lower_for_an_h200(dtype, monkeypatch):
     lower(dataclasses.replace(LLAMA, dtype=dtype, num_tokens=num_tokens))
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_8_bits_lower_for_an_h200(model, kv_dtype, dtype, monkeypatch):
+  as_backend(monkeypatch)
+  for num_tokens in (32, 2048):
+    shapes = dataclasses.replace(model, dtype=dtype, kv_dtype=kv_dtype, num_tokens=num_tokens)
+    assert lower(shapes).count("xla.gpu.triton") == 1
+
+
 GIB = 2**30
-PAGE_BYTES = 32 * 8 * 16 * 256 * 2
+PAGE_CHANNELS = 32 * 8 * 16 * 256
 
 
-@pytest.mark.parametrize(
-  "num_pages, bits",
-  [(GIB // PAGE_BYTES, 32), (4 * GIB // PAGE_BYTES, 32), (4 * GIB // PAGE_BYTES + 1, 64),
-   (70 * GIB // PAGE_BYTES, 64)],
-)  # fmt: skip
-def test_offsets_into_the_pages_never_overflow(num_pages, bits, monkeypatch):
-  """Offsets count elements: 2**31 of 16 bits are 4 GiB, and beyond that they have 64 bits."""
+def offset_bits(shapes: Shapes, monkeypatch) -> set[int]:
+  """Bits of the offsets of keys and values in the Triton module of `lower(shapes)`."""
   modules = []
   real = lowering.lower_jaxpr_to_triton_module
 
@@ -281,10 +316,36 @@ def test_offsets_into_the_pages_never_overflow(num_pages, bits, monkeypatch):
 
   monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", spy)
   as_backend(monkeypatch)
-  lower(dataclasses.replace(LLAMA, num_pages=num_pages))
+  lower(shapes)
   [module] = modules
-  kv_pointers = [
-    line for line in module.splitlines() if "addptr" in line and "x128x!tt.ptr<bf16>" in line
-  ]
-  found = {line.rsplit("x", 1)[-1] for line in kv_pointers if "64x128" in line}
-  assert found == {f"i{bits}>"}
+  name = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}.get(shapes.kv_dtype, "bf16")
+  pointers = rf"tt\.addptr .*tensor<64x(?:64|128)x!tt\.ptr<{name}>>, tensor<64x(?:64|128)xi(\d+)>"
+  return {int(bits) for bits in re.findall(pointers, module)}
+
+
+@pytest.mark.parametrize(
+  "kv_dtype, num_bytes, bits",
+  [
+    ("bfloat16", GIB, 32),
+    ("bfloat16", 4 * GIB, 32),
+    ("bfloat16", 4 * GIB + 1, 64),
+    ("bfloat16", 70 * GIB, 64),
+    ("int8", 2 * GIB, 32),
+    ("int8", 4 * GIB + 1, 64),
+    ("float8_e4m3fn", 2 * GIB, 32),
+    ("float8_e4m3fn", 4 * GIB + 1, 64),
+  ],
+)
+def test_offsets_into_the_pages_never_overflow(kv_dtype, num_bytes, bits, monkeypatch):
+  """Offsets count elements: 2**31 are 4 GiB of 16 bits and 2 GiB of 8; beyond 4 GiB they have 64 bits."""
+  page_bytes = PAGE_CHANNELS * np.dtype(kv_dtype).itemsize
+  shapes = dataclasses.replace(LLAMA, kv_dtype=kv_dtype, num_pages=-(-num_bytes // page_bytes))
+  assert gpu.refusal(shapes.arguments()[1], 16) is None
+  assert offset_bits(shapes, monkeypatch) == {bits}
+
+
+@pytest.mark.parametrize("num_pages", [2 * GIB // PAGE_CHANNELS + 1, 4 * GIB // PAGE_CHANNELS])
+def test_8_bit_pages_whose_offsets_overflow_are_refused(num_pages, monkeypatch):
+  shapes = dataclasses.replace(LLAMA, kv_dtype="int8", num_pages=num_pages)
+  assert offset_bits(shapes, monkeypatch) == {32}
+  assert "take fewer or more pages" in (gpu.refusal(shapes.arguments()[1], 16) or "")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_jax import attention
+from paged_jax import attention, quantization
 from paged_jax.attention import hopper, splits
 from paged_jax.types import Pages, Tables
 
@@ -49,7 +49,11 @@ def every(table):
   return pytest.mark.parametrize("case", table, ids=lambda case: case.name)
 
 
-TABLE = tuple(served(case) for case in cases.CASES + OWN if case.value_dim is None)
+TABLE = tuple(
+  served(case)
+  for case in cases.CASES + OWN
+  if case.value_dim is None and not quantization.quantized(case.dtype)
+)
 quick = [case for case in TABLE if case.name in QUICK or case.name in [c.name for c in OWN]]
 slow = [case for case in TABLE if case not in quick]
 
@@ -233,7 +237,11 @@ def pages(**fields):
 @pytest.mark.parametrize(
   "why, fields",
   [
-    ("kept as bfloat16 or float16, not float32: wgmma has no other", dict(dtype="float32")),
+    ("kept as bfloat16 or float16, not float32: wgmma multiplies", dict(dtype="float32")),
+    ("kept as bfloat16 or float16, not int8: .* as they are kept",
+     dict(dtype="int8", q_dtype="bfloat16")),
+    ("not float8_e4m3fn: .* queries and weights of the same dtype",
+     dict(dtype="float8_e4m3fn", q_dtype="bfloat16")),
     ("kept as bfloat16 or float16, not uint16", dict(bits=True)),
     ("head_dim must be one of 64, 128, 256, not 32 .CacheConfig.storage_head_dim pads",
      dict(head_dim=32)),
@@ -257,9 +265,10 @@ def test_no_device_refuses(page_size, head_dim, dtype):
 @pytest.mark.parametrize("capability", ["9.0", "8.0", "10.0"])
 def test_on_a_gpu_it_is_chosen_on_hopper_only(capability, monkeypatch):
   device = types.SimpleNamespace(compute_capability=capability)
-  bf16 = pages()
+  bf16, int8 = pages(), pages(dtype="int8", q_dtype="bfloat16")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
+  assert attention.candidates(int8, 16) == ["gpu", "xla"]
   assert (attention.choose(None, bf16, 16) == "hopper") == (capability == "9.0")
   if capability != "9.0":
     with pytest.raises(NotImplementedError, match=rf"capability 9\.0, not {capability}"):
