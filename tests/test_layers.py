@@ -47,7 +47,7 @@ TABLES = {
     __init__
     loading
     decoder families
-    caches layers
+    caches layers placement
     config
     added_tokens pattern ropes tensors
     fields

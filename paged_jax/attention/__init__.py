@@ -208,7 +208,7 @@ def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, pla
 
   By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
   """
-  k, v = (None if x is None else pages_lib.repeated(x, pages) for x in (k, v))
+  k, v = pages_lib.repeated(k, pages), None if v is None else pages_lib.repeated(v, pages)
   run, split = _backend(plan.implementation).write, pages.split
   if split is None:
     return run(pages, layer, k, v, plan)
@@ -216,7 +216,7 @@ def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, pla
   run = meshes.on_each(
     split, run, in_specs=(split.spec(2), whole, heads, heads, whole), out_specs=split.spec(2)
   )
-  k, v = (None if x is None else meshes.place(x, split.mesh, heads) for x in (k, v))
+  k, v = meshes.place((k, v), split.mesh, heads)
   pages = run(dataclasses.replace(pages, split=None), layer, k, v, plan)
   return dataclasses.replace(pages, split=split)
 
@@ -227,7 +227,7 @@ def _write_jvp(primals, tangents):
   pages, layer, *_, plan = primals
   pages_lib.check_differentiable(pages)
   moved, _, k, v, _ = tangents
-  k, v = (None if x is None else pages_lib.repeated(x, pages) for x in (k, v))
+  k, v = pages_lib.repeated(k, pages), None if v is None else pages_lib.repeated(v, pages)
   return write(*primals), pages_lib.write(moved, layer, k, v, plan.slots)
 
 
