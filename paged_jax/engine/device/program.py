@@ -308,8 +308,10 @@ def _logits(
   plan = paged_jax.plan(cache, ids, positions, implementation=implementation, parts=parts)
   hidden, cache = model(tokens, cache, plan)
   logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))
-  if (split := groups.each(cache)[0].pages.split) is not None:  # drawing then needs no others
-    logits = meshes.place(logits, split.mesh, PartitionSpec())
+  if (split := groups.each(cache)[0].pages.split) is not None:
+    if logits.shape[1] % split.ways == 0:  # else XLA would gather the weights
+      logits = meshes.place(logits, split.mesh, PartitionSpec(None, split.axis))
+    logits = meshes.place(logits, split.mesh, PartitionSpec())  # drawing needs no other device
   return logits.reshape(s, w, -1), cache
 
 
