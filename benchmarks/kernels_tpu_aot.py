@@ -74,11 +74,13 @@ MODELS = (
 )
 
 
-def cache_config(model: Model, page_size: int, num_rows: int = 32, max_length: int = 8192):
+def cache_config(
+  model: Model, page_size: int, num_rows: int = 32, max_length: int = 8192, dtype: str = "bfloat16"
+):
   """32 layers in a pool of 4 GiB."""
   config = paged_jax.CacheConfig(
     num_layers=32, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, page_size=page_size,
-    num_rows=num_rows, max_length=max_length, value_dim=model.value_dim,
+    num_rows=num_rows, max_length=max_length, value_dim=model.value_dim, dtype=dtype,
   ).stored_for("tpu")  # fmt: skip
   return dataclasses.replace(config, num_pages=2**32 // config.page_bytes)
 
@@ -87,13 +89,13 @@ def integers(mesh, *shape):
   return tpu_compiler.shapes(mesh, jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
-def layer_step(model: Model, mesh, num_tokens: int):
-  """Write and attention of one layer for `num_tokens` tokens, over the heads of each core."""
+def layer_step(model: Model, mesh, num_tokens: int, *, attends: bool = True):
+  """Write, and attention, of one layer for `num_tokens` tokens, over the heads of each core."""
 
   def step(cache, q, k, rows, positions, layer):
     plan = paged_jax.plan(cache, rows, positions, implementation="tpu")
     cache = paged_jax.write(cache, layer, k, k if model.value_dim is None else None, plan)
-    return cache, paged_jax.attend(cache, layer, q, plan, **dict(model.options))
+    return cache, paged_jax.attend(cache, layer, q, plan, **dict(model.options)) if attends else q
 
   def compiled(config):
     heads, whole = P(None, "model"), P()
@@ -104,7 +106,7 @@ def layer_step(model: Model, mesh, num_tokens: int):
     )  # fmt: skip
     cache = jax.eval_shape(lambda: paged_jax.init(config))
     q, k = (
-      jax.ShapeDtypeStruct((num_tokens, h, model.head_dim), config.dtype)
+      jax.ShapeDtypeStruct((num_tokens, h, model.head_dim), jnp.bfloat16)
       for h in (model.num_heads, model.num_kv_heads)
     )
     return tpu_compiler.Compiled(
@@ -322,14 +324,23 @@ def write_bundles(compiled, config, num_tokens: int, block_size: int) -> int:
   window's tokens are loops within the first, of one turn per register.
   """
   pages = jax.eval_shape(lambda: paged_jax.init(config)).pages
+
+  def bundles(name, array, size, num_windows, registers):
+    ring = tpu_write.ring_size(array, size, num_tokens)
+    (loops,) = compiled.loops(name)
+    before, window, *copies, end = (loop["bundles"] for loop in loops)
+    turns = (num_windows + ring // 2) * window + num_windows * registers * sum(copies)
+    return before + turns + min(ring, num_windows) * end
+
   size = tpu_write.window_size(pages, block_size)
-  ring = tpu_write.ring_size(pages, size, num_tokens)
-  num_windows = num_tokens // min(size, block_size)
-  (loops,) = compiled.loops("paged_write")
-  before, window, *copies, end = (loop["bundles"] for loop in loops)
   registers = config.num_kv_heads * size * config.head_dim * pages.kv.dtype.itemsize // 4096
-  turns = (num_windows + ring // 2) * window + num_windows * registers * sum(copies)
-  return before + turns + min(ring, num_windows) * end
+  found = bundles("paged_write", pages.kv, size, num_tokens // min(size, block_size), registers)
+  if pages.scales is not None:
+    size = tpu.LANES
+    num_windows = num_tokens if block_size == 1 else num_tokens // size
+    registers = -(-config.num_scales // 8) * 2
+    found += bundles("paged_scales", pages.scales, size, num_windows, registers)
+  return found
 
 
 def main():

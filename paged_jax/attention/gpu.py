@@ -133,7 +133,7 @@ def attend(
     )
   width = values[1] - values[0]
   m = part.block_size * (num_heads // h)
-  dtype = jax.eval_shape(softmax.operands, q, jax.ShapeDtypeStruct((), pages.dtype))[0].dtype
+  dtype = softmax.operand_dtype(q.dtype, pages.dtype)
   bits = 32 if dtype == jnp.float32 else 8 * pages.dtype.itemsize
   config = next(c for most, c in CONFIGS[bits].items() if m <= most)
   tile_size = min(config.tile_size, TILE_CHANNELS // width, max(16, pl.next_power_of_2(m)))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Sums(NamedTuple):
@@ -22,13 +23,18 @@ class Sums(NamedTuple):
 
 
 def operands(q: jax.Array, *kv: jax.Array) -> tuple[jax.Array, ...]:
-  """What is multiplied: queries, keys and values as they are if all have one dtype.
+  """What is multiplied: queries, keys and values in their `operand_dtype`."""
+  dtype = operand_dtype(q.dtype, *(x.dtype for x in kv))
+  return tuple(x.astype(dtype) for x in (q, *kv))
+
+
+def operand_dtype(q: np.dtype, *kv: np.dtype) -> np.dtype:
+  """In which dtype queries, keys and values are multiplied: as they are if all have one dtype.
 
   8-bit numbers are exact in bfloat16. Everything else is multiplied in float32.
   """
-  exact = q.dtype == jnp.bfloat16 and all(x.dtype.itemsize == 1 for x in kv)
-  dtype = q.dtype if exact or all(x.dtype == q.dtype for x in kv) else jnp.float32
-  return tuple(x.astype(dtype) for x in (q, *kv))
+  exact = q == jnp.bfloat16 and all(x.itemsize == 1 for x in kv)
+  return q if exact or all(x == q for x in kv) else np.dtype("float32")
 
 
 def logits(

@@ -52,6 +52,7 @@ def attend(
   if sinks is not None:
     sinks = jnp.tile(sinks.reshape(h, group) / LN2, (1, part.block_size))[..., None]
     sinks = jnp.broadcast_to(sinks, (h, m, LANES))
+  arrays = jax.tree.leaves(pages)  # numbers, and of 8-bit pages scales
   fitting = tpu_limits.vmem_bytes() // (4 * pages_lib.layer_bytes(pages))  # two chunks, half of it
   chunk_tokens = SHARED_CHUNK_TOKENS if alone and pages.value_dim is not None else CHUNK_TOKENS
   c = max(1, min(chunk_tokens // t, fitting, tables.block_tables.shape[1]))
@@ -80,12 +81,12 @@ def attend(
         None if alone else block(m, 1),
         None if sinks is None else whole(h, m, LANES),
         any_memory,
-        any_memory,
+        [any_memory] * len(arrays),
       ],
       out_specs=[block(h, m, out_size), block(m, h) if options.lse else None],
       scratch_shapes=[
         pltpu.SMEM((2, tables.block_tables.shape[1]), jnp.int32),
-        pltpu.VMEM((2, c, *pages.kv.shape[2:]), pages.kv.dtype),
+        [pltpu.VMEM((2, c, *x.shape[2:]), x.dtype) for x in arrays],
         pltpu.SMEM((1,), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
@@ -104,7 +105,7 @@ def attend(
     name="paged_attention",
   )(
     places, blocks.rows, blocks.starts, blocks.lows, blocks.highs,
-    jnp.stack([layer, options.window]), factors, queries, last, sinks, tables.block_tables, pages.kv,
+    jnp.stack([layer, options.window]), factors, queries, last, sinks, tables.block_tables, arrays,
   )  # fmt: skip
 
   if lse is not None:

@@ -14,6 +14,7 @@ X = C*T positions of a chunk.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,16 +43,16 @@ def kernel(
   last_ref,  # i32[1,M,1], None where blocks have one token
   sinks_ref,  # f32[H,M,128] or None
   tables_hbm,  # i32[S,P]
-  kv_hbm,  # [N,L,H,T,2D]
+  pages_hbm,  # numbers [N,L,H,T,2D], and of 8-bit pages scales f32[N,L,2H,T]
   # outputs
   out_ref,  # [1,H,M,D]
   lse_ref,  # f32[1,M,H] or None
   # scratch
   ids_ref,  # i32[2,P] in SMEM
-  kv_ref,  # [2,C,H,T,2D]
+  pages_refs,  # [2,C,H,T,2D], f32[2,C,2H,T]
   turn_ref,  # i32[1] in SMEM: chunks so far
   ids_sems,
-  kv_sems,
+  pages_sems,
   *,
   values: tuple[int, int],
   softcapped: bool,
@@ -62,12 +63,17 @@ def kernel(
   the last of them those of `out_ref`:
 
       # lanes of a token    [keys | values]     [values in keys | rest of keys]
+
+  8-bit numbers are exact in bfloat16, so their scales multiply logits and weights instead: a token
+  is a lane there as it is in a row of scales.
   """
   del places_ref
   g, num_blocks = pl.program_id(0), pl.num_programs(0)
+  kv_ref, *scales_refs = pages_refs
   _, c, h, t, _ = kv_ref.shape
   chunk, m, window = c * t, q_ref.shape[2], numbers_ref[1]
-  copies = _Copies(tables_hbm, kv_hbm, ids_ref, kv_ref, ids_sems, kv_sems, numbers_ref)
+  dtype = softmax.operand_dtype(q_ref.dtype, kv_ref.dtype)
+  copies = _Copies(tables_hbm, pages_hbm, ids_ref, pages_refs, ids_sems, pages_sems, numbers_ref)
 
   def span(block):
     """What a block sees; no pages behind the last block."""
@@ -115,7 +121,10 @@ def kernel(
 
     @pl.when((base < mine.begin) | (base + chunk > mine.end))
     def _():
-      _clear(kv_ref.at[slot], base, mine, values[0])
+      if kv_ref.dtype != jnp.int8:  # the only one without NaN
+        _clear(kv_ref.at[slot], base, mine, slice(values[0], None))
+      for ref in scales_refs:
+        _clear(ref.at[slot], base, mine)
 
     at = base + jax.lax.broadcasted_iota(jnp.int32, (m, chunk), 1)
     if last_ref is None:
@@ -127,11 +136,20 @@ def kernel(
     def keys_and_values(head):
       kv = kv_ref[slot, :, head].reshape(chunk, kv_ref.shape[-1])
       k, v = kv[:, : q_ref.shape[3]], kv[:, slice(*values)]
-      return (k, v) if k.dtype == q_ref.dtype else (k.astype(jnp.float32), v.astype(jnp.float32))
+      return k.astype(dtype), v.astype(dtype)
+
+    def scales(head, nth):
+      """f32[1,X] of a head's keys, or of its values; the same if these are in the keys."""
+      (ref,) = scales_refs
+      each = ref.shape[2] // h
+      row = pl.ds(head * each + min(nth, each - 1), 1)
+      return jnp.concatenate([ref[slot, i, row] for i in range(c)], axis=-1)
 
     def logits(head):
       k, _ = keys_and_values(head)
-      found = softmax.product(q_ref[0, head].astype(k.dtype), k) * factors_ref[0]
+      found = softmax.product(q_ref[0, head].astype(dtype), k)
+      factor = factors_ref[0] * scales(head, 0) if scales_refs else factors_ref[0]
+      found = found * factor
       found = factors_ref[1] * jnp.tanh(found) if softcapped else found
       return jnp.where(seen, found, -jnp.inf)
 
@@ -140,7 +158,10 @@ def kernel(
     found, made = [logits(i) for i in range(ahead)], []
     for i in range(h):
       found += [logits(i + ahead)] if i + ahead < h else []
-      made.append(softmax.step(sums[i], found[i], keys_and_values(i)[1], jnp.exp2))
+      v = keys_and_values(i)[1]
+      made.append(
+        softmax.step(sums[i], found[i], v, jnp.exp2, scales(i, 1) if scales_refs else None)
+      )
     return tuple(made)
 
   lanes = LANES if chunk % LANES == 0 and q_ref.shape[3] % LANES == 0 else 1
@@ -168,11 +189,11 @@ class _Copies(NamedTuple):
   """What is copied from HBM, and where to."""
 
   tables_hbm: jax.Ref
-  kv_hbm: jax.Ref
+  pages_hbm: Sequence[jax.Ref]  # numbers, and scales if there are any
   ids_ref: jax.Ref
-  kv_ref: jax.Ref
+  pages_refs: Sequence[jax.Ref]
   ids_sems: jax.Ref
-  kv_sems: jax.Ref
+  pages_sems: jax.Ref
   numbers_ref: jax.Ref
 
   def ids(self, block, row):
@@ -184,7 +205,7 @@ class _Copies(NamedTuple):
 
   def start(self, block, span: _Span, number, slot, *, unroll: bool):
     """Starts the copies of a chunk's pages."""
-    c, last = self.kv_ref.shape[1], self.kv_hbm.shape[0] - 1
+    c, last = self.pages_refs[0].shape[1], self.pages_hbm[0].shape[0] - 1
 
     @pl.loop(0, c, unroll=unroll)
     def _(i):
@@ -193,21 +214,24 @@ class _Copies(NamedTuple):
       @pl.when(nth < span.num_pages)
       def _():
         page = jnp.minimum(self.ids_ref[block % 2, span.first_page + nth], last)
-        there = self.kv_hbm.at[page, self.numbers_ref[0]]
-        pltpu.make_async_copy(there, self.kv_ref.at[slot, i], self.kv_sems.at[slot]).start()
+        for hbm, ref in zip(self.pages_hbm, self.pages_refs):
+          there = hbm.at[page, self.numbers_ref[0]]
+          pltpu.make_async_copy(there, ref.at[slot, i], self.pages_sems.at[slot]).start()
 
   def wait(self, span: _Span, number, slot):
     """Waits for them; for a full chunk at once."""
-    c, sem = self.kv_ref.shape[1], self.kv_sems.at[slot]
+    c, sem = self.pages_refs[0].shape[1], self.pages_sems.at[slot]
     live = jnp.minimum(span.num_pages - number * c, c)
 
     @pl.when(live == c)
     def _():
-      _wait(self.kv_ref.at[slot], sem)
+      for ref in self.pages_refs:
+        _wait(ref.at[slot], sem)
 
     @pl.loop(0, jnp.where(live == c, 0, live))
     def _(i):
-      _wait(self.kv_ref.at[slot, i], sem)
+      for ref in self.pages_refs:
+        _wait(ref.at[slot, i], sem)
 
 
 def _wait(there, sem):
@@ -215,10 +239,10 @@ def _wait(there, sem):
   pltpu.make_async_copy(there, there, sem).wait()
 
 
-def _clear(kv_ref, base, span: _Span, lane: int):
-  """Zeroes values outside the span, from `lane` on: 0 * NaN is NaN, so nothing stale may be
-  multiplied."""
-  c, _, t, _ = kv_ref.shape
+def _clear(ref, base, span: _Span, *lanes: slice):
+  """Zeroes values [C,H,T,`lanes`], or scales [C,2H,T], outside the span: 0 * NaN is NaN, so nothing
+  stale may be multiplied."""
+  c, _, t = ref.shape[:3]
 
   @pl.loop(0, c)
   def _(i):
@@ -226,10 +250,11 @@ def _clear(kv_ref, base, span: _Span, lane: int):
 
     @pl.when((first < span.begin) | (first + t > span.end))
     def _():
-      values = kv_ref[i, :, :, lane:]
+      page = (i, slice(None), slice(None), *lanes)
+      values = ref[page]
       at = first + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
       live = (at >= span.begin) & (at < span.end)
-      kv_ref[i, :, :, lane:] = jnp.where(live, values, jnp.zeros_like(values))
+      ref[page] = jnp.where(live, values, jnp.zeros_like(values))
 
 
 def _start(sinks: jax.Array | None, m: int, lanes: int, width: int) -> softmax.Sums:

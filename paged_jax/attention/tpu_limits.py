@@ -4,15 +4,18 @@ Found with the TPU compiler (libtpu 0.0.42.1, November 2026); see docs/kernels.m
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
 from paged_jax.attention import backend
+from paged_jax.attention.tpu_kernel import LANES
 from paged_jax.types import Pages
 
 VMEM_BYTES = 48 * 2**20  # of 64 MiB on v5p and 7x, 128 on v5e and v6e; v4 has 16, and CMEM beside
 SMALL_BLOCK = 16
 MAX_PAGES_PER_ROW = 2**16  # their ids, twice, are half of SMEM; the rest is for the blocks
+_DTYPES = jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
 
 
 def vmem_bytes() -> int:
@@ -37,8 +40,14 @@ def refusal(pages: Pages, pages_per_row: int) -> str | None:
   if pltpu.is_tpu_device() and pltpu.get_tpu_info().generation < 4:
     return f"the TPU must be v4 or later, not {pltpu.get_tpu_info().chip_version}"
   _, _, _, t, d = pages_lib.sizes(pages)
-  if pages.kv.dtype not in (jnp.float32, jnp.bfloat16):
-    return f"pages must be kept as float32 or bfloat16, not {pages.kv.dtype}"
+  if pages.kv.dtype not in _DTYPES:
+    *names, last = (np.dtype(x).name for x in _DTYPES)
+    return f"pages must be kept as {', '.join(names)} or {last}, not {pages.kv.dtype}"
+  if pages.scales is not None and t % LANES:
+    return (
+      f"page_size must be a multiple of {LANES} for {pages.kv.dtype}, not {t}: a page's scales of one"
+      f" head are whole rows of {LANES} lanes; take page_size={LANES}"
+    )
   rows = 32 // pages.kv.dtype.itemsize  # of a tile
   if t % rows:
     return f"page_size must be a multiple of {rows} for {pages.kv.dtype}, not {t}"

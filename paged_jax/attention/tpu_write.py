@@ -16,9 +16,15 @@ select, if the W tokens of the batch are copied that have the run where the wind
     # window            [0 1 2 3 4 5]  ->  [0 1 a b c 5]
 
 A window that the run fills is not read.
+
+Scales are written by the same loop, with windows of their own: 128 tokens, a row of lanes. Two
+windows of numbers may share such a row, so each array needs runs of its own.
 """
 
 import dataclasses
+import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_jax import pages as pages_lib
+from paged_jax.attention.tpu_kernel import LANES
 from paged_jax.types import Pages, Plan, Windows
 
 RING_BYTES = 8 * 2**20
@@ -37,19 +44,23 @@ TILE = 8  # rows
 
 
 def windows(pages: Pages, slots: jax.Array, block_size: int) -> tuple[Windows, ...]:
-  """The windows of each kernel's tokens, of all at `slots` i32[B]; see `of_kernel`."""
+  """The windows of each kernel, for all tokens at `slots` i32[B]; see `of_kernel`.
+
+  `block_size`, how many of a row's tokens come together, decides how large windows are. With scales,
+  each kernel that writes numbers is followed by one that writes their scales.
+  """
+  sizes = [window_size(pages, block_size)] + [LANES] * (pages.scales is not None)
   pieces = range(0, slots.shape[0], MAX_TOKENS)
-  return tuple(of_kernel(pages, slots[i : i + MAX_TOKENS], block_size) for i in pieces)
+  return tuple(of_kernel(pages, slots[i : i + MAX_TOKENS], size) for i in pieces for size in sizes)
 
 
-def of_kernel(pages: Pages, slots: jax.Array, block_size: int) -> Windows:
-  """The windows of tokens at `slots` i32[B]; those out of range are not written.
+def of_kernel(pages: Pages, slots: jax.Array, size: int) -> Windows:
+  """The windows, of `size` tokens, of those at `slots` i32[B]; slots out of range are not written.
 
   The slots are distinct, and those of one window stand side by side, as in every plan.
-  `block_size`, how many of a row's tokens come together, decides how large windows are.
   """
   n, _, _, t, _ = pages_lib.sizes(pages)
-  b, size = slots.shape[0], window_size(pages, block_size)
+  b = slots.shape[0]
   kept = (slots >= 0) & (slots < n * t)
   follows = (slots[1:] == slots[:-1] + 1) & (slots[1:] % size != 0)
   leads = kept & ~jnp.pad(follows, (1, 0))
@@ -72,22 +83,22 @@ def of_kernel(pages: Pages, slots: jax.Array, block_size: int) -> Windows:
 def window_size(pages: Pages, block_size: int) -> int:
   """Tokens of a window, whole tiles or a part of one, at most as many as come together and fit."""
   _, _, _, t, _ = pages_lib.sizes(pages)
-  fitting = RING_BYTES // (MIN_SLOTS * _slot_bytes(pages, 1))
+  fitting = RING_BYTES // (MIN_SLOTS * _slot_bytes(pages.kv, 1))
   size = max(4 // pages.kv.dtype.itemsize, min(MAX_WINDOW, block_size, fitting))
   while t % size or (size % TILE and TILE % size):
     size -= 1
   return size
 
 
-def ring_size(pages: Pages, size: int, num_tokens: int) -> int:
-  """Slots of the ring: windows of `size` tokens that are on their way at once."""
-  return max(2, min(MAX_SLOTS, RING_BYTES // _slot_bytes(pages, size), num_tokens))
+def ring_size(array: jax.Array, size: int, num_tokens: int) -> int:
+  """Slots of the ring: windows of `size` tokens of `array` that are on their way at once."""
+  return max(2, min(MAX_SLOTS, RING_BYTES // _slot_bytes(array, size), num_tokens))
 
 
-def _slot_bytes(pages: Pages, size: int) -> int:
+def _slot_bytes(array: jax.Array, size: int) -> int:
   """VMEM of a slot of the ring: a window, and room for twice as many tokens."""
-  _, _, _, t, _ = pages_lib.sizes(pages)
-  return 3 * size * (pages_lib.layer_bytes(pages) // t)
+  _, _, h, _, *width = array.shape
+  return 3 * size * h * math.prod(width) * array.dtype.itemsize
 
 
 def write(
@@ -103,57 +114,143 @@ def write(
 
   `v` is None if pages hold keys only.
   """
-  begin = 0
-  for windows in (each for part in plan.parts for each in part.windows):
-    end = begin + windows.first.shape[0]
-    new_k, new_v = k[begin:end], None if v is None else v[begin:end]
-    pages = write_windows(pages, layer, new_k, new_v, windows, interpret=interpret)
+  begin, windows = 0, iter([each for part in plan.parts for each in part.windows])
+  for numbers in windows:
+    end = begin + numbers.first.shape[0]
+    new, scales = pages_lib.stored(k[begin:end], None if v is None else v[begin:end], pages)
+    kv = _in_place(_Numbers, pages.kv, layer, new, numbers, interpret)
+    if scales is not None:  # a token of the batch becomes a lane, too; one more block is read
+      by_row = jnp.pad(scales.T, ((0, 0), (0, -len(scales) % LANES + LANES)))
+      scales = _in_place(_Scales, pages.scales, layer, [by_row], next(windows), interpret)
+    pages = dataclasses.replace(pages, kv=kv, scales=scales)
     begin = end
   return pages
 
 
-def write_windows(
-  pages: Pages,
-  layer: jax.Array,
-  k: jax.Array,
-  v: jax.Array | None,
-  windows: Windows,
-  *,
-  interpret: bool | pltpu.InterpretParams = False,
-) -> Pages:
-  """Writes `k`, `v` [B,H,D] of one layer into the windows."""
-  _, _, h, _, d = pages_lib.sizes(pages)
-  b, size, dtype = k.shape[0], windows.size, pages.kv.dtype
-  new, _ = pages_lib.stored(k, v, pages)
-  ring = ring_size(pages, size, b)
+def _in_place(
+  kind: type["_Numbers"] | type["_Scales"], array, layer, new: list, windows: Windows, interpret
+):
+  """`array` [N,L,H,T,...] with what is `new` in one layer's windows."""
+  _, _, h, _, *width = array.shape
+  ring = ring_size(array, windows.size, windows.first.shape[0])
   any_memory = pl.BlockSpec(memory_space=pl.ANY)
-  kv = pl.pallas_call(
-    _kernel,
+  return pl.pallas_call(
+    functools.partial(_kernel, kind),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
       grid=(1,),
       in_specs=[(any_memory,) * len(new), any_memory],
       out_specs=any_memory,
       scratch_shapes=[
-        pltpu.VMEM((ring, h, size, pages.kv.shape[-1]), dtype),
-        (pltpu.VMEM((ring, 2 * size, h, d), dtype),) * len(new),
+        pltpu.VMEM((ring, h, windows.size, *width), array.dtype),
+        (pltpu.VMEM((ring, *kind.room(new[0].shape, windows.size)), array.dtype),) * len(new),
         pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SemaphoreType.DMA((ring,)),
       ],
     ),
-    out_shape=jax.ShapeDtypeStruct(pages.kv.shape, dtype),
+    out_shape=jax.ShapeDtypeStruct(array.shape, array.dtype),
     input_output_aliases={6 + len(new): 0},
     compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
     interpret=interpret,
-    name="paged_write",
+    name=kind.name,
   )(
     layer[None], windows.count[None], windows.shared.astype(jnp.int32)[None], windows.first,
-    windows.lengths, windows.slots, tuple(new), pages.kv,
+    windows.lengths, windows.slots, tuple(new), array,
   )  # fmt: skip
-  return dataclasses.replace(pages, kv=kv)
+
+
+class _Runs(NamedTuple):
+  """The runs of a kernel; see `Windows`."""
+
+  first: jax.Ref  # i32[B] first token of each
+  lengths: jax.Ref  # i32[B]
+  slots: jax.Ref  # i32[B] slot of the first token
+
+
+class _Numbers:
+  """A token is a row: of a window [H,W,2D], and of the batch [B,H,D]."""
+
+  name = "paged_write"
+
+  @staticmethod
+  def room(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Of new tokens in a slot of the ring."""
+    return 2 * size, *shape[1:]
+
+  @staticmethod
+  def source(runs: _Runs, i, size: int, b: int):
+    """The first token to copy, where to, and where the window's first row then is.
+
+    The batch may begin behind that row, or end before the window's last: there are 2W places.
+    """
+    row = runs.first[i] - jax.lax.rem(runs.slots[i], size)
+    begin, to = jnp.clip(row, 0, b - min(size, b)), jnp.where(row < 0, size, 0)
+    return begin, to, to + row - begin
+
+  @staticmethod
+  def copies(runs: _Runs, i, at, size: int, new_hbm, new_refs):
+    """What a run needs of the batch, and its places in a slot of the ring."""
+    b = new_hbm[0].shape[0]
+    begin, to, _ = _Numbers.source(runs, i, size, b)
+    taken = min(size, b)
+    return [
+      (hbm.at[pl.ds(begin, taken)], ref.at[at, pl.ds(to, taken)])
+      for hbm, ref in zip(new_hbm, new_refs)
+    ]
+
+  @staticmethod
+  def merge(runs: _Runs, i, at, b: int, new_refs, windows_ref):
+    """Replaces the run's tokens in its window."""
+    size = windows_ref.shape[2]
+    begin = jax.lax.rem(runs.slots[i], size)
+    _, _, first_row = _Numbers.source(runs, i, size, b)
+    for nth, ref in enumerate(new_refs):
+      d = ref.shape[-1]
+      lanes = slice(nth * d, (nth + 1) * d)
+      new = ref[at, pl.ds(first_row, size)].swapaxes(0, 1)
+      row = jax.lax.broadcasted_iota(jnp.int32, new.shape, 1)
+      live = (row >= begin) & (row < begin + runs.lengths[i])
+      windows_ref[at, :, :, lanes] = jnp.where(live, new, windows_ref[at, :, :, lanes])
+
+
+class _Scales:
+  """A token is a lane: of a window [2H,W], and of the batch [2H,B].
+
+      # batch     [. . . . . a b c|d . . . . . . .]     a run that goes to lanes 2 to 5 of its window
+      # rolled    [. . a b c d . .|. . . . . . . .]
+
+  The block of lanes where the run begins, and the next one, are rolled until it is in place.
+  """
+
+  name = "paged_scales"
+
+  @staticmethod
+  def room(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Of new tokens in a slot of the ring."""
+    return shape[0], 2 * size
+
+  @staticmethod
+  def copies(runs: _Runs, i, at, size: int, new_hbm, new_refs):
+    """What a run needs of the batch, and its place in a slot of the ring."""
+    (hbm,), (ref,), first = new_hbm, new_refs, runs.first[i]
+    begin = pl.multiple_of(first - jax.lax.rem(first, size), size)
+    return [(hbm.at[:, pl.ds(begin, 2 * size)], ref.at[at])]
+
+  @staticmethod
+  def merge(runs: _Runs, i, at, b: int, new_refs, windows_ref):
+    """Replaces the run's tokens in its window."""
+    del b
+    (new_ref,), size = new_refs, windows_ref.shape[2]
+    begin = jax.lax.rem(runs.slots[i], size)
+    turn = begin - jax.lax.rem(runs.first[i], size)
+    new = pltpu.roll(new_ref[at], jnp.where(turn < 0, turn + 2 * size, turn), axis=1)[:, :size]
+    lane = jax.lax.broadcasted_iota(jnp.int32, new.shape, 1)
+    live = (lane >= begin) & (lane < begin + runs.lengths[i])
+    windows_ref[at] = jnp.where(live, new, windows_ref[at])
 
 
 def _kernel(
+  kind: type[_Numbers] | type[_Scales],
   # scalar prefetch
   layer_ref,  # i32[1]
   count_ref,  # i32[1] runs
@@ -162,21 +259,20 @@ def _kernel(
   lengths_ref,  # i32[B]
   slots_ref,  # i32[B] slot of the first token
   # inputs
-  new_hbm,  # keys and values, or keys alone: [B,H,D] each
-  kv_in,  # [N,L,H,T,2D]
+  new_hbm,  # keys and values, or keys alone: [B,H,D] each; or scales f32[2H,B]
+  array_in,  # [N,L,H,T,2D], or f32[N,L,2H,T]
   # outputs
-  kv_hbm,  # the same memory
+  array_hbm,  # the same memory
   # scratch
-  windows_ref,  # [R,H,W,2D]
-  new_refs,  # [R,2W,H,D] each
+  windows_ref,  # [R,H,W,2D], or f32[R,2H,W]; R slots
+  new_refs,  # [R,2W,H,D] each, or f32[R,2H,2W]
   read_sems,
   write_sems,
 ):
-  del kv_in
-  ring, _, size, _ = windows_ref.shape
-  _, num_layers, _, t, _ = kv_hbm.shape
-  b, _, d = new_hbm[0].shape
-  taken = min(size, b)
+  del array_in
+  ring, _, size = windows_ref.shape[:3]
+  _, num_layers, _, t = array_hbm.shape[:4]
+  b, runs = new_hbm[0].shape[0], _Runs(first_ref, lengths_ref, slots_ref)
   count = jnp.where(layer_ref[0] < num_layers, count_ref[0], 0)
   # Runs of one window go one by one: the next one reads what this one wrote.
   alone = shared_ref[0] == 1
@@ -186,25 +282,13 @@ def _kernel(
     slot = slots_ref[i]
     start = jax.lax.rem(slot, t) - jax.lax.rem(slot, size)
     there = pl.ds(pl.multiple_of(start, size), size)
-    return kv_hbm.at[jax.lax.div(slot, t), layer_ref[0], :, there]
-
-  def source(i):
-    """The first token to copy, where to, and where the window's first row then is.
-
-    The batch may begin behind that row, or end before the window's last: there are 2W places.
-    """
-    row = first_ref[i] - jax.lax.rem(slots_ref[i], size)
-    begin, to = jnp.clip(row, 0, b - taken), jnp.where(row < 0, size, 0)
-    return begin, to, to + row - begin
+    return array_hbm.at[jax.lax.div(slot, t), layer_ref[0], :, there]
 
   def read_tokens(i):
     at = jax.lax.rem(i, ring)
-    begin, to, _ = source(i)
     return [
-      pltpu.make_async_copy(
-        hbm.at[pl.ds(begin, taken)], ref.at[at, pl.ds(to, taken)], read_sems.at[at]
-      )
-      for hbm, ref in zip(new_hbm, new_refs)
+      pltpu.make_async_copy(*copy, read_sems.at[at])
+      for copy in kind.copies(runs, i, at, size, new_hbm, new_refs)
     ]
 
   def read_window(i):
@@ -216,14 +300,7 @@ def _kernel(
     return pltpu.make_async_copy(windows_ref.at[at], place(i), write_sems.at[at])
 
   def merge(i):
-    at, begin = jax.lax.rem(i, ring), jax.lax.rem(slots_ref[i], size)
-    _, _, first_row = source(i)
-    for nth, ref in enumerate(new_refs):
-      lanes = slice(nth * d, (nth + 1) * d)
-      new = ref[at, pl.ds(first_row, size)].swapaxes(0, 1)
-      row = jax.lax.broadcasted_iota(jnp.int32, new.shape, 1)
-      live = (row >= begin) & (row < begin + lengths_ref[i])
-      windows_ref[at, :, :, lanes] = jnp.where(live, new, windows_ref[at, :, :, lanes])
+    kind.merge(runs, i, jax.lax.rem(i, ring), b, new_refs, windows_ref)
 
   @pl.loop(0, count + lag)
   def _(i):

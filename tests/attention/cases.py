@@ -82,6 +82,12 @@ CASES = (
       ", head dim 80 padded, several chunks": dict(
         lengths=(1700, 3, 600), queries=(1, 3, 2), head_dim=80, storage_head_dim=128, page_size=128,
         q_dtype="bfloat16"),
+      ", large pages, everything": dict(
+        lengths=(9, 300), starts=(2, 130), queries=(2, 30), padding=1, refused=(8,), window=140,
+        softcap=3.0, sinks=True, traced=True, q_dtype="bfloat16", page_size=128),
+      ", large pages, values in keys": dict(
+        lengths=(9, 300), num_heads=16, num_kv_heads=1, head_dim=24, value_dim=16, page_size=128,
+        q_dtype="float32"),
     }.items()),
   Case("float16", (9, 64), (1, 30), dtype="float16", head_dim=64),
   Case("float16 bits", (9, 64), (1, 30), dtype="float16", bits=True),

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import paged_jax
-from paged_jax import jitted
+from paged_jax import jitted, quantization
 from paged_jax import pages as pages_lib
 from paged_jax.attention import tpu, tpu_write
 from paged_jax.types import Pages
@@ -26,11 +26,13 @@ COVERED = ("prefill", "prefill of two rows", "chunked prefill", "padding between
 # of every kind one, small: the interpreter that knows of races and uninitialised memory is slow
 STRICT = ("decode", "mixed", "empty rows", "tokens refused", "window and start", "everything",
           "parts, drafts and a prompt, idle rows", "bfloat16, page size 1", "values in keys",
-          "values in keys, prompts")  # fmt: skip
+          "values in keys, prompts", "int8, large pages, everything",
+          "float8_e4m3fn, large pages, values in keys")  # fmt: skip
 SERVED = [
   pytest.param(c, marks=pytest.mark.sweep if c.name in COVERED else ())
   for c in cases.CASES
   if not c.bits and c.dtype != "float16" and c.name not in STRICT
+  if not quantization.quantized(c.dtype) or c.page_size % 128 == 0
 ]
 races = functools.partial(
   pltpu.InterpretParams, detect_races=True, uninitialized_memory="nan", random_seed=0
@@ -79,7 +81,28 @@ def test_the_kernel_equals_the_definition_in_float64(case, interpreted):
   check(case)
 
 
-@in_dma_modes(STRICT, ("mixed", "window and start", "everything"))
+def test_a_head_alone_has_the_same_bits(interpreted):
+  """So answers do not depend on how many chips heads are split over."""
+  interpreted(True)
+  problem = cases.build(next(c for c in cases.CASES if c.name == "int8, large pages, everything"))
+  whole, _ = problem.attend("tpu")
+  pages, group = problem.pages, whole.shape[1] // problem.pages.kv.shape[2]
+  for head in range(pages.kv.shape[2]):
+    mine = slice(head * group, (head + 1) * group)
+    alone, _ = problem.attend(
+      "tpu",
+      q=problem.q[:, mine],
+      pages=dataclasses.replace(
+        pages,
+        kv=pages.kv[:, :, head : head + 1],
+        scales=pages.scales[:, :, 2 * head : 2 * head + 2],
+      ),
+      options=problem.options | {"sinks": problem.options["sinks"][mine]},
+    )
+    np.testing.assert_array_equal(alone, whole[:, mine])
+
+
+@in_dma_modes(STRICT, ("mixed", "window and start", "everything", "int8, large pages, everything"))
 def test_no_copy_races_and_nothing_uninitialised_is_used(name, mode, interpreted):
   interpreted(races(dma_execution_mode=mode))
   check(next(c for c in cases.CASES if c.name == name))
@@ -126,8 +149,14 @@ def writes(
   slots = [slot for i, slot in enumerate(slots) if i not in skipped]
   width = 2 * d if value_dim is None else d
   kv = rng.standard_normal((n, 2, h, page_size, width)).astype(dtype)
-  k, v = rng.standard_normal((2, len(slots), h, d)).astype(dtype)
-  pages, slots = Pages(jnp.array(kv), np.dtype(dtype), d, value_dim), jnp.array(slots, jnp.int32)
+  scales, given = None, dtype
+  if quantization.quantized(dtype):
+    shape = n, 2, h * width // d, page_size
+    scales = jnp.array(np.where(rng.random(shape) < 0.5, np.nan, rng.random(shape)), jnp.float32)
+    given = "float32"
+  k, v = rng.standard_normal((2, len(slots), h, d)).astype(given)
+  pages = Pages(jnp.array(kv), np.dtype(dtype), d, value_dim, scales)
+  slots = jnp.array(slots, jnp.int32)
   return Writes(pages, slots, jnp.array(k), jnp.array(v) if value_dim is None else None)
 
 
@@ -163,12 +192,34 @@ WRITES = {
     skipped=(4, 30),
     refused=(9,),
   ),
+  "int8": dict(counts=(1, 1, 1), positions=(4, 0, 255), page_size=128, dtype="int8"),
+  "int8, more rows than slots of the ring": dict(
+    counts=(1,) * 70, positions=tuple(range(100, 170)), page_size=128, dtype="int8"
+  ),
+  "int8 prefill": dict(
+    counts=(160, 1, 9), positions=(100, 7, 250), page_size=256, dtype="int8", padding=2
+  ),
+  "int8, skipped and refused": dict(
+    counts=(20, 30, 9),
+    positions=(3, 115, 0),
+    page_size=128,
+    dtype="int8",
+    skipped=(4, 30),
+    refused=(0, 9, 40, 56),
+  ),
+  "float8_e4m3fn": dict(
+    counts=(3, 50), positions=(126, 96), page_size=128, dtype="float8_e4m3fn", skipped=(20,)
+  ),
+  "int8, keys alone": dict(
+    counts=(4, 40), positions=(1, 100), page_size=128, dtype="int8", h=1, value_dim=3
+  ),
 }
 SHORT = ("decode", "decode, more rows than slots of the ring", "several tokens per row",
-         "page size 1", "bfloat16")  # fmt: skip
+         "page size 1", "bfloat16", "int8", "int8, more rows than slots of the ring")  # fmt: skip
 LONG = ("prefill across pages and windows", "padding", "nothing but padding", "odd page size",
         "page size 128", "whole pages, and rows that begin and end within one", "skipped places",
-        "tokens refused", "bfloat16 prefill", "bfloat16, skipped and refused")  # fmt: skip
+        "tokens refused", "bfloat16 prefill", "bfloat16, skipped and refused", "int8 prefill",
+        "int8, skipped and refused", "float8_e4m3fn", "int8, keys alone")  # fmt: skip
 # What a write in blocks of 4 holds is checked where its copies may not race.
 BLOCKS = [(n, 1) for n in SHORT] + [(n, 64) for n in LONG]
 
@@ -184,7 +235,8 @@ def writer(block_size, interpret):
 
 def check_write(w: Writes, block_size, interpret):
   args = (w.pages, jnp.int32(1), w.k, w.v, w.slots)
-  np.testing.assert_array_equal(writer(block_size, interpret)(*args).kv, scatter(*args).kv)
+  got, want = writer(block_size, interpret)(*args), scatter(*args)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 scatter = jax.jit(pages_lib.write)
@@ -215,24 +267,36 @@ def test_the_write_equals_a_scatter_for_any_runs(block_size):
 
 @in_dma_modes(
   WRITES,
-  ("decode, more rows than slots of the ring", "padding", "skipped places", "bfloat16 prefill"),
+  (
+    "decode, more rows than slots of the ring",
+    "padding",
+    "skipped places",
+    "bfloat16 prefill",
+    "int8 prefill",
+    "int8, skipped and refused",
+  ),
 )
 def test_no_copy_of_a_write_races(name, mode):
   check_write(writes(**WRITES[name]), 4, races(dma_execution_mode=mode))
   assert not races_found()
 
 
-@pytest.mark.parametrize("most", [1, 4, 7])
-def test_more_tokens_than_a_kernel_takes_are_written_by_several(most, monkeypatch):
+@pytest.mark.parametrize(
+  ("most", "page_size", "dtype"), [(1, 16, "float32"), (4, 128, "int8"), (7, 16, "float32")]
+)
+def test_more_tokens_than_a_kernel_takes_are_written_by_several(
+  most, page_size, dtype, monkeypatch
+):
   monkeypatch.setattr(tpu_write, "MAX_TOKENS", most)
-  check_write(writes((6, 2), (13, 6), page_size=16, padding=1), 4, True)
+  w = writes((6, 2), (page_size - 3, 6), page_size=page_size, padding=1, dtype=dtype)
+  check_write(w, 4, True)
 
 
-def test_a_layer_that_is_not_there_is_not_written():
-  w = writes(**WRITES["decode"])
-  windows = tpu_write.of_kernel(w.pages, w.slots, block_size=1)
-  got = tpu_write.write_windows(w.pages, jnp.int32(2), w.k, w.v, windows, interpret=True)
-  np.testing.assert_array_equal(got.kv, w.pages.kv)
+@pytest.mark.parametrize("name", ["decode", "int8"])
+def test_a_layer_that_is_not_there_is_not_written(name):
+  w = writes(**WRITES[name])
+  got = writer(1, True)(w.pages, jnp.int32(2), w.k, w.v, w.slots)
+  jax.tree.map(np.testing.assert_array_equal, got, w.pages)
 
 
 def page_array(page_size, dtype="bfloat16", h=8, d=128, n=9):
@@ -255,6 +319,8 @@ def page_array(page_size, dtype="bfloat16", h=8, d=128, n=9):
     (page_array(3, "float32"), 1, 1),
     (page_array(64, h=32), 64, 32),  # four of them, and their tokens, fit
     (page_array(64, "float32", h=64, d=256), 64, 4),
+    (page_array(128, "int8"), 1, 4),
+    (page_array(128, "int8"), 64, 64),
   ],
 )
 def test_window_size(pages, block_size, size):
@@ -274,7 +340,7 @@ def test_window_size(pages, block_size, size):
   ],
 )
 def test_windows_are_the_runs_of_slots_that_stand_side_by_side(slots, runs, shared):
-  windows = tpu_write.of_kernel(page_array(4, "float32"), jnp.array(slots, jnp.int32), block_size=4)
+  windows = tpu_write.of_kernel(page_array(4, "float32"), jnp.array(slots, jnp.int32), size=4)
   assert windows.size == 4 and windows.count == len(runs) and windows.shared == shared
   firsts = [slots.index(slot) for slot, _ in runs]
   spare = len(slots) - len(runs)
