@@ -56,6 +56,17 @@ def axis_name(mesh: Mesh, axis: str | None) -> str:
   return name
 
 
+def check_auto(mesh: Mesh) -> None:
+  """Raises unless the compiler may split arrays over all axes of the mesh.
+
+  Raises:
+    ValueError: An axis is not Auto; the message names it.
+  """
+  for name, kind in zip(mesh.axis_names, mesh.axis_types):
+    if kind != AxisType.Auto:
+      raise ValueError(f"mesh must have Auto axes, got {kind} for {name!r}")
+
+
 def place(arrays: Arrays, mesh: Mesh, spec: PartitionSpec) -> Arrays:
   """The arrays, laid over the mesh as `spec` says; inside and outside of programs."""
   where = NamedSharding(mesh, spec)

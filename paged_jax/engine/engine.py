@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paged_jax import interrupts, sharding
+from paged_jax import interrupts, meshes, sharding
 from paged_jax.engine import audit, branches, service, warming
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
@@ -69,6 +69,7 @@ class Engine:
 
   Raises:
     NotImplementedError: The attention backend asked for cannot serve the cache.
+    ValueError: The mesh has an axis that is not Auto.
   """
 
   def __init__(
@@ -76,6 +77,7 @@ class Engine:
     mesh: Mesh | None = None,
   ):  # fmt: skip
     if mesh is not None:
+      meshes.check_auto(mesh)
       config = dataclasses.replace(config, cache=sharding.split(config.cache, mesh))
       model = _on_mesh(model, mesh)
     self.config, self.tokenizer = config, tokenizer

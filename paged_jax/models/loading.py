@@ -70,6 +70,7 @@ def load(
   shapes = {name: part.shape for name, part in parts(shapes, config).items()}
   tensors.check(found, shapes, path)
   if mesh is not None:
+    meshes.check_auto(mesh)
     name = meshes.axis_name(mesh, axis)
     for leaf_path, leaf in leaves.items():
       spec = placement.spec(config, leaf_path, leaf.shape, mesh, name)
@@ -86,9 +87,7 @@ def load(
   return nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
 
 
-def _part(
-  found: list[tensors.Stored], path: tuple, dtype: np.dtype, index: tuple[slice, ...]
-) -> np.ndarray:
+def _part(found: list[tensors.Stored], path: tuple, dtype: np.dtype, index: Any) -> np.ndarray:
   """The part `index` of a parameter, whose layers are tensors of the checkpoint."""
   if path[0] != "layers":
     return tensors.read(found[0], index, dtype)
