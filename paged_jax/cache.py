@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from paged_jax import arguments, attention, groups, plans
+from paged_jax import arguments, attention, groups, meshes, plans
 from paged_jax import ledger as ledger_lib
 from paged_jax import pages as pages_lib
 from paged_jax.config import CacheConfig
@@ -52,8 +53,20 @@ def init(config: CacheConfig | tuple[CacheConfig, ...]) -> Any:
   8
   """
   config = stored(config)
-  made = zip(groups.each(ledger_lib.init(config)), map(pages_lib.init, groups.each(config)))
-  return groups.like(config, [Cache(*each) for each in made])
+  placed = any(each.split is not None for each in groups.each(config))
+  # Compiled, so that each device makes its part, and none has all.
+  return (jax.jit(_made, static_argnums=0) if placed else _made)(config)
+
+
+def _made(config: Any) -> Any:
+  """An empty cache, as the config says."""
+  ledgers = groups.each(ledger_lib.init(config))
+  made = []
+  for each, ledger in zip(groups.each(config), ledgers, strict=True):
+    if each.split is not None:
+      ledger = meshes.place(ledger, each.split.mesh, PartitionSpec())
+    made.append(Cache(ledger, pages_lib.init(each)))
+  return groups.like(config, made)
 
 
 def stored(config: Any) -> Any:
@@ -253,7 +266,7 @@ def write(
   [1.0, 2.0]
   """
   _check_call("write(cache, layer, k, v, plan)", cache, plan)
-  _, num_layers, h, _, _ = pages_lib.sizes(cache.pages)
+  num_layers, h = cache.pages.kv.shape[1], pages_lib.num_kv_heads(cache.pages)
   shape = (plan.rows.shape[0], h, cache.pages.head_dim)
   k, value_dim = arguments.floats("k", k, shape), cache.pages.value_dim
   if value_dim is None:
@@ -363,7 +376,7 @@ def gather(
   lengths = ledger.tables.lengths.at[known].get(mode="fill", fill_value=0)[:, None]
   live = ((positions >= starts) & (positions < lengths))[..., None, None]
   zero = jnp.zeros((), k.dtype)
-  k, v = (jnp.where(live, x[:, :size], zero) for x in (k, v))
+  k, v = (jnp.where(live, pages_lib.once(x[:, :size], cache.pages), zero) for x in (k, v))
   return _poisoned(k, layer, index, num_layers), _poisoned(v, layer, index, num_layers)
 
 

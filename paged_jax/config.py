@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from paged_jax import quantization
+from paged_jax.meshes import Split
 
 _DTYPES = ("float32", "bfloat16", "float16", *quantization.LIMITS)
 
@@ -55,6 +56,7 @@ class CacheConfig:
   value_dim: int | None = None  # None: keys and values apart; n: a value is n channels of its key
   copy_on_write: bool = True  # False: only whole pages are shared
   window: int | None = None  # tokens that a token sees, itself included; None = all before it
+  split: Split | None = None  # KV heads over a mesh, see `sharding.split`; None = one device
 
   def __post_init__(self):
     for name in ("num_layers", "num_kv_heads", "head_dim", "page_size", "num_pages", "num_rows",
@@ -78,6 +80,8 @@ class CacheConfig:
     object.__setattr__(self, "value_dim", value_dim)
     if not isinstance(self.copy_on_write, bool):
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
+    if self.split is not None and not isinstance(self.split, Split):
+      raise ValueError(f"split must be None or made by `sharding.split`, got {self.split!r}")
     if self.window is not None:
       object.__setattr__(self, "window", self._positive("window"))
     products = {  # computed in int32, with room for the slots of dropped tokens
@@ -103,7 +107,12 @@ class CacheConfig:
   def num_scales(self) -> int:
     """Scales of a token in a layer: for each KV head's key and value in 8 bits, else none."""
     per_head = 2 if self.value_dim is None else 1
-    return per_head * self.num_kv_heads if quantization.quantized(self.dtype) else 0
+    return per_head * self.array_kv_heads if quantization.quantized(self.dtype) else 0
+
+  @property
+  def array_kv_heads(self) -> int:
+    """KV heads of the page array: more than `num_kv_heads` if a mesh has more devices."""
+    return self.num_kv_heads * (1 if self.split is None else self.split.repeats)
 
   @property
   def array_head_dim(self) -> int:
@@ -122,8 +131,8 @@ class CacheConfig:
 
   @property
   def page_bytes(self) -> int:
-    """Bytes of one page, all layers, as they are stored, scales included."""
-    values = self.num_kv_heads * self.array_channels
+    """Bytes of one page, all layers, as they are stored, scales included; on all devices."""
+    values = self.array_kv_heads * self.array_channels
     scale_bytes = self.num_scales * np.dtype(np.float32).itemsize
     token_bytes = values * self.array_dtype.itemsize + scale_bytes
     return self.num_layers * self.page_size * token_bytes

@@ -16,8 +16,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from paged_jax import loops, quantization
+from paged_jax import loops, meshes, quantization
 from paged_jax.config import CacheConfig
 from paged_jax.types import Copies, Pages
 
@@ -25,11 +26,29 @@ from paged_jax.types import Copies, Pages
 def init(config: CacheConfig) -> Pages:
   """An array of zero pages."""
   n, num_layers, t = config.num_pages, config.num_layers, config.page_size
-  shape = n, num_layers, config.num_kv_heads, t, config.array_channels
+  shape = n, num_layers, config.array_kv_heads, t, config.array_channels
   kv, scales = jnp.zeros(shape, config.array_dtype), None
   if config.num_scales:
     scales = jnp.zeros((n, num_layers, config.num_scales, t), jnp.float32)
-  return Pages(kv, np.dtype(config.dtype), config.head_dim, config.value_dim, scales)
+  dims = config.head_dim, config.value_dim
+  return placed(Pages(kv, np.dtype(config.dtype), *dims, scales, config.split))
+
+
+def placed(pages: Pages) -> Pages:
+  """The pages, each part of their heads on its device if they are split."""
+  split = pages.split
+  return pages if split is None else meshes.place(pages, split.mesh, split.spec(2))
+
+
+def num_kv_heads(pages: Pages) -> int:
+  """KV heads as callers see them."""
+  return pages.kv.shape[2] // (1 if pages.split is None else pages.split.repeats)
+
+
+def repeated(x: jax.Array, pages: Pages) -> jax.Array:
+  """`x` [B,heads,...] of the caller's KV heads with as many as pages have, [B,H,...]."""
+  more = 1 if pages.split is None else pages.split.repeats
+  return x if more == 1 else jnp.repeat(x, more, axis=1)
 
 
 def sizes(pages: Pages) -> tuple[int, int, int, int, int]:
@@ -88,6 +107,14 @@ def by_head(scales: jax.Array, pages: Pages) -> tuple[jax.Array, jax.Array]:
   h = pages.kv.shape[2]
   each = scales.reshape(*scales.shape[:-2], h, -1, scales.shape[-1])
   return each[..., 0, :], each[..., -1, :]
+
+
+def once(x: jax.Array, pages: Pages) -> jax.Array:
+  """`x` [R,X,H,...] of the heads of pages, with each of the caller's KV heads once."""
+  split = pages.split
+  if split is None or split.repeats == 1:
+    return x
+  return meshes.place(x, split.mesh, PartitionSpec())[:, :, :: split.repeats]
 
 
 def _as(bits: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -162,14 +189,10 @@ def renew(pages: Pages, block_tables: jax.Array, copies: Copies) -> Pages:
     column = first_new.at[rows[0]].get(mode="fill", fill_value=0) + nth[0]
     to = target(rows[0], column)
 
-    def clear_one(x):
-      zero = jnp.zeros_like(jax.lax.index_in_dim(x, 0, keepdims=False))  # sharded as pages are
-      return _replace(x, to, zero)
-
-    return jax.tree.map(clear_one, pages)
+    return jax.tree.map(lambda x, zero: _replace(x, to, zero), pages, _zero(pages))
 
   pages = loops.fold(num_copied, copy, pages, chunk=1)
-  return loops.fold(copies.num_pages - num_copied, clear, pages, chunk=1)
+  return placed(loops.fold(copies.num_pages - num_copied, clear, pages, chunk=1))
 
 
 @renew.defjvp
@@ -218,12 +241,12 @@ def read_one(pages: Pages, page: jax.Array) -> Pages:
 
 def put_one(pages: Pages, page: jax.Array, image: Pages) -> Pages:
   """Writes the bytes of `image` [L,H,T,2D] into one page i32[], or nowhere."""
-  return jax.tree.map(lambda x, new: _set_page(x, page, new), pages, image)
+  return placed(jax.tree.map(lambda x, new: _set_page(x, page, new), pages, image))
 
 
 def clear(pages: Pages, ids: jax.Array) -> Pages:
   """Zero in pages `ids` i32[B], dropping those out of range."""
-  zero = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), pages)
+  zero = _zero(pages)
   return jax.lax.fori_loop(0, ids.shape[0], lambda i, pages: put_one(pages, ids[i], zero), pages)
 
 
@@ -246,6 +269,13 @@ def put(pages: Pages, ids: jax.Array, image: Pages) -> Pages:
     return put_one(pages, target, jax.tree.map(lambda x: _page(x, nth[0]), image))
 
   return loops.fold(count[None], step, pages, chunk=1)
+
+
+def _zero(pages: Pages) -> Pages:
+  """A page of zeros, sharded as pages are."""
+  zero = jax.tree.map(lambda x: jnp.zeros_like(jax.lax.index_in_dim(x, 0, keepdims=False)), pages)
+  split = pages.split
+  return zero if split is None else meshes.place(zero, split.mesh, split.spec(1))
 
 
 def _only(live: jax.Array, x: jax.Array, axis: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """Placement of a cache on a mesh: KV heads split, the ledger on every device."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paged_jax import cache as cache_lib
-from paged_jax import groups
+from paged_jax import groups, meshes
 from paged_jax.config import CacheConfig
 from paged_jax.types import Cache
 
@@ -47,6 +48,35 @@ def shardings(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   )
 
 
+def split(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
+  """The config, or each of a tuple, of a cache whose KV heads are split over a mesh.
+
+  `init`, `Manager` and `Engine` make such a cache with each part on its device. Its verbs run in
+  plain programs: `write` and `attend` work on every device's heads alone, and nothing communicates.
+  If there are fewer heads than devices, or these do not divide them, each head is kept several
+  times, as often as needed and never more (1 head over 4 devices: once on each).
+
+  Args:
+    config: The cache, or a tuple of those of several groups.
+    mesh: The mesh; its axes may be Auto or Explicit. It may span processes.
+    axis: Name of a mesh axis, the last one by default.
+
+  Raises:
+    ValueError: The mesh has no such axis.
+
+  >>> import jax, paged_jax as pj
+  >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)
+  >>> cache = pj.init(pj.sharding.split(config, jax.make_mesh((1,), ("model",))))
+  >>> cache.pages.kv.sharding.spec[2]
+  'model'
+  """
+  made = [
+    dataclasses.replace(each, split=meshes.split(mesh, axis, each.num_kv_heads))
+    for each in groups.each(config)
+  ]
+  return groups.like(config, made)
+
+
 def specs(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   """The same as `PartitionSpec`s.
 
@@ -55,9 +85,7 @@ def specs(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   >>> pj.sharding.specs(config, jax.make_mesh((1,), ("model",))).pages.kv[2]
   'model'
   """
-  axis = mesh.axis_names[-1] if axis is None else axis
-  if axis not in mesh.axis_names:
-    raise ValueError(f"axis must be one of {list(mesh.axis_names)}, got {axis!r}")
+  axis = meshes.axis_name(mesh, axis)
   ways, made = mesh.shape[axis], []
   for each in groups.each(config):
     split = axis

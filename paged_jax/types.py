@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from paged_jax.meshes import Split
+
 
 def _static(**fields):
   return dataclasses.field(metadata={"static": True}, **fields)
@@ -120,6 +122,7 @@ class Pages:
   head_dim: int = _static()
   value_dim: int | None = _static(default=None)
   scales: jax.Array | None = None  # f32[N,L,2H,T] of 8-bit pages, else None
+  split: Split | None = _static(default=None)  # H over a mesh, each head kept `repeats` times
 
 
 @jax.tree_util.register_dataclass

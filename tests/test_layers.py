@@ -27,7 +27,7 @@ TABLES = {
     attention plans
     ledger pages
     types config arguments loops interrupts groups
-    quantization
+    meshes quantization
   """,
   "paged_jax.ledger": """
     __init__
@@ -47,7 +47,7 @@ TABLES = {
     __init__
     loading
     decoder families
-    caches layers
+    caches layers placement
     config
     added_tokens pattern ropes tensors
     fields

@@ -14,7 +14,8 @@ from story import config, ids
 
 import paged_jax
 from paged_jax import jitted
-from paged_jax.sharding import shardings, specs
+from paged_jax.sharding import shardings, specs, split
+from paged_jax.testing import assert_in_place
 
 HEADS = config(num_kv_heads=8, num_rows=3)
 REQUIRED_DEVICES = 8
@@ -30,7 +31,7 @@ def mesh_of(ways):
   return jax.sharding.Mesh(np.array(jax.devices()[:ways]), ("model",))
 
 
-def step(cache, q, k):
+def step(cache, q, k, **options):
   """A decode step with a fork before it and a swap behind it."""
   cache, _ = paged_jax.extend(cache, ids(5, 0, 3))
   cache, _ = paged_jax.fork(cache, ids(0), ids(1))
@@ -38,7 +39,7 @@ def step(cache, q, k):
   plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
   for layer in range(2):
     cache = paged_jax.write(cache, layer, k + layer, k - layer, plan)
-  out = paged_jax.attend(cache, 1, q, plan)
+  out = paged_jax.attend(cache, 1, q, plan, **options)
   cache, image, _ = paged_jax.swap_out(cache, jnp.int32(1))
   cache, _ = paged_jax.swap_in(cache, jnp.int32(1), image)
   return cache, out, info
@@ -172,3 +173,82 @@ def test_8_bit_pages_and_answers_are_equal_bit_for_bit_on_1_2_and_4_devices(dtyp
   assert one[0].pages.kv.any() and one[0].pages.scales.any() and one[1].any()
   for ways in (2, 4):
     chex.assert_trees_all_equal(on(ways), one)
+
+
+# Split caches: the verbs see to the mesh.
+
+
+def four(kind=AxisType.Auto):
+  return jax.make_mesh((4,), ("model",), axis_types=(kind,), devices=jax.devices()[:4])
+
+
+def with_sinks(cache, q, k):
+  return step(cache, q, k, sinks=jnp.arange(q.shape[1], dtype=jnp.float32), softcap=5.0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+  ("heads", "kept"), [(8, 8), (2, 4), (1, 4), (3, 12)], ids=["8", "2", "1", "3"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_split_cache_gives_the_same_bits_without_collectives(kind, heads, kept, dtype):
+  whole = config(num_kv_heads=heads, dtype=dtype)
+  q = jax.random.normal(jax.random.key(0), (3, 24 if heads == 3 else 16, 2))
+  k = jax.random.normal(jax.random.key(1), (3, heads, 2))
+  want = jax.jit(with_sinks)(jitted.init(whole), q, k)
+  small = split(whole, where := four(kind))
+  cache = paged_jax.init(small)
+  assert cache.pages.kv.shape[2] == small.array_kv_heads == kept
+  args = jax.device_put((q, k), NamedSharding(where, PartitionSpec()))
+  compiled = jax.jit(with_sinks, donate_argnums=0).lower(cache, *args).compile()
+  assert not re.search(COLLECTIVES, compiled.as_text())
+  cache, out, info = compiled(cache, *args)
+  np.testing.assert_array_equal(out, want[1])
+  chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x) for x in (info, want[2])))
+  chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x.ledger) for x in (cache, want[0])))
+  both = (jitted.gather(x, 1, ids(0, 1, 2)) for x in (cache, want[0]))
+  chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x) for x in both))
+  assert cache.pages.kv.sharding.spec[2] == "model"
+
+
+@pytest.mark.parametrize("heads", [8, 2, 1])
+def test_each_device_has_its_part_of_the_pages_and_no_more(heads):
+  whole = config(num_kv_heads=heads, dtype="int8")
+  small = split(whole, four())
+  pages = paged_jax.init(small).pages
+  ideal = whole.page_bytes // heads * -(-heads // 4) * whole.num_pages
+  for device in range(4):
+    parts = (x.addressable_shards[device].data.nbytes for x in jax.tree.leaves(pages))
+    assert sum(parts) == ideal == small.page_bytes * small.num_pages // 4
+
+
+def decoded(cache, k):
+  cache, _ = paged_jax.fork(cache, ids(0), ids(1))
+  cache, _ = paged_jax.extend(cache, ids(1, 1, 1))
+  plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
+  cache = paged_jax.write(cache, 1, k, k, plan)
+  return cache, paged_jax.attend(cache, 1, k, plan)
+
+
+def swapped(cache, k):
+  del k
+  cache, image, _ = paged_jax.swap_out(cache, jnp.int32(1))
+  return paged_jax.swap_in(cache, jnp.int32(1), image)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("run", [decoded, swapped])
+def test_no_verb_copies_the_part_of_a_device(run, dtype):
+  small = split(config(num_kv_heads=8, num_pages=512, head_dim=16, dtype=dtype), four())
+  assert_in_place(run, paged_jax.init(small), jax.ShapeDtypeStruct((3, 8, 16), jnp.float32))
+
+
+def test_a_group_of_caches_is_split_and_a_wrong_mesh_is_named():
+  both = (config(num_kv_heads=8), config(num_kv_heads=1, value_dim=1))
+  first, second = split(both, four())
+  assert (first.split.repeats, second.split.repeats) == (1, 4)
+  assert paged_jax.init((first, second))[1].pages.kv.shape[2] == 4
+  with pytest.raises(ValueError, match=r"axis must be one of \['model'\], got 'data'"):
+    split(both, four(), axis="data")
+  with pytest.raises(ValueError, match=r"split must be None or made by `sharding\.split`, got 4"):
+    config(split=4)

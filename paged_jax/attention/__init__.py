@@ -1,13 +1,15 @@
 """Paged attention: one meaning (`reference`), several backends. Experimental: the kernels."""
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from paged_jax import arguments
+from paged_jax import arguments, meshes
 from paged_jax import pages as pages_lib
 from paged_jax.attention import backend as backend_lib
 from paged_jax.attention import blocks as blocks_lib
@@ -154,9 +156,30 @@ def attend(
   made, begin = [], 0
   for part in plan.parts:
     end = begin + part.rows.shape[0]
-    made.append(_attend(backend, q[begin:end], pages, layer, tables, part, options))
+    made.append(_on_heads(backend, q[begin:end], pages, layer, tables, part, options))
     begin = end
   return jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *made)
+
+
+def _on_heads(backend, q, pages, layer, tables, part, options):
+  """`_attend`, on each device's heads if pages are split."""
+  split = pages.split
+  if split is None:
+    return _attend(backend, q, pages, layer, tables, part, options)
+  heads, whole = split.spec(1), PartitionSpec()
+  q = meshes.place(q, split.mesh, heads)
+  specs = jax.tree.map(lambda _: whole, options)
+  if options.sinks is not None:
+    options = dataclasses.replace(
+      options, sinks=meshes.place(options.sinks, split.mesh, split.spec(0))
+    )
+    specs = dataclasses.replace(specs, sinks=split.spec(0))
+  run = meshes.on_each(
+    split, functools.partial(_attend, backend),
+    in_specs=(heads, split.spec(2), whole, whole, whole, specs),
+    out_specs=(heads, heads if options.lse else None),
+  )  # fmt: skip
+  return run(q, dataclasses.replace(pages, split=None), layer, tables, part, options)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -185,7 +208,17 @@ def write(pages: Pages, layer: jax.Array, k: jax.Array, v: jax.Array | None, pla
 
   By XLA's scatter; on TPU, where it would copy the pool, by our kernel.
   """
-  return _backend(plan.implementation).write(pages, layer, k, v, plan)
+  k, v = pages_lib.repeated(k, pages), None if v is None else pages_lib.repeated(v, pages)
+  run, split = _backend(plan.implementation).write, pages.split
+  if split is None:
+    return run(pages, layer, k, v, plan)
+  heads, whole = split.spec(1), PartitionSpec()
+  run = meshes.on_each(
+    split, run, in_specs=(split.spec(2), whole, heads, heads, whole), out_specs=split.spec(2)
+  )
+  k, v = meshes.place((k, v), split.mesh, heads)
+  pages = run(dataclasses.replace(pages, split=None), layer, k, v, plan)
+  return dataclasses.replace(pages, split=split)
 
 
 @write.defjvp
@@ -194,6 +227,7 @@ def _write_jvp(primals, tangents):
   pages, layer, *_, plan = primals
   pages_lib.check_differentiable(pages)
   moved, _, k, v, _ = tangents
+  k, v = pages_lib.repeated(k, pages), None if v is None else pages_lib.repeated(v, pages)
   return write(*primals), pages_lib.write(moved, layer, k, v, plan.slots)
 
 

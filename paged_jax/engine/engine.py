@@ -10,12 +10,16 @@ computes. Three things need all reports to be read first (`FullRead`).
     # threads   service
 """
 
+import dataclasses
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
-from paged_jax import interrupts
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paged_jax import interrupts, meshes, sharding
 from paged_jax.engine import audit, branches, service, warming
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
@@ -60,12 +64,22 @@ class Engine:
       compiled in, and must be hashable.
     config: How to work.
     tokenizer: Needed for texts and stop strings: `decode(list of tokens) -> str`.
+    mesh: Over its last axis KV heads are split, and all else is on every device. Weights stay where
+      they are on the mesh (`models.load(path, mesh=mesh)`); those of one device are copied to all.
 
   Raises:
     NotImplementedError: The attention backend asked for cannot serve the cache.
+    ValueError: The mesh has an axis that is not Auto.
   """
 
-  def __init__(self, model: Any, config: EngineConfig, *, tokenizer: Tokenizer | None = None):
+  def __init__(
+    self, model: Any, config: EngineConfig, *, tokenizer: Tokenizer | None = None,
+    mesh: Mesh | None = None,
+  ):  # fmt: skip
+    if mesh is not None:
+      meshes.check_auto(mesh)
+      config = dataclasses.replace(config, cache=sharding.split(config.cache, mesh))
+      model = _on_mesh(model, mesh)
     self.config, self.tokenizer = config, tokenizer
     self.manager = Manager(config.cache, config.options)
     self.counts = Counts()
@@ -441,3 +455,14 @@ class Engine:
     """Reads the oldest report."""
     self._calls.await_report()
     self._delivery.take(self._calls.collect())
+
+
+def _on_mesh(model: Any, mesh: Mesh) -> Any:
+  """The model with every array on the mesh, those that are not yet on all of its devices."""
+  devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+
+  def put(leaf):
+    there = not isinstance(leaf, jax.Array) or leaf.sharding.device_set == devices
+    return leaf if there else jax.device_put(leaf, everywhere)
+
+  return jax.tree.map(put, model)

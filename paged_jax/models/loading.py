@@ -1,19 +1,23 @@
 """Hugging Face checkpoints: `config.json` and `*.safetensors`, to and from a `Decoder`."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import tokenizers
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from paged_jax.models import added_tokens, families, fields, tensors
+from paged_jax import meshes
+from paged_jax.models import added_tokens, families, fields, placement, tensors
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.decoder import Decoder, abstract
 
@@ -26,7 +30,9 @@ DTYPES = {  # of weights, by the names that `torch` has for them
 }
 
 
-def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
+def load(
+  path: str | os.PathLike, dtype: Any = None, *, mesh: Mesh | None = None, axis: str | None = None
+) -> Decoder:
   """The decoder saved in the folder `path`, read tensor by tensor.
 
   As in `transformers`: the values of missing fields, and which file wins.
@@ -35,11 +41,14 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
     path: A folder with `config.json` and either `model.safetensors` or shards and their index.
     dtype: Of the weights: float32, bfloat16 or float16. None takes the dtype that `config.json`
       states, or else the stored one.
+    mesh: Its devices share the weights (tensor parallelism, see `placement`): each reads its own
+      part of the files, and no device or host has all. Its axes must be Auto.
+    axis: The axis of the mesh, the last one by default.
 
   Raises:
     FileNotFoundError: A file is missing; the message names it.
-    ValueError: A file is damaged, the model is not supported, or a weight is too large for the
-      dtype; the message says which and how.
+    ValueError: A file is damaged, the model is not supported, a weight is too large for the dtype,
+      or the mesh does not fit the model; the message says which and how.
 
   >>> from paged_jax import models
   >>> models.load(models.embedded()).config.num_layers
@@ -60,11 +69,29 @@ def load(path: str | os.PathLike, dtype: Any = None) -> Decoder:
   shapes = {name: np.broadcast_to(np.int8(0), leaf.shape) for name, leaf in leaves.items()}
   shapes = {name: part.shape for name, part in parts(shapes, config).items()}
   tensors.check(found, shapes, path)
+  if mesh is not None:
+    meshes.check_auto(mesh)
+    name = meshes.axis_name(mesh, axis)
+    for leaf_path, leaf in leaves.items():
+      spec = placement.spec(config, leaf_path, leaf.shape, mesh, name)
+      part = functools.partial(
+        _part, [found[x] for x in names(leaf_path, config)], leaf_path, wanted
+      )
+      where = NamedSharding(mesh, spec)
+      leaves[leaf_path] = leaf.replace(jax.make_array_from_callback(leaf.shape, where, part))
+    return nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
   arrays = {name: np.empty(leaf.shape, wanted) for name, leaf in leaves.items()}
   tensors.fill(parts(arrays, config), found)
   for name, leaf in leaves.items():  # one at a time: never a second copy of all weights
     leaves[name] = leaf.replace(jnp.asarray(arrays.pop(name)))
   return nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
+
+
+def _part(found: list[tensors.Stored], path: tuple, dtype: np.dtype, index: Any) -> np.ndarray:
+  """The part `index` of a parameter, whose layers are tensors of the checkpoint."""
+  if path[0] != "layers":
+    return tensors.read(found[0], index, dtype)
+  return np.stack([tensors.read(tensor, index[1:], dtype) for tensor in found[index[0]]])
 
 
 def save(decoder: Decoder, path: str | os.PathLike) -> None:
@@ -200,16 +227,20 @@ def _untied(
   return config, {name: tensor for name, tensor in found.items() if name != head}
 
 
+def names(path: tuple, config: DecoderConfig) -> list[str]:
+  """The tensors of a checkpoint that make a parameter: one for each layer of a stack, or one."""
+  module, *rest = path
+  if module == "layers":
+    stack = rest.pop(0) if isinstance(rest[0], int) else 0  # one of several stacks
+    name = ".".join(rest)
+    return [f"model.layers.{i}.{name}" for i in config.stacks[stack]]
+  name = ".".join(path)
+  return [name if module == "lm_head" else f"model.{name}"]
+
+
 def parts(arrays: Mapping[Any, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
   """Views of the stacked `arrays` (by path), one per tensor of a checkpoint, by its name."""
   found = {}
   for path, array in arrays.items():
-    module, *names = path
-    if module == "layers":
-      stack = names.pop(0) if isinstance(names[0], int) else 0  # one of several stacks
-      name, layers = ".".join(names), config.stacks[stack]
-      found |= {f"model.layers.{i}.{name}": array[j] for j, i in enumerate(layers)}
-    else:
-      name = ".".join(path)
-      found[name if module == "lm_head" else f"model.{name}"] = array
+    found |= zip(names(path, config), array if path[0] == "layers" else [array])
   return found

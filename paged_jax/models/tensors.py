@@ -97,6 +97,19 @@ def fill(parts: Mapping[str, np.ndarray], found: Mapping[str, Stored]) -> None:
           _cast(tensors.get_tensor(tensor.name), parts[name], tensor)
 
 
+def read(tensor: Stored, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+  """A part of a tensor in this dtype; the rest of the file is not read.
+
+  Raises:
+    ValueError: A value does not fit the dtype; the message names tensor and value.
+  """
+  with opened(tensor.file) as tensors:
+    array = tensors.get_slice(tensor.name)[index]
+  part = np.empty(array.shape, dtype)
+  _cast(array, part, tensor)
+  return part
+
+
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[Any]:
   """An open safetensors file.

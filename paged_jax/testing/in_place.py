@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax.sharding import NamedSharding
 
 from paged_jax.types import Cache
 
@@ -69,7 +70,7 @@ def _with_pages(arg, scale: int):
     def more(x, axis, size):
       shape = list(x.shape)
       shape[axis] = size
-      return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+      return _shape(x, tuple(shape))
 
     pool = cache.ledger.pool
     n = pool.refcount.shape[-1] * scale
@@ -89,5 +90,8 @@ def _with_pages(arg, scale: int):
   return jax.tree.map(lambda x: grow(x) if _is_cache(x) else _shape(x), arg, is_leaf=_is_cache)
 
 
-def _shape(x):
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _shape(x, shape: tuple[int, ...] | None = None):
+  """`x` as a shape, or one of another shape; where it lies on a mesh is kept."""
+  where = getattr(x, "sharding", None)
+  where = where if isinstance(where, NamedSharding) else None
+  return jax.ShapeDtypeStruct(x.shape if shape is None else shape, x.dtype, sharding=where)

@@ -15,14 +15,14 @@ class Words:
     return "".join(chr(97 + token) for token in tokens)
 
 
-def engine(*, model=tiny.MODEL, cache=None, options=None, num_pages=NUM_PAGES, **fields):
+def engine(*, model=tiny.MODEL, cache=None, options=None, num_pages=NUM_PAGES, mesh=None, **fields):
   """An engine on a pool of which others hold all but `num_pages` pages: one shape, one compilation."""
   config = EngineConfig(
     tiny.cache(num_pages=NUM_PAGES, num_rows=NUM_ROWS, **(cache or {})),
     tiny.options(**(options or {})),
     **(dict(num_steps=4, prompt_sizes=(16,), preemption="swap") | fields),
   )
-  e = Engine(model, config, tokenizer=Words())
+  e = Engine(model, config, tokenizer=Words(), mesh=mesh)
   left = NUM_PAGES - num_pages
   while left:
     part = min(left, tiny.LONGEST // SIZE)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import paged_jax
-from paged_jax import groups
+from paged_jax import groups, meshes
 from paged_jax.engine.device import beams
 from paged_jax.engine.device import draws as draws_lib
 from paged_jax.engine.device.drafts import Drafter
@@ -307,6 +308,10 @@ def _logits(
   plan = paged_jax.plan(cache, ids, positions, implementation=implementation, parts=parts)
   hidden, cache = model(tokens, cache, plan)
   logits = model.logits(hidden.at[wanted.reshape(-1)].get(mode="clip"))
+  if (split := groups.each(cache)[0].pages.split) is not None:
+    if logits.shape[1] % split.ways == 0:  # else XLA would gather the weights
+      logits = meshes.place(logits, split.mesh, PartitionSpec(None, split.axis))
+    logits = meshes.place(logits, split.mesh, PartitionSpec())  # drawing needs no other device
   return logits.reshape(s, w, -1), cache
 
 
