@@ -25,7 +25,7 @@ def test_docstring_examples_run(name):
 
 
 @pytest.mark.parametrize(
-  "page", ["README.md", "docs/engine.md", "docs/groups.md", "docs/eightbit.md"]
+  "page", ["README.md", "docs/engine.md", "docs/groups.md", "docs/eightbit.md", "docs/meshes.md"]
 )
 def test_examples_of_a_page_run(page):
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

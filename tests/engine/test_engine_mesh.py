@@ -60,7 +60,5 @@ def test_a_packaged_model_adds_up_twice_per_layer_and_gathers_its_logits():
 
 
 def test_a_mesh_with_explicit_axes_is_refused():
-  with pytest.raises(
-    ValueError, match="mesh must have Auto axes, got AxisType.Explicit for 'model'"
-  ):
+  with pytest.raises(ValueError, match=r"must have Auto axes, got .*Explicit for 'model'"):
     engine(mesh=mesh(2, AxisType.Explicit))
