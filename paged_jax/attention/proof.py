@@ -220,7 +220,7 @@ def _check(step: Step, case: cases.Case) -> Check:
     _tables(problem.block_tables, problem.starts, problem.lengths),
     (problem.rows, problem.positions, problem.slots, problem.ok),
   )
-  place = pages.kv.unsafe_buffer_pointer()
+  places = _places(pages)
   run = jax.jit(step, static_argnames="parts", donate_argnums=0)
   pages, out, lse = run(*args, parts=case.parts, **options)
   scales = None if pages.scales is None else np.asarray(pages.scales)
@@ -234,8 +234,13 @@ def _check(step: Step, case: cases.Case) -> Check:
     output=_error(out, want_out),
     lse=_error(lse, want_lse),
     wrong_values=int((~same).sum()),
-    in_place=pages.kv.unsafe_buffer_pointer() == place,
+    in_place=_places(pages) == places,
   )
+
+
+def _places(pages: Pages) -> list[int]:
+  """Where its arrays are in the device's memory."""
+  return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(pages)]
 
 
 def _before(case: cases.Case, problem: cases.Problem, at: tuple) -> Pages:
@@ -292,12 +297,12 @@ def _time(step: Step, config: CacheConfig, num_heads: int, memory_bytes: int) ->
     return jax.lax.fori_loop(0, REPEATS, lambda i, x: x + i.astype(jnp.float32), x)
 
   pages = jax.jit(pages_lib.init, static_argnums=0)(sizes)
-  num_bytes, place = pages.kv.nbytes, pages.kv.unsafe_buffer_pointer()
+  num_bytes, places = sum(x.nbytes for x in jax.tree.leaves(pages)), _places(pages)
   q, *args = jax.device_put((q, k, v, tables, tokens))
   program = jax.jit(steps, donate_argnums=0).lower((pages, q), *args).compile()
   analysis, before = program.memory_analysis(), _memory().get("peak_bytes_in_use")
   seconds, (pages, _) = _fastest(program, (pages, q), *args)
-  after, in_place = _memory().get("peak_bytes_in_use"), pages.kv.unsafe_buffer_pointer() == place
+  after, in_place = _memory().get("peak_bytes_in_use"), _places(pages) == places
   del pages  # makes room
   x = jnp.zeros(num_bytes // 4, jnp.float32)
   copied, _ = _fastest(jax.jit(copies, donate_argnums=0).lower(x).compile(), x)

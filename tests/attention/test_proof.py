@@ -121,6 +121,42 @@ def copies_the_pages(pages, layer, k, v, plan):
   return dataclasses.replace(pages, kv=turned.kv[::-1])
 
 
+def with_scales(change):
+  """`xla` on pages whose scales are changed."""
+
+  def attend(q, pages, layer, tables, part, options):
+    pages = dataclasses.replace(pages, scales=change(pages.scales))
+    return xla.attend(q, pages, layer, tables, part, options)
+
+  return attend
+
+
+def writes_no_scales(pages, layer, k, v, plan):
+  return dataclasses.replace(scatter(pages, layer, k, v, plan), scales=pages.scales)
+
+
+def writes_other_scales(pages, layer, k, v, plan):
+  made = scatter(pages, layer, k, v, plan)
+  return dataclasses.replace(made, scales=made.scales[:, :, ::-1])
+
+
+FAULTS_OF_8_BITS = {
+  "attention without scales": (dict(attend=with_scales(jnp.ones_like)), "differs by"),
+  "scales of values for keys": (dict(attend=with_scales(lambda x: x[:, :, ::-1])), "differs by"),
+  "no scales written": (dict(write=writes_no_scales), "values of the pages are wrong"),
+  "scales of other heads written": (dict(write=writes_other_scales), "values of the pages are"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", FAULTS_OF_8_BITS)
+def test_a_fault_of_8_bit_pages_is_found_and_named(verify, name, dtype):
+  changes, words = FAULTS_OF_8_BITS[name]
+  report = verify(dataclasses.replace(CONFIG, dtype=dtype), **changes)
+  found = [check.faults(report.tolerances) for check in report.checks]
+  assert all(any(words in fault for fault in faults) for faults in found), str(report)
+
+
 FAULTS = [  # what is wrong, the words that name it, and the cases that show it
   (dict(attend=sees_too_little), "differs by", ALL),
   (dict(attend=sees_too_much), "NaN: memory that holds no token was read", ALL),
@@ -163,12 +199,13 @@ def test_a_copy_of_the_pages_is_found_by_the_memory_that_it_takes(verify):
 
 @pytest.mark.parametrize(
   ("implementation", "dtype"),
-  [("reference", "float32"), ("xla", "bfloat16"), ("xla", "float16")],
-)
+  [("reference", "float32"), ("xla", "bfloat16"), ("xla", "float16"), ("xla", "int8"),
+   ("reference", "float8_e4m3fn")],
+)  # fmt: skip
 def test_a_sound_backend_agrees(implementation, dtype, monkeypatch):
-  if dtype == "float16":  # of bfloat16 all cases
+  if dtype not in ("float32", "bfloat16"):  # of these all cases
     monkeypatch.setattr(cases, "ESSENTIAL", FEW)
-  config = dataclasses.replace(CONFIG, page_size=16, dtype=dtype).stored_for("cpu")
+  config = dataclasses.replace(CONFIG, page_size=16, dtype=dtype)
   report = attention.verify(implementation, config, memory_bytes=2**20)
   assert not [check for check in report.checks if check.faults(report.tolerances)]
   assert "cases disagree" not in str(report)
@@ -200,14 +237,17 @@ def test_a_sound_backend_is_ok_in_place_and_its_table_says_where():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("fields", [dict(head_dim=64), dict(head_dim=128, value_dim=5)], ids=str)
+@pytest.mark.parametrize("fields", [
+  dict(head_dim=64), dict(head_dim=128, value_dim=5),
+  dict(head_dim=64, dtype="int8", page_size=128),
+], ids=str)  # fmt: skip
 def test_the_tpu_kernel_agrees_in_the_interpreter(fields, monkeypatch):
   """Which has no place for pages: it copies them."""
   attend, write = (functools.partial(f, interpret=True) for f in (tpu.attend, tpu_write.write))
   monkeypatch.setattr(tpu, "BACKEND", tpu.BACKEND._replace(attend=attend, write=write))
   monkeypatch.setattr(cases, "ESSENTIAL", FEW)
   monkeypatch.setattr(proof, "NUM_TOKENS", 16)
-  config = paged_jax.CacheConfig(num_kv_heads=2, page_size=16, dtype="float32", **fields)
+  config = paged_jax.CacheConfig(**dict(num_kv_heads=2, page_size=16, dtype="float32") | fields)
   report = attention.verify("tpu", config, memory_bytes=0)
   copied = {"the pages were copied"}
   assert not [x for x in report.checks if {*x.faults(report.tolerances)} - copied], str(report)
