@@ -186,12 +186,18 @@ def with_sinks(cache, q, k):
   return step(cache, q, k, sinks=jnp.arange(q.shape[1], dtype=jnp.float32), softcap=5.0)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
-  ("heads", "kept"), [(8, 8), (2, 4), (1, 4), (3, 12)], ids=["8", "2", "1", "3"]
+  ("heads", "kept", "kind", "dtype"),
+  [
+    (8, 8, AxisType.Auto, "float32"),
+    (2, 4, AxisType.Explicit, "float32"),
+    (1, 4, AxisType.Auto, "int8"),
+    (3, 12, AxisType.Auto, "float32"),
+    (8, 8, AxisType.Explicit, "int8"),
+    (1, 4, AxisType.Explicit, "float32"),
+  ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_split_cache_gives_the_same_bits_without_collectives(kind, heads, kept, dtype):
+def test_a_split_cache_gives_the_same_bits_without_collectives(heads, kept, kind, dtype):
   whole = config(num_kv_heads=heads, dtype=dtype)
   q = jax.random.normal(jax.random.key(0), (3, 24 if heads == 3 else 16, 2))
   k = jax.random.normal(jax.random.key(1), (3, heads, 2))
@@ -252,3 +258,30 @@ def test_a_group_of_caches_is_split_and_a_wrong_mesh_is_named():
     split(both, four(), axis="data")
   with pytest.raises(ValueError, match=r"split must be None or made by `sharding\.split`, got 4"):
     config(split=4)
+
+
+# Replicas: independent pools on a leading axis, one program.
+
+
+def test_replicas_run_as_one_program_without_collectives_and_as_each_would_alone():
+  where = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+  small, parts = config(num_kv_heads=2), PartitionSpec("data")
+  caches = jax.vmap(lambda _: paged_jax.init(small))(jnp.arange(8))
+  counts = ids(*range(8))[:, None] + ids(0, 1, 4)[None]
+  k = jax.random.normal(jax.random.key(0), (8, 3, 2, 2))
+
+  def one(cache, counts, k):
+    cache, info = paged_jax.extend(cache, counts)
+    plan = paged_jax.plan(cache, ids(0, 1, 2), cache.lengths - 1)
+    cache = paged_jax.write(cache, 0, k, -k, plan)
+    return cache, paged_jax.attend(cache, 0, k, plan), info
+
+  run = jax.shard_map(jax.vmap(one), mesh=where, in_specs=parts, out_specs=parts, check_vma=False)
+  args = jax.device_put((caches, counts, k), NamedSharding(where, parts))
+  compiled = jax.jit(run, donate_argnums=0).lower(*args).compile()
+  assert not re.search(COLLECTIVES, compiled.as_text())
+  got, alone = compiled(*args), jax.jit(one)
+  for i in range(8):
+    want = alone(jitted.init(small), counts[i], k[i])
+    mine = jax.tree.map(lambda x, i=i: x[i], got)
+    chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x) for x in (mine, want)))
