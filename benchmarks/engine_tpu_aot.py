@@ -142,7 +142,7 @@ def pages(config: decoder_lib.DecoderConfig, pool_bytes: int, num_rows: int = NU
   cache = paged_jax.CacheConfig(
     num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
     page_size=64, num_rows=num_rows, max_length=MAX_LENGTH,
-  )  # fmt: skip
+  ).stored_for("tpu")  # fmt: skip
   return dataclasses.replace(cache, num_pages=pool_bytes // cache.page_bytes)
 
 

@@ -29,10 +29,10 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-# generation: topology and chips per host of one core, and of four
+# generation: topology and chips per host of one core, of four and of eight
 _TOPOLOGIES = {
-  "v5e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1))},
-  "v6e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1))},
+  "v5e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1)), 8: ("2x4", (2, 2, 1))},
+  "v6e": {1: ("1x1", (1, 1, 1)), 4: ("2x2", (2, 2, 1)), 8: ("2x4", (2, 2, 1))},
   "tpu7x": {1: ("1x1x1", (1, 1, 1)), 4: ("2x1x1", (2, 1, 1))},  # two cores per chip
 }
 
@@ -43,7 +43,7 @@ def keep_bundles() -> None:
 
 
 def cores(generation: str, count: int = 1) -> Mesh:
-  """A mesh of one axis, "model", of one TensorCore or four, which are not there."""
+  """A mesh of one axis, "model", of one TensorCore, four or eight, which are not there."""
   topology, bounds = _TOPOLOGIES[generation][count]
   found = topologies.get_topology_desc(
     platform="tpu", topology_name=f"{generation}:{topology}", chips_per_host_bounds=bounds
