@@ -12,6 +12,7 @@ whatever moves, clears or keeps tokens does the same to both.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,41 @@ def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array
   scales = map(in_order, by_head(found.scales, pages))
   k, v = (quantization.dequantize(*each) for each in zip((k, v), scales))
   return k, v
+
+
+def portable(image: Pages) -> dict[str, np.ndarray]:
+  """The arrays of a page's image as any platform could keep them. Waits for the image.
+
+  # stored     uint16   [k k k k k 0 0 0 | v v v v v 0 0 0]      head_dim 5, padded to 8
+  # portable   bfloat16 [k k k k k v v v v v]
+  """
+  kv = _by_part(np.asarray(image.kv).view(image.dtype), image)[..., : image.head_dim]
+  scales = {} if image.scales is None else {"scales": np.asarray(image.scales)}
+  return {"kv": kv.reshape(*kv.shape[:-2], -1)} | scales
+
+
+def stored_like(arrays: Mapping[str, np.ndarray], like: Pages) -> Pages:
+  """The image with these `portable` arrays, stored and placed as the image `like` is.
+
+  Raises:
+    ValueError: They are arrays of another image.
+  """
+  num_parts = 2 if like.value_dim is None else 1
+  wanted: dict[str, tuple] = {"kv": ((*like.kv.shape[:-1], num_parts * like.head_dim), like.dtype)}
+  if like.scales is not None:
+    wanted["scales"] = (like.scales.shape, like.scales.dtype)
+  given = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+  if given != wanted:
+    raise ValueError(f"arrays must be {wanted}, got {given}")
+  kv, more = _by_part(arrays["kv"], like), like.kv.shape[-1] // num_parts - like.head_dim
+  kv = np.pad(kv, [(0, 0)] * (kv.ndim - 1) + [(0, more)]).reshape(like.kv.shape)
+  image = dataclasses.replace(like, kv=kv.view(like.kv.dtype), scales=arrays.get("scales"))
+  return jax.device_put(image, jax.tree.map(lambda x: x.sharding, like))
+
+
+def _by_part(kv: np.ndarray, image: Pages) -> np.ndarray:
+  """Keys and values [...,2,D] of those beside each other [...,2D]; keys [...,1,D] if that is all."""
+  return kv.reshape(*kv.shape[:-1], 2 if image.value_dim is None else 1, -1)
 
 
 @jax.custom_jvp
