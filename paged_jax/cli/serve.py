@@ -1,8 +1,11 @@
 """`paged-jax serve`: answers requests over HTTP in OpenAI's format."""
 
 import gc
+import signal
 import socket
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +53,12 @@ def run(
   attention: Annotated[
     str | None, typer.Option(help="Attention backend; default: the best that is right here.")
   ] = None,
+  prefixes: Annotated[
+    Path | None,
+    typer.Option(
+      help="Folder of prompts that are computed: loaded at the start, saved at the end."
+    ),
+  ] = None,
 ) -> None:
   """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
   from paged_jax import server  # not earlier: it needs an extra of its own
@@ -80,6 +89,10 @@ def run(
       )  # fmt: skip
     with progress.bar("compiling") as tell:
       engine.warm_up(tell)
+    if prefixes is not None:
+      loaded = engine.load_prefixes(prefixes)
+      progress.say(f"{loaded.num_prefixes} prefixes loaded from {prefixes}")
+      signal.signal(signal.SIGTERM, _exit)  # so that they are saved
     gc.collect()
     gc.freeze()  # later collections skip what is here, so none stops the tokens for long
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
@@ -89,7 +102,23 @@ def run(
       server.run(application, listener)
     finally:
       engine.close()
+      if prefixes is not None:
+        _save(engine, prefixes)
   interrupts.end()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+  """Ends the process as if by this signal, but not at once."""
+  sys.exit(128 + number)
+
+
+def _save(engine: Engine, folder: Path) -> None:
+  """Saves the prefixes of an engine that is closed, and says how many, or why not."""
+  try:
+    saved = engine.save_prefixes(folder)
+    progress.say(f"{saved.num_prefixes} prefixes saved in {folder}")
+  except OSError as error:
+    progress.say(f"prefixes are not saved: {error}")
 
 
 def _caches(
