@@ -24,7 +24,9 @@ def test_docstring_examples_run(name):
   assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/groups.md"])
+@pytest.mark.parametrize(
+  "page", ["README.md", "docs/engine.md", "docs/groups.md", "docs/persistence.md"]
+)
 def test_examples_of_a_page_run(page):
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
   assert blocks

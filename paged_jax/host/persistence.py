@@ -126,8 +126,11 @@ class Persistence:
       entry, parts = self._pools.ends.entry(namespace, key), self._pools.has(namespace, key)
       if entry is None or any(count != len(held) for count, held in parts):
         return Persisted(num_missed=1)  # it has left meanwhile, or part of a tail is evicted
-      for (_, held), names in zip(parts, known):
-        written |= {x: page for x, page in zip(held, names) if page in there}
+      for (_, held), names, each in zip(parts, known, self._state.configs):
+        # Only part of the last page may be the prefix's, and an older save may have had another
+        # page there, with fewer tokens.
+        whole = held[:-1] if len(key) // TOKEN_BYTES % each.page_size else held
+        written |= {x: page for x, page in zip(whole, names) if page in there}
       images = self._images([[x for x in held if written.get(x) not in there] for _, held in parts])
       ttl = entry.expires - self._pools.clock()
       logits = entry.last_logits

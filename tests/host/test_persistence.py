@@ -97,6 +97,16 @@ def test_a_second_save_writes_no_page_again(files):
   assert later.save_prefixes(files, "w")[:2] == (2, 0)
 
 
+def test_part_of_a_page_that_was_saved_is_not_the_page_that_took_its_place(files):
+  m, later = made(), made()
+  assert store(m, TWENTY[:5])  # the second page has one token
+  m.save_prefixes(files, "w")
+  assert store(m, TWENTY[:8])  # the index gives the first prefix this page, too
+  assert m.save_prefixes(files, "w")[:2] == (2, 1)
+  later.load_prefixes(files, "w")
+  assert found(later, TWENTY[:9]) == 8 and found(later, [*TWENTY[:5], 1]) == 5
+
+
 def test_an_entry_that_is_saved_again_has_the_newest_pin_and_logits(files):
   m, later = made(), made()
   assert store(m, TWENTY)
