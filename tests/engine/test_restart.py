@@ -1,16 +1,13 @@
 """An engine after a restart: what others have computed is there, and its own text comes out."""
 
-import os
 import threading
 import time
 
-import numpy as np
 import pytest
 import tiny
 from serving import PROMPTS, engine, finish
 
 from paged_jax.engine import Sampling
-from paged_jax.engine.fingerprint import fingerprint
 from paged_jax.host import FileStore
 
 LONG = tuple(range(4, 21))
@@ -103,18 +100,3 @@ def test_a_load_from_within_a_round_is_refused(tmp_path):
     pass
   assert said and not any(said)
   finish(e)
-
-
-def test_the_fingerprint_is_that_of_the_arrays_and_the_structure():
-  model = tiny.model(0)
-  assert fingerprint(model) == fingerprint(tiny.model(0))
-  one_bit = np.array(model.q)
-  one_bit.view(np.uint32)[0, 0, 0] ^= 1
-  others = [
-    tiny.model(1), [model], (model.q,), (np.asarray(model.q),), (one_bit,), (model.q.T,),
-    (model.q, 1), (model.q, 2), {"a": model.q}, (np.asarray(model.q).view(np.int32),),
-  ]  # fmt: skip
-  prints = [fingerprint(each) for each in others]
-  assert prints[2] == prints[3]
-  assert len({*prints, fingerprint(model)}) == len(others)
-  assert fingerprint((model.q, os.getcwd)) == fingerprint((model.q, os.getcwd))
