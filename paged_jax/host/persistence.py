@@ -216,19 +216,15 @@ class Persistence:
     """
     about, arrays, _ = records.unpack(data)
     here = self._about(weights, None)
-    for part, name in (("format", "format"), ("weights", "weights"), ("layout", "layout of pages")):
+    for part in ("format", "weights", "layout"):
       if about.get(part) != here[part]:
-        raise _Unusable(f"another {name}: {about.get(part)!r}, this is {here[part]!r}")
+        raise _Unusable(f"it has {part} {about.get(part)!r}, and not {here[part]!r}")
     try:
-      namespace, expires, tokens = (
-        _namespace(about["namespace"]),
-        about["expires"],
-        arrays["tokens"],
-      )
+      namespace, expires = _namespace(about["namespace"]), about["expires"]
       hash(namespace)
       return _Saved(
         namespace,
-        encoded(tokens),
+        encoded(arrays["tokens"]),
         arrays.get("logits"),
         None if expires is None else float(expires) - time.time(),
         bool(about["pinned"]),

@@ -51,7 +51,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], Arrays, str]:
     same = digest == _digest(header["about"], arrays)
   except safetensors.SafetensorError as error:
     raise Damaged(f"no safetensors ({error})") from None
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
     raise Damaged(f"no record ({error!r})") from None
   if not same:
     raise Damaged("its bytes have changed")

@@ -52,7 +52,7 @@ def test_another_model_finds_nothing(tmp_path, caplog):
   e.save_prefixes(tmp_path)
   other = engine(model=tiny.model(2))
   assert other.load_prefixes(tmp_path)[::3] == (0, 2)
-  assert caplog.text.count("another weights") == 2
+  assert caplog.text.count("it has weights") == 2
   named = engine(model=tiny.model(2))
   e.save_prefixes(tmp_path, fingerprint="mine")
   assert named.load_prefixes(tmp_path, fingerprint="mine").num_prefixes == 2

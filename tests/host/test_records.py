@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_damage_or_changes_nothing():
     {"about": '{"dtypes": {"kv": "object"}}', "sha256": ""},
     {"about": '{"dtypes": {"kv": "float3"}}', "sha256": ""},
     {"about": '{"dtypes": {"other": "float32"}}', "sha256": ""},
-    {"about": '{"dtypes": {"kv": "int64"}}', "sha256": ""},
+    {"about": '{"dtypes": {"kv": "int64"}}', "sha256": ""}, {"about": "[" * 99_999, "sha256": ""},
     {"about": '{"dtypes": {"kv": "float32"}}', "sha256": "0" * 64},
   ],
 )  # fmt: skip
