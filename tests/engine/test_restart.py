@@ -17,20 +17,19 @@ SHORT = Sampling(max_new_tokens=6)
 def test_a_restarted_engine_computes_nothing_of_a_stored_prompt(tmp_path, compiled):
   e = engine()
   e.generate([LONG], SHORT)
+  e.generate([LONG], SHORT)  # what a hit needs is compiled
   saved = e.save_prefixes(tmp_path / "prefixes")
   assert saved.num_prefixes == 2  # the prompt with its logits, and the text
   finish(e)
-  for turn in range(2):
-    later = engine()
-    assert later.load_prefixes(str(tmp_path / "prefixes"))[:2] == saved[:2]
-    handle = later.submit(LONG, SHORT)
-    while later.step():
-      pass
-    assert handle.num_cached == len(LONG) and later.counts.prompt_tokens == 0
-    assert handle.tokens == [tiny.greedy(LONG, 6)]
-    finish(later)
-    assert turn == 0 or not compiled
-    del compiled[:]
+  later = engine()
+  assert later.load_prefixes(str(tmp_path / "prefixes"))[:2] == saved[:2]
+  del compiled[:]
+  handle = later.submit(LONG, SHORT)
+  while later.step():
+    pass
+  assert handle.num_cached == len(LONG) and later.counts.prompt_tokens == 0 and not compiled
+  assert handle.tokens == [tiny.greedy(LONG, 6)]
+  finish(later)
 
 
 def test_text_on_loaded_prefixes_is_that_of_one_request_at_a_time(tmp_path):
