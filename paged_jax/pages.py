@@ -12,6 +12,7 @@ whatever moves, clears or keeps tokens does the same to both.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,57 @@ def gather(pages: Pages, layer: jax.Array, tables: jax.Array) -> tuple[jax.Array
   scales = map(in_order, by_head(found.scales, pages))
   k, v = (quantization.dequantize(*each) for each in zip((k, v), scales))
   return k, v
+
+
+def portable(image: Pages) -> dict[str, np.ndarray]:
+  """The arrays of a page's image as any platform could keep them. Waits for the image.
+
+  # stored     uint16   [k k k k k 0 0 0 | v v v v v 0 0 0]      head_dim 5, padded to 8
+  # portable   bfloat16 [k k k k k v v v v v]
+  """
+  more = 1 if image.split is None else image.split.repeats  # each head once
+  kv = np.asarray(image.kv).view(image.dtype)[:, ::more]
+  kv = _by_part(kv, image)[..., : image.head_dim]
+  arrays = {"kv": kv.reshape(*kv.shape[:-2], -1)}
+  if image.scales is not None:
+    num_layers, h, t, _ = image.kv.shape
+    scales = np.asarray(image.scales).reshape(num_layers, h, -1, t)[:, ::more]
+    arrays["scales"] = scales.reshape(num_layers, -1, t)
+  return arrays
+
+
+def stored_like(arrays: Mapping[str, np.ndarray], like: Pages) -> Pages:
+  """The image with these `portable` arrays, stored and placed as the image `like` is.
+
+  Raises:
+    ValueError: They are arrays of another image.
+  """
+  num_layers, h, t, _ = like.kv.shape
+  num_parts, more = (
+    2 if like.value_dim is None else 1,
+    1 if like.split is None else like.split.repeats,
+  )
+  shape = num_layers, h // more, t, num_parts * like.head_dim
+  wanted: dict[str, tuple] = {"kv": (shape, like.dtype)}
+  if like.scales is not None:
+    wanted["scales"] = ((num_layers, num_parts * h // more, t), like.scales.dtype)
+  given = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+  if given != wanted:
+    raise ValueError(f"arrays must be {wanted}, got {given}")
+  kv, padding = _by_part(arrays["kv"], like), like.kv.shape[-1] // num_parts - like.head_dim
+  kv = np.pad(kv.repeat(more, axis=1), [(0, 0)] * (kv.ndim - 1) + [(0, padding)])
+  scales = arrays.get("scales")
+  if scales is not None:
+    scales = scales.reshape(num_layers, h // more, num_parts, t).repeat(more, axis=1)
+    scales = scales.reshape(num_layers, -1, t)
+  kv = kv.reshape(like.kv.shape).view(like.kv.dtype)
+  image = dataclasses.replace(like, kv=kv, scales=scales)
+  return jax.device_put(image, jax.tree.map(lambda x: x.sharding, like))
+
+
+def _by_part(kv: np.ndarray, image: Pages) -> np.ndarray:
+  """Keys and values [...,2,D] of those beside each other [...,2D]; keys [...,1,D] if that is all."""
+  return kv.reshape(*kv.shape[:-1], 2 if image.value_dim is None else 1, -1)
 
 
 @jax.custom_jvp

@@ -25,7 +25,11 @@ def test_docstring_examples_run(name):
 
 
 @pytest.mark.parametrize(
-  "page", ["README.md", "docs/engine.md", "docs/groups.md", "docs/eightbit.md", "docs/meshes.md"]
+  "page",
+  [
+    "README.md",
+    *(f"docs/{x}.md" for x in ("engine", "groups", "eightbit", "meshes", "persistence")),
+  ],
 )
 def test_examples_of_a_page_run(page):
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

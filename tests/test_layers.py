@@ -64,12 +64,12 @@ TABLES = {
     forecast report sharing swap
     admission
     prefixes
-    sequences
+    persistence sequences
     pools turn
     reclaim
     kept
     config prefix
-    errors events eviction holds pressure state
+    errors events eviction holds pressure records state store
   """,
   "paged_jax.engine": """
     __init__
@@ -81,7 +81,7 @@ TABLES = {
     calls room
     config proofs queue
     device requests
-    prompts sampling text
+    fingerprint prompts sampling text
   """,
   "paged_jax.engine.device": """
     program

@@ -15,11 +15,11 @@ import paged_jax
 
 ROOT = pathlib.Path(paged_jax.__file__).parent
 LIMITS = {  # largest values: of the package, and of the kernels
-  "lines of a file": (960, 330),
-  "lines of a function": (70, 132),
-  "parameters of a function": (16, 23),
+  "lines of a file": (1000, 335),
+  "lines of a function": (72, 145),
+  "parameters of a function": (17, 23),
   "nested blocks of a function": (4, 2),
-  "public methods of a class": (50, 3),
+  "public methods of a class": (52, 4),
 }
 COMMENTS = 7.4  # comments, and lines of pictures in docstrings, per 100 lines of code, at least
 EMPTY = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

@@ -285,3 +285,29 @@ def test_replicas_run_as_one_program_without_collectives_and_as_each_would_alone
     want = alone(jitted.init(small), counts[i], k[i])
     mine = jax.tree.map(lambda x, i=i: x[i], got)
     chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x) for x in (mine, want)))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_orbax_brings_a_cache_back_on_another_mesh_bit_for_bit(dtype, tmp_path):
+  """docs/persistence.md shows it."""
+  import orbax.checkpoint as ocp
+
+  small = dataclasses.replace(HEADS, dtype=dtype)
+  cache, _ = jitted.extend(jitted.init(small), ids(5, 0, 3))
+  plan = jitted.plan(cache, ids(0, 2), cache.lengths[np.array([0, 2])] - 1)
+  cache = jitted.write(cache, 1, *(x[:2] for x in operands()[1:] * 2), plan)
+  want = jax.tree.map(np.asarray, cache)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "cache", jax.device_put(cache, shardings(small, mesh_of(4))))
+    checkpointer.wait_until_finished()
+    for ways in (2, 1):
+      where = shardings(small, mesh_of(ways))
+      like = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), cache, where
+      )
+      back = checkpointer.restore(tmp_path / "cache", like)
+      assert len(back.pages.kv.sharding.device_set) == ways
+      chex.assert_trees_all_equal(jax.tree.map(np.asarray, back), want)
+      back, info = jitted.extend(back, ids(1, 1, 1))  # it goes on as the one that was saved
+      assert info.ok.all() and back.lengths.tolist() == [6, 1, 4]

@@ -35,9 +35,7 @@ def run(
   output_ids: Annotated[
     Path | None, typer.Option(help="JSON file for the new tokens, a list for each sample.")
   ] = None,
-  model: Annotated[
-    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
-  ] = None,
+  model: model_lib.Folder = None,
   special_tokens: Annotated[
     bool, typer.Option(help="The tokenizer puts its own around a text, such as BOS.")
   ] = True,
@@ -51,15 +49,11 @@ def run(
   top_p: Annotated[float, typer.Option(help="Draw from the likely tokens of this mass.")] = 1.0,
   seed: Annotated[int, typer.Option(help="Sample i draws with SEED + i.")] = 0,
   stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
-  page_size: Annotated[
-    int | None, typer.Option(min=1, help="Tokens per page; default: 16, or 128 of 8 bits on TPU.")
-  ] = None,
+  page_size: model_lib.PageSize = None,
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool; default: enough.")
   ] = None,
-  dtype: Annotated[
-    model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
-  ] = None,
+  dtype: model_lib.Weights = None,
   kv_dtype: model_lib.KvDtypes = None,
 ) -> None:
   """Continues prompts: arguments, or lines of a file or of standard input.

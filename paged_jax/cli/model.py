@@ -35,6 +35,14 @@ class KvDtype(enum.StrEnum):
   float8_e4m3fn = "float8_e4m3fn"
 
 
+# Options that commands share.
+Folder = Annotated[
+  Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
+]
+PageSize = Annotated[
+  int | None, typer.Option(min=1, help="Tokens per page; default: 16, or 128 of 8 bits on TPU.")
+]
+Weights = Annotated[Dtype | None, typer.Option(help="Default: as the checkpoint says.")]
 KvDtypes = Annotated[
   list[KvDtype] | None,
   typer.Option(

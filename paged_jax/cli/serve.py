@@ -1,8 +1,11 @@
 """`paged-jax serve`: answers requests over HTTP in OpenAI's format."""
 
 import gc
+import signal
 import socket
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -15,15 +18,11 @@ from paged_jax.host import ManagerConfig
 
 
 def run(
-  model: Annotated[
-    Path | None, typer.Option(help="Hugging Face checkpoint folder; default: a small Shakespeare.")
-  ] = None,
+  model: model_lib.Folder = None,
   name: Annotated[str | None, typer.Option(help="The model's; default: the folder's.")] = None,
   host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
   port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-  page_size: Annotated[
-    int | None, typer.Option(min=1, help="Tokens per page; default: 16, or 128 of 8 bits on TPU.")
-  ] = None,
+  page_size: model_lib.PageSize = None,
   num_pages: Annotated[
     int | None, typer.Option(min=1, help="Pages in the pool, instead of --memory.")
   ] = None,
@@ -43,12 +42,13 @@ def run(
     list[int], typer.Option(min=1, help="Prompt tokens of a call; repeatable.")
   ] = [32, 128, 512],  # noqa: B006 (typer makes a list of its own)
   max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
-  dtype: Annotated[
-    model_lib.Dtype | None, typer.Option(help="Default: as the checkpoint says.")
-  ] = None,
+  dtype: model_lib.Weights = None,
   kv_dtype: model_lib.KvDtypes = None,
   attention: Annotated[
     str | None, typer.Option(help="Attention backend; default: the best that is right here.")
+  ] = None,
+  prefixes: Annotated[
+    Path | None, typer.Option(help="Folder of computed prompts, loaded first and saved at the end.")
   ] = None,
 ) -> None:
   """Answers requests for completions over HTTP in OpenAI's format, until interrupted."""
@@ -67,19 +67,12 @@ def run(
     sizes = {"num_rows": num_rows, "page_size": page_size, "max_length": max_length}
     sizes |= {"dtype": kv_dtypes, "step_tokens": max(prompt_size)}
     config = _caches(decoder, num_pages, memory, sizes)
-    with model_lib.memory_for(config):
-      engine = Engine(
-        decoder,
-        EngineConfig(
-          config,
-          ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
-          prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
-          implementation=attention,
-        ),
-        tokenizer=tokenizer,
-      )  # fmt: skip
-    with progress.bar("compiling") as tell:
-      engine.warm_up(tell)
+    options = EngineConfig(
+      config, ManagerConfig(num_host_pages=num_host_pages), num_steps=num_steps,
+      prompt_sizes=tuple(sorted({*prompt_size})), eos=models.eos_tokens(folder),
+      implementation=attention,
+    )  # fmt: skip
+    engine = _engine(decoder, options, tokenizer, prefixes)
     gc.collect()
     gc.freeze()  # later collections skip what is here, so none stops the tokens for long
     application = server.app(engine, name, tokenizer=tokenizer, max_requests=max_requests)
@@ -89,7 +82,38 @@ def run(
       server.run(application, listener)
     finally:
       engine.close()
+      if prefixes is not None:
+        _save(engine, prefixes)
   interrupts.end()
+
+
+def _engine(
+  decoder: models.Decoder, options: EngineConfig, tokenizer: Any, prefixes: Path | None
+) -> Engine:
+  """An engine that is compiled, with the prefixes of a folder."""
+  with model_lib.memory_for(options.cache):
+    engine = Engine(decoder, options, tokenizer=tokenizer)
+  with progress.bar("compiling") as tell:
+    engine.warm_up(tell)
+  if prefixes is not None:
+    loaded = engine.load_prefixes(prefixes)
+    progress.say(f"{loaded.num_prefixes} prefixes loaded from {prefixes}")
+    signal.signal(signal.SIGTERM, _exit)  # so that they are saved
+  return engine
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+  """Ends the process as if by this signal, but not at once."""
+  sys.exit(128 + number)
+
+
+def _save(engine: Engine, folder: Path) -> None:
+  """Saves the prefixes of an engine that is closed, and says how many, or why not."""
+  try:
+    saved = engine.save_prefixes(folder)
+    progress.say(f"{saved.num_prefixes} prefixes saved in {folder}")
+  except OSError as error:
+    progress.say(f"prefixes are not saved: {error}")
 
 
 def _caches(

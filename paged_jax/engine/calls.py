@@ -217,7 +217,8 @@ class Calls:
         tokens[: sample.length] = sample.text
         self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
       if sample.handle and sample.handle.last_logits is not None:  # all of the prompt was cached
-        self._past = _give(self._past, np.int32(row), sample.handle.last_logits)
+        logits = jax.device_put(sample.handle.last_logits, self._where)  # loaded ones are not there
+        self._past = _give(self._past, np.int32(row), logits)
         sample.handle.last_logits = None
     self.changed.clear()
     return records.Edits(changed, self._row_arrays(samples))

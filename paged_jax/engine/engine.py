@@ -11,7 +11,9 @@ computes. Three things need all reports to be read first (`FullRead`).
 """
 
 import dataclasses
+import functools
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paged_jax import interrupts, meshes, sharding
 from paged_jax.engine import audit, branches, service, warming
+from paged_jax.engine import fingerprint as fingerprint_lib
 from paged_jax.engine.audit import EngineAudit
 from paged_jax.engine.calls import Calls, Piece
 from paged_jax.engine.config import Counts, EngineConfig, FullRead
@@ -36,7 +39,7 @@ from paged_jax.engine.sampling import Sampling
 from paged_jax.engine.scheduler import Scheduler
 from paged_jax.engine.service import Token
 from paged_jax.engine.text import Tokenizer, Vocabulary
-from paged_jax.host import Manager
+from paged_jax.host import FileStore, Manager, Persisted, Store
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class Engine:
       meshes.check_auto(mesh)
       config = dataclasses.replace(config, cache=sharding.split(config.cache, mesh))
       model = _on_mesh(model, mesh)
-    self.config, self.tokenizer = config, tokenizer
+    self.config, self.tokenizer, self._model = config, tokenizer, model
     self.manager = Manager(config.cache, config.options)
     self.counts = Counts()
     self._queue = Queue(shares=config.options.prefix_cache)
@@ -335,6 +338,61 @@ class Engine:
       self.manager, self._calls, self._scheduler, self.config, sorted(variants), progress
     )
 
+  # Prefixes that outlive the process
+
+  @functools.cached_property
+  def _fingerprint(self) -> str:
+    return fingerprint_lib.fingerprint(self._model)
+
+  def save_prefixes(
+    self, store: str | os.PathLike[str] | Store, *, fingerprint: str | None = None
+  ) -> Persisted:
+    """Saves the prefix cache, so that an engine after this one starts with it; rounds go on.
+
+    See docs/persistence.md.
+
+    >>> import tempfile, paged_jax
+    >>> from paged_jax.engine import Engine, EngineConfig, Sampling
+    >>> from paged_jax.testing.counting import Counting
+    >>> cache = paged_jax.CacheConfig(
+    ...   num_layers=1, num_kv_heads=1, head_dim=8, num_pages=64, num_rows=4, max_length=64
+    ... )
+    >>> config, folder = EngineConfig(cache, prompt_sizes=(16,)), tempfile.mkdtemp()
+    >>> with Engine(Counting(), config) as engine:
+    ...   done = engine.generate([range(40)], Sampling(max_new_tokens=4))
+    ...   saved = engine.save_prefixes(folder)
+    >>> with Engine(Counting(), config) as engine:
+    ...   loaded = engine.load_prefixes(folder)
+    ...   handle = engine.submit(range(40), Sampling(max_new_tokens=4))
+    ...   while engine.step():
+    ...     pass
+    >>> handle.num_cached, handle.tokens, engine.counts.prompt_tokens
+    (40, [[40, 41, 42, 43]], 0)
+
+    Args:
+      store: A folder, or a store with a limit of its own: `host.FileStore(folder, max_bytes=...)`.
+      fingerprint: Names the model; by default a digest of its arrays, which costs seconds for each
+        gigabyte, once.
+
+    Raises:
+      OSError: The store takes no more; what was in it is as before.
+    """
+    return self.manager.save_prefixes(_opened(store), fingerprint or self._fingerprint)
+
+  def load_prefixes(
+    self, store: str | os.PathLike[str] | Store, *, fingerprint: str | None = None
+  ) -> Persisted:
+    """Loads what `save_prefixes` saved into free pages; see `Manager.load_prefixes`. Rounds wait.
+
+    Raises:
+      RuntimeError: It is called from within a round.
+    """
+    opened, named = _opened(store), fingerprint or self._fingerprint
+    with self._turn:  # a round counts on its free pages
+      if self._in_round:
+        raise RuntimeError("load_prefixes must not be called from within a round, as on_token is")
+      return self.manager.load_prefixes(opened, named)
+
   # One round
 
   def step(self) -> bool:
@@ -466,3 +524,8 @@ def _on_mesh(model: Any, mesh: Mesh) -> Any:
     return leaf if there else jax.device_put(leaf, everywhere)
 
   return jax.tree.map(put, model)
+
+
+def _opened(store: str | os.PathLike[str] | Store) -> Store:
+  """A store, or that in a folder."""
+  return FileStore(store) if isinstance(store, str | os.PathLike) else store

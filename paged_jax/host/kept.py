@@ -11,6 +11,7 @@ from paged_jax.host.config import ManagerConfig
 from paged_jax.host.errors import OutOfHostPages
 from paged_jax.host.holds import Held, pages_of
 from paged_jax.host.state import State
+from paged_jax.types import Pages
 
 
 class Kept:
@@ -127,6 +128,19 @@ class Kept:
     self.drop(self.forget(held))
 
   # Bytes
+
+  def bring(self, images: list[Pages], *, to_device: bool) -> list[Held]:
+    """Held pages made of images that come from elsewhere; the caller gives them users.
+
+    # image    ──▶ one host page more is used      there must be as many, or
+    #          ──▶ page 3, held by the host        as many free device pages
+    """
+    held = [Held(image=image) for image in images]
+    self.num_used += len(held)
+    if to_device:
+      self.to_device(held)
+    self.peak_used = max(self.peak_used, self.num_used)
+    return held
 
   def to_host(self, held: list[Held]) -> None:
     """Moves held pages to host memory; their device pages become free.

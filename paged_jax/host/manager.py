@@ -7,6 +7,7 @@ released. Axis letters as in types.py.
     # Manager ─┬─ admission   allocate, extend, trim, slide, deallocate
     #          ├─ sharing     share_prefix, clone, cow_copy
     #          ├─ prefixes    find, store, clear
+  #          ├─ persistence save, load
     #          ├─ swap        swap_out, swap_in
     #          ├─ tensors     write_kv, read_kv
     #          ├─ pools       pin, gc, evict_prefixes  ── prefix (a tree), reclaim (eviction)
@@ -31,6 +32,7 @@ from paged_jax.host.admission import Admission
 from paged_jax.host.config import ManagerConfig, Request, whole
 from paged_jax.host.forecast import Forecast
 from paged_jax.host.kept import Kept
+from paged_jax.host.persistence import Persisted, Persistence
 from paged_jax.host.pools import Pools
 from paged_jax.host.prefix import Match, encoded
 from paged_jax.host.prefixes import Prefix, Prefixes, PrefixStats
@@ -38,6 +40,7 @@ from paged_jax.host.reclaim import Collected
 from paged_jax.host.sequences import Handle, Sequences
 from paged_jax.host.sharing import Sharing
 from paged_jax.host.state import State, Ticket
+from paged_jax.host.store import Store
 from paged_jax.host.swap import Swap
 from paged_jax.host.tensors import Tensors
 from paged_jax.host.turn import Turn
@@ -93,6 +96,7 @@ class Manager:
     self._pools = Pools(kept, options, self._turn.left, clock)
     self._turn.tidy = self._pools.tidy
     self._prefixes = Prefixes(self._sequences, self._pools)
+    self._persistence = Persistence(self._turn, self._pools)
     self._admission = Admission(self._sequences, self._pools, self._prefixes)
     self._sharing = Sharing(self._sequences, self._pools, self._admission)
     self._swap = Swap(self._sequences, self._pools, self._admission)
@@ -503,6 +507,48 @@ class Manager:
     """
     with self._turn.lock:
       return self._prefixes.stats()
+
+  def save_prefixes(self, store: Store, fingerprint: str) -> Persisted:
+    """Puts every stored prefix into a store; sequences go on meanwhile.
+
+    Args:
+      store: `FileStore(folder)`, or another one.
+      fingerprint: Names the weights that computed the pages: others have another one.
+
+    Raises:
+      OSError: The store takes no more; what was in it is as before.
+
+    >>> import tempfile
+    >>> from paged_jax import CacheConfig, host
+    >>> manager = host.Manager(CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64))
+    >>> handle = manager.allocate(host.Request("a", tokens=range(20)))
+    >>> manager.store_prefix(handle)
+    True
+    >>> manager.save_prefixes(host.FileStore(tempfile.mkdtemp()), "weights 1").num_prefixes
+    1
+    """
+    return self._persistence.save(store, fingerprint)
+
+  def load_prefixes(self, store: Store, fingerprint: str) -> Persisted:
+    """Stores the prefixes of a store again, with their pins and what is left of their lifetimes.
+
+    They take free pages only, and leave those of the low watermark free; with `spill` the others
+    take free host pages. A prefix of other weights, of another layout, or damaged is a miss, and one
+    line of the log says why.
+
+    >>> import tempfile
+    >>> from paged_jax import CacheConfig, host
+    >>> config = CacheConfig(1, 1, 4, num_pages=8, num_rows=2, max_length=64)
+    >>> manager, restarted = host.Manager(config), host.Manager(config)
+    >>> store = host.FileStore(tempfile.mkdtemp())
+    >>> manager.store_prefix(manager.allocate(host.Request("a", tokens=range(20))))
+    True
+    >>> manager.save_prefixes(store, "weights 1") and restarted.load_prefixes(store, "weights 1")[:2]
+    (1, 2)
+    >>> restarted.find_prefix(range(30)).length
+    20
+    """
+    return self._persistence.load(store, fingerprint)
 
   # Swap
 

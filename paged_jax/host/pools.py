@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from paged_jax.host import errors
 from paged_jax.host.config import ManagerConfig
 from paged_jax.host.holds import Held, latest_start
@@ -58,7 +56,7 @@ class Pools:
     event: Callable[[str, int, int], None],
     clock: Callable[[], float],
   ):
-    self.kept, self.state = kept, kept[0].state
+    self.kept, self.state, self.clock = kept, kept[0].state, clock
     self.configs, self.books = self.state.configs, self.state.ledger.groups
     self._low = options.low_watermark
     most = options.max_prefixes if options.prefix_cache else 0
@@ -176,15 +174,12 @@ class Pools:
     row: int,
     fresh: list[list[int]],
     gone: list[list[int]],
-    *,
-    last_logits: Any,
-    ttl: float | None,
-    pinned: bool,
+    **fields: Any,
   ) -> bool:
     """Stores a prefix that a row holds, in every group, or in none.
 
     Adds to `fresh` the pages of each group that the ledger must `hold` for it, and to `gone` those
-    to `drop`.
+    to `drop`. `fields` are its logits, lifetime and pin.
     """
     whole = all(
       self.books[group].starts[row] // config.page_size <= self._first_page(group, key)
@@ -192,26 +187,81 @@ class Pools:
     )
     if not (self.ends.storable(key) and whole and self._make_place(namespace, key, gone)):
       return False
+
+    def keep(group: int, pages: slice, first: int) -> list[Held]:
+      """The held pages of the row from number `first` of these `pages` on."""
+      table = self.books[group].block_tables[row, pages][first:]
+      held, new = self.kept[group].at(table.tolist())
+      fresh[group] += new
+      return held
+
+    self.put(namespace, key, keep, gone, **fields)
+    return True
+
+  def put(
+    self,
+    namespace: Hashable,
+    key: bytes,
+    keep: Callable[[int, slice, int], list[Held]],
+    gone: list[list[int]],
+    *,
+    last_logits: Any,
+    ttl: float | None,
+    pinned: bool,
+  ) -> None:
+    """Puts a prefix into the index of every group; there must be a place for it.
+
+    `keep(group, pages, first)` returns the held pages from number `first` of the prefix's logical
+    `pages` on. Adds to `gone` the pages of each group that the ledger must `drop`.
+    """
     options: Any = dict(ttl=ttl, pinned=pinned)
     if self._pageless is not None:
       self.ends.store(namespace, key, _no_page, last_logits=last_logits, **options)
     for group in self._groups:
-      first = self._first_page(group, key)
-      last = -(-(len(key) // TOKEN_BYTES) // self.configs[group].page_size)
-      table = self.books[group].block_tables[row, first:last]
-      keep = functools.partial(self._keep, group, table, fresh[group])
+      held = functools.partial(keep, group, self._pages(group, key))
       place = self._place(group, namespace, key)
       logits = last_logits if self.indexes[group] is self.ends else None
-      released = self.indexes[group].store(*place, keep, last_logits=logits, **options)
+      released = self.indexes[group].store(*place, held, last_logits=logits, **options)
       assert released is not None, "no place for a prefix"
       gone[group] += self.kept[group].forget(released)
-    return True
 
-  def _keep(self, group: int, table: np.ndarray, fresh: list[int], first: int) -> list[Held]:
-    """The held pages of a table from number `first` on."""
-    held, pages = self.kept[group].at(table[first:].tolist())
-    fresh += pages
-    return held
+  def _pages(self, group: int, key: bytes) -> slice:
+    """The logical pages of a prefix, or of its tail, that a group keeps."""
+    last = -(-(len(key) // TOKEN_BYTES) // self.configs[group].page_size)
+    return slice(self._first_page(group, key), last)
+
+  def stored(self) -> list[tuple[Hashable, bytes]]:
+    """Namespace and tokens of every stored prefix, the one used last at the end."""
+    nodes = [node for node in self.ends.nodes() if node.entry is not None]
+    nodes.sort(key=lambda node: node.use.last)
+    return [(entry.namespace, path(node)) for node in nodes if (entry := node.entry)]
+
+  def has(self, namespace: Hashable, key: bytes) -> list[tuple[int, list[Held]]]:
+    """Of each group how many pages a prefix, or its tail, takes, and the first of them, if kept.
+
+    # prefix   0 1 2 3 4 5 6 7 8 9        a tree has 0 1 2 3 4 5 and 0 1 2 3 x
+    # pages    [a     ][b     ][c ]       of three pages a is there; part of one does not count
+    """
+    found = []
+    for group, config in enumerate(self.configs):
+      pages, place = self._pages(group, key), self._place(group, namespace, key)
+      match = self.indexes[group].peek(*place)
+      whole = match.length * TOKEN_BYTES == len(place[1])
+      held = match.held if whole else match.held[: match.length // config.page_size]
+      found.append((pages.stop - pages.start, held))
+    return found
+
+  def takes(self, namespace: Hashable, key: bytes) -> bool:
+    """Whether another prefix may be stored, and none must leave for it."""
+    if self.ends.entry(namespace, key) is not None or not self.ends.storable(key):
+      return False
+    places = (self._place(group, namespace, key) for group in range(len(self.kept)))
+    full = any(
+      index.full(*place)
+      for index, place, config in zip(self.indexes, places, self.configs)
+      if config.window is None
+    )
+    return not full and not self.ends.full(namespace, key)
 
   def _make_place(self, namespace: Hashable, key: bytes, gone: list[list[int]]) -> bool:
     """Whether there is a place for another prefix in every index, once others have left.

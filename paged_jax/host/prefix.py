@@ -201,6 +201,11 @@ class PrefixIndex:
     for node in reversed(list(_below(root))) if root is not None else ():
       self._expired += self._detach(node)
 
+  def entry(self, namespace: Hashable, tokens: bytes) -> Entry | None:
+    """The stored prefix `tokens`; None if exactly this prefix is not stored."""
+    node = self._stored(namespace, tokens)
+    return None if node is None else node.entry
+
   def _match(self, node: Node, length: int, tokens: bytes) -> Match:
     """The match of the first `length` tokens, which end at `node` or on its edge."""
     entry = node.entry if length * TOKEN_BYTES == len(tokens) and node.end == length else None

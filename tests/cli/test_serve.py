@@ -1,3 +1,9 @@
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+
 import pytest
 from command_line import assert_refused
 
@@ -42,3 +48,39 @@ def test_bad_input_is_one_line_and_exit_code_2(
   monkeypatch.chdir(tmp_path)
   model = () if "--model" in argv else ("--model", folder)
   assert_refused(paged_jax(*argv, *model), message)
+
+
+def ask(process, prompt):
+  """The server's answer, once it says where it is."""
+  url = process.stdout.readline().split(" is at ")[1].strip()
+  body = json.dumps(
+    {"model": "model", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+  ).encode()
+  asked = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
+  with urllib.request.urlopen(asked, timeout=60) as answer:
+    return json.load(answer)["choices"][0]["text"]
+
+
+@pytest.mark.once
+@pytest.mark.timeout(180)  # it compiles the programs of an engine
+def test_prefixes_are_saved_at_the_end_and_loaded_at_the_start(folder, tmp_path):
+  prefixes = tmp_path / "prefixes"
+  argv = ["serve", "--model", folder, "--name", "model", "--port", 0, "--prefixes", prefixes]
+  argv += ["--num-rows", 2, "--prompt-size", 32]
+  texts = []
+  for turn, (number, code) in enumerate([(signal.SIGTERM, 143), (signal.SIGINT, 130)]):
+    pipes = dict(
+      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command = [sys.executable, "-m", "paged_jax", *map(str, argv)]
+    with subprocess.Popen(command, **pipes) as process:
+      try:
+        texts.append(ask(process, "the quick brown fox jumps over"))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+      finally:
+        process.kill()
+    assert process.returncode == code
+    assert f"{2 * turn} prefixes loaded from {prefixes}\n" in err
+    assert f"2 prefixes saved in {prefixes}\n" in err
+  assert texts[0] == texts[1]
