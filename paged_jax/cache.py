@@ -149,8 +149,8 @@ def plan(
           # rows     0 1 2 S  3 3 3 3 3 5 5 S
 
   Returns:
-    The plan, or one for each cache of a tuple. `plan.ok` is False for a token without a slot of its own: the slot is unmapped,
-    beyond the length, or on a page that others hold too. It is also False for a token out of
+    The plan, or one for each cache of a tuple. `plan.ok` is False for a token without a slot of its
+    own: the slot is unmapped, beyond the length, or on a page that others hold too. It is also False for a token out of
     order: after the positions of its row stop ascending, or in a later piece of a row that comes
     in several pieces, or in one row more than its part may have. Such a token is not written and
     attends to nothing.
@@ -347,9 +347,10 @@ def gather(
 ) -> tuple[jax.Array, jax.Array]:
   """Keys and values of `rows` i32[R] in token order: two arrays [R,C,H,D].
 
-  They have the cache's dtype; those of a cache of 8 bits are float32, numbers times scales. If the cache has a `value_dim`, the values are that many channels of the keys.
-  C is `num_tokens`, or a row's capacity by default. Where a row has no live token the result is
-  zero, whatever its pages contain. A traced `layer` out of range gives NaN.
+  They have the cache's dtype; those of a cache of 8 bits are float32, numbers times scales. If the
+  cache has a `value_dim`, the values are that many channels of the keys. C is `num_tokens`, or a
+  row's capacity by default. Where a row has no live token the result is zero, whatever its pages
+  contain. A traced `layer` out of range gives NaN.
 
   >>> import jax.numpy as jnp, paged_jax as pj
   >>> config = pj.CacheConfig(1, 1, 4, page_size=4, num_pages=8, num_rows=2, max_length=16)

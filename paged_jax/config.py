@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from paged_jax import quantization
+from paged_jax import meshes, quantization
 from paged_jax.meshes import Split
 
 _DTYPES = ("float32", "bfloat16", "float16", *quantization.LIMITS)
@@ -82,6 +82,9 @@ class CacheConfig:
       raise ValueError(f"copy_on_write must be a bool, got {self.copy_on_write!r}")
     if self.split is not None and not isinstance(self.split, Split):
       raise ValueError(f"split must be None or made by `sharding.split`, got {self.split!r}")
+    if self.split is not None:  # how often heads are kept follows from their number
+      split = meshes.split(self.split.mesh, self.split.axis, self.num_kv_heads)
+      object.__setattr__(self, "split", split)
     if self.window is not None:
       object.__setattr__(self, "window", self._positive("window"))
     products = {  # computed in int32, with room for the slots of dropped tokens

@@ -144,8 +144,9 @@ def _checked(cache: Cache, image: Image) -> Image:
   count = max(1, image.pages.kv.shape[0])
   wanted = jax.tree.map(lambda x: _shape((count, *x.shape[1:]), x.dtype), cache.pages)
   _check_image("image.pages", image.pages, wanted)
+  pages = dataclasses.replace(image.pages, split=cache.pages.split)  # wherever it was before
   start = arguments.integers("image.start", image.start, ())
-  return Image(image.pages, start, arguments.integers("image.length", image.length, ()))
+  return Image(pages, start, arguments.integers("image.length", image.length, ()))
 
 
 def _with_copy_on_write(ledger: Any, value: bool) -> Any:
@@ -230,6 +231,7 @@ def restore(cache: Caches, images: Any, count: Any) -> tuple[Caches, Any, Info]:
 def _filled(pages: Pages, ids: jax.Array, images: Sequence[Pages]) -> Pages:
   """The bytes of `images` in pages `ids` i32[B]."""
   for i, image in enumerate(images):
+    image = dataclasses.replace(image, split=pages.split)  # wherever it was before
     pages = pages_lib.put_one(pages, ids[i], jax.device_put(image, jax.memory.Space.Device))
   return pages
 

@@ -25,8 +25,9 @@ def quantize(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
   """Numbers [...,D] of `dtype`, and scales f32[...]: x is about number * scale.
 
   int8 is off by at most half a scale, float8_e4m3fn by at most 1/16 of each value (1/1024 of the
-  scale's largest for the smallest). A vector below 1e-36 is zero. A vector with a NaN or an
-  infinity has the scale NaN, and numbers of 0: all of it reads NaN.
+  scale for the smallest). A vector is zero if its scale would be below the least normal float32: if
+  all of it is below 1.5e-36 (int8) or 5.3e-36. A vector with a NaN or an infinity has the scale NaN,
+  and numbers of 0: all of it reads NaN.
   """
   x, limit = x.astype(jnp.float32), np.float32(LIMITS[np.dtype(dtype).name])
   top = jnp.max(jnp.abs(x), axis=-1)

@@ -89,9 +89,9 @@ def specs(config: Configs, mesh: Mesh, *, axis: str | None = None) -> Any:
   ways, made = mesh.shape[axis], []
   for each in groups.each(config):
     split = axis
-    if each.num_kv_heads % ways:
+    if each.array_kv_heads % ways:
       warnings.warn(
-        f"{each.num_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
+        f"{each.array_kv_heads} KV heads do not divide over {ways} devices of mesh axis {axis!r}: "
         "the pages are replicated",
         stacklevel=3,  # the caller of `shardings`
       )

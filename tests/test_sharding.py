@@ -249,6 +249,35 @@ def test_no_verb_copies_the_part_of_a_device(run, dtype):
   assert_in_place(run, paged_jax.init(small), jax.ShapeDtypeStruct((3, 8, 16), jnp.float32))
 
 
+def test_how_often_heads_are_kept_follows_from_their_number():
+  small = split(config(num_kv_heads=1), four())
+  assert small.array_kv_heads == 4
+  assert dataclasses.replace(small, num_kv_heads=8).array_kv_heads == 8
+  assert dataclasses.replace(small, num_kv_heads=2).array_kv_heads == 4
+  assert shardings(small, four()).pages.kv.spec[2] == "model"
+
+
+@pytest.mark.parametrize("heads", [8, 4])
+def test_bytes_of_one_device_come_into_a_split_cache_and_back(heads):
+  whole = config(num_kv_heads=heads)
+  k = jax.random.normal(jax.random.key(0), (3, heads, 2))
+
+  def filled(cache):
+    cache, _ = jitted.extend(cache, ids(3, 0, 0))
+    plan = jitted.plan(cache, ids(0, 0, 0), ids(0, 1, 2))
+    return jitted.write(cache, 1, k, -k, plan)
+
+  one, parts = filled(jitted.init(whole)), filled(paged_jax.init(split(whole, four())))
+  for source, target in ((one, split(whole, four())), (parts, whole)):
+    source, image, _ = jitted.swap_out(source, jnp.int32(0))
+    where = jax.tree.leaves(paged_jax.init(target))[0].sharding  # of the ledger
+    image = jax.device_put(jax.tree.map(np.asarray, image), where)
+    cache, info = jitted.swap_in(paged_jax.init(target), jnp.int32(1), image)
+    assert bool(info.ok)
+    got, _ = jitted.gather(cache, 1, ids(1), num_tokens=3)
+    np.testing.assert_array_equal(got[0], k)
+
+
 def test_a_group_of_caches_is_split_and_a_wrong_mesh_is_named():
   both = (config(num_kv_heads=8), config(num_kv_heads=1, value_dim=1))
   first, second = split(both, four())

@@ -83,8 +83,7 @@ class Manager:
     shardings: Any = None,
     verbs=jitted,
   ):
-    self.config = config = cache_lib.stored(config)
-    configs = groups.each(config)
+    self.config, configs = config, groups.each(cache_lib.stored(config))
     self.options = options = ManagerConfig() if options is None else options
     options.check(configs)
     stored = [dataclasses.replace(x, num_layers=x.num_layers + options.canary) for x in configs]
