@@ -217,7 +217,9 @@ class Calls:
         tokens[: sample.length] = sample.text
         self._past = _read(self._past, np.int32(row), tokens, np.int32(sample.length))
       if sample.handle and sample.handle.last_logits is not None:  # all of the prompt was cached
-        logits = jax.device_put(sample.handle.last_logits, self._where)  # loaded ones are not there
+        logits = sample.handle.last_logits
+        if isinstance(logits, np.ndarray):  # they were loaded
+          logits = jax.device_put(logits, self._where)
         self._past = _give(self._past, np.int32(row), logits)
         sample.handle.last_logits = None
     self.changed.clear()
