@@ -130,7 +130,7 @@ def whole_step(mesh, page_size: int):
   )
   pages = paged_jax.CacheConfig(
     num_layers=28, num_kv_heads=8, head_dim=128, page_size=page_size, num_rows=32, max_length=8192
-  )
+  ).stored_for("tpu")
   pages = dataclasses.replace(pages, num_pages=2**32 // pages.page_bytes)
 
   def step(decoder, cache, tokens):

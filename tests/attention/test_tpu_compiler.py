@@ -26,12 +26,10 @@ def test_the_kernels_and_a_whole_decode_step_compile_in_place_and_keep_their_bun
 
 @pytest.mark.libtpu
 @needs_tpu_compiler
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
-def test_the_kernels_for_8_bit_pages_compile_in_place_and_keep_their_bundles(generation):
-  found = run("eightbit_tpu_aot.py", "--generations", generation)
+@pytest.mark.timeout(900)
+def test_the_kernels_for_8_bit_pages_compile_in_place_and_keep_their_bundles():
+  found = run("eightbit_tpu_aot.py", "--generations", "v6e")
   assert found["temp_share_of_pool"] < 0.01
   assert found["aliased"] >= 1
   assert {row["KV heads"] for row in found["rows"] if row["dtype"] == "int8"} == {1, 2, 8}
-  most = {"v5e": 4600, "v6e": 3650, "tpu7x": 3650}[generation]
-  assert found[f"int8_bundles_2048_{generation}_p128"] <= most
+  assert found["int8_bundles_2048_v6e_p128"] <= 3650
