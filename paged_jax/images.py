@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import ShapeDtypeStruct as _shape
 
 from paged_jax import arguments, groups
 from paged_jax import cache as cache_lib
@@ -142,7 +141,7 @@ def swap_in(cache: Caches, row: jax.Array, image: Any) -> tuple[Caches, Info]:
 def _checked(cache: Cache, image: Image) -> Image:
   """The image, if it is one of such a cache."""
   count = max(1, image.pages.kv.shape[0])
-  wanted = jax.tree.map(lambda x: _shape((count, *x.shape[1:]), x.dtype), cache.pages)
+  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), cache.pages)
   _check_image("image.pages", image.pages, wanted)
   pages = dataclasses.replace(image.pages, split=cache.pages.split)  # wherever it was before
   start = arguments.integers("image.start", image.start, ())
@@ -214,7 +213,7 @@ def restore(cache: Caches, images: Any, count: Any) -> tuple[Caches, Any, Info]:
   for each, its_images in zip(groups.each(cache), listed):
     if not its_images:
       raise ValueError("images must have at least one page, got none")
-    wanted = jax.tree.map(lambda x: _shape(x.shape[1:], x.dtype), each.pages)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), each.pages)
     for i, image in enumerate(its_images):
       _check_image(f"images[{i}]", image, wanted)
   sizes = groups.like(cache, list(map(len, listed)))
@@ -244,8 +243,10 @@ def _check_image(name: str, image: Pages, wanted: Pages) -> None:
 
 
 def _described(pages: Pages) -> str:
-  scales = None if pages.scales is None else _shape(pages.scales.shape, pages.scales.dtype)
+  scales = (
+    None if pages.scales is None else jax.ShapeDtypeStruct(pages.scales.shape, pages.scales.dtype)
+  )
   return (
-    f"{_shape(pages.kv.shape, pages.kv.dtype)} of {pages.dtype}, scales {scales}, value_dim"
+    f"{jax.ShapeDtypeStruct(pages.kv.shape, pages.kv.dtype)} of {pages.dtype}, scales {scales}, value_dim"
     f" {pages.value_dim} and head_dim {pages.head_dim}"
   )

@@ -150,12 +150,10 @@ def attend(
   _, num_layers, h, _, _ = pages_lib.sizes(pages)
   q = arguments.floats("q", q, (plan.rows.shape[0], None, pages.head_dim))
   if q.shape[1] % h:
-    kept = (
-      ""
-      if pages.split is None
-      else (f" ({pages_lib.num_kv_heads(pages)} KV heads on {pages.split.ways} devices)")
-    )
-    raise ValueError(f"q must have a multiple of {h} heads{kept}, got {q.shape[1]}")
+    where = f"{h} heads"
+    if pages.split is not None:
+      where += f" ({pages_lib.num_kv_heads(pages)} KV heads on {pages.split.ways} devices)"
+    raise ValueError(f"q must have a multiple of {where}, got {q.shape[1]}")
   options = options_lib.make(q, scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse)
   backend, layer = _backend(plan.implementation), arguments.layer(layer, num_layers)
   made, begin = [], 0

@@ -7,7 +7,7 @@ released. Axis letters as in types.py.
     # Manager ─┬─ admission   allocate, extend, trim, slide, deallocate
     #          ├─ sharing     share_prefix, clone, cow_copy
     #          ├─ prefixes    find, store, clear
-  #          ├─ persistence save, load
+    #          ├─ persistence save, load
     #          ├─ swap        swap_out, swap_in
     #          ├─ tensors     write_kv, read_kv
     #          ├─ pools       pin, gc, evict_prefixes  ── prefix (a tree), reclaim (eviction)
